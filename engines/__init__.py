@@ -1,0 +1,65 @@
+"""Eagleray's engines, usable without Ray: `from engines import load_engine, Conversation`.
+
+Importing this loads no heavy library; an engine's own package is imported when the engine is first named.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from engines.base import REGISTRY, Capabilities, Engine, EngineConfig, Price, load_engine
+from engines.types import (
+    Choice,
+    Completion,
+    ConfigError,
+    ContentPart,
+    Conversation,
+    EaglerayError,
+    EngineError,
+    Failure,
+    FinishReason,
+    GenerationParams,
+    Message,
+    Request,
+    ToolCall,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from engines.echo import EchoEngine
+    from engines.llamacpp import LlamaCppEngine
+    from engines.transformers import TransformersEngine
+
+__all__ = [
+    "Capabilities",
+    "Choice",
+    "Completion",
+    "ConfigError",
+    "ContentPart",
+    "Conversation",
+    "EaglerayError",
+    "EchoEngine",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "Failure",
+    "FinishReason",
+    "GenerationParams",
+    "LlamaCppEngine",
+    "Message",
+    "Price",
+    "Request",
+    "ToolCall",
+    "TransformersEngine",
+    "Usage",
+    "load_engine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from engines.base import engine_class
+
+    for kind, (target, _, _) in REGISTRY.items():
+        if target.endswith(f":{name}"):
+            return engine_class(kind)
+    raise AttributeError(f"module 'engines' has no attribute '{name}'")

@@ -1,0 +1,276 @@
+"""The one interface of every engine, local or remote: `await engine.generate(request) -> Completion`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, TypeVar
+
+from engines.types import (
+    Completion,
+    ConfigError,
+    Conversation,
+    EngineError,
+    Failure,
+    GenerationParams,
+    Request,
+    check_messages,
+    invalid,
+    nearest,
+)
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """US dollars per million tokens."""
+
+    input: float = 0.0
+    cached_input: float | None = None  # None: as `input`
+    output: float = 0.0
+
+
+@dataclass(slots=True)
+class EngineConfig:
+    """The keys under `engine` in the configuration, and the keywords of every engine class.
+
+    Only `kwargs`, `headers` and `extra_body` are open. Secrets are never here: `api_key_env` names the variable.
+    """
+
+    kind: str = ""
+    model: str | None = None
+    adapter: str | None = None
+    revision: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    base_url: Any = None
+    api_key_env: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    max_concurrency: int | None = None
+    requests_per_minute: float | None = None
+    input_tokens_per_minute: float | None = None
+    output_tokens_per_minute: float | None = None
+    max_retries: int = 5
+    timeout_s: float = 600.0
+    price: Price = field(default_factory=Price)
+
+    # The keyword arguments that change what a model is asked; the others change only how fast it answers.
+    PROMPT_KWARGS: ClassVar[tuple[str, ...]] = ("chat_template", "chat_template_kwargs", "chat_format")
+
+    def identity(self) -> dict[str, Any]:
+        """What of this configuration belongs to a request's identity: never secrets, concurrency, retries or speed."""
+        same = {
+            "engine": self.kind,
+            "model": self.model,
+            "adapter": self.adapter,
+            "revision": self.revision,
+            "base_url": self.base_url,
+            "extra_body": self.extra_body or None,
+            "kwargs": {k: v for k, v in self.kwargs.items() if k in self.PROMPT_KWARGS} or None,
+        }
+        return {name: value for name, value in same.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine cannot do, so that a request is refused before anything is spent on it."""
+
+    unsupported: frozenset[str] = frozenset()  # names of GenerationParams fields
+    response_formats: frozenset[str] = frozenset(("json_object", "json_schema", "regex", "choice", "grammar"))
+    images: bool = False
+    row_model: bool = False  # a row may name another model
+    row_adapter: bool = False  # a row may name another adapter
+
+    def refuse(self, request: Request, config: EngineConfig) -> EngineError | None:
+        """The reason why this request cannot be served, naming the field; None where it can."""
+        generation = request.generation
+        for name in self.unsupported:
+            if getattr(generation, name) is not None:
+                return invalid(f"engine={config.kind} does not support generation.{name}")
+        response_format = generation.response_format
+        if response_format is not None and response_format["type"] not in self.response_formats:
+            return invalid(f"engine={config.kind} does not support response_format of type {response_format['type']}")
+        if not self.row_model and request.model not in (None, config.model):
+            return invalid(f"engine={config.kind} serves {config.model!r} only; this row asks for {request.model!r}")
+        if not self.row_adapter and request.adapter not in (None, config.adapter):
+            return invalid(f"engine={config.kind} has no adapter for single rows; this row asks for {request.adapter!r}")
+        if not self.images:
+            for i, message in enumerate(request.messages):
+                content = message.get("content")
+                if isinstance(content, list) and any(part["type"] != "text" for part in content):
+                    return invalid(f"engine={config.kind} takes text only; messages[{i}] has another kind of content")
+        return None
+
+
+# kind -> (module:Class, the module that must be importable, the extra that installs it)
+REGISTRY: dict[str, tuple[str, str | None, str]] = {
+    "echo": ("engines.echo:EchoEngine", None, ""),
+    "llamacpp": ("engines.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
+    "transformers": ("engines.transformers:TransformersEngine", "transformers", "transformers"),
+}
+
+
+def engine_class(kind: str) -> type[Engine]:
+    """The class of an engine, imported now. Raises `ConfigError` for an unknown kind or a missing package."""
+    if kind not in REGISTRY:
+        raise ConfigError(f"there is no engine '{kind}'{nearest(kind, REGISTRY)}")
+    target, needs, extra = REGISTRY[kind]
+    if needs and importlib.util.find_spec(needs) is None:
+        raise ConfigError(f"engine={kind} needs the package '{needs}': run pip install 'eagleray[{extra}]'")
+    module, name = target.split(":")
+    loaded = getattr(importlib.import_module(module), name)
+    assert issubclass(loaded, Engine)
+    return loaded
+
+
+def load_engine(kind: str | EngineConfig, **keys: Any) -> Engine:
+    """An engine, loaded and ready: `load_engine("llamacpp", model=…, kwargs={…})`. Raises `ConfigError`."""
+    if isinstance(kind, EngineConfig):
+        return engine_class(kind.kind)(kind)
+    return engine_class(kind)(**keys)
+
+
+class Engine(ABC):
+    """Base class. A subclass loads its model in `_load` and answers in `_generate`; both may raise our errors only.
+
+    `generate` may be awaited from any number of tasks at once: engines batch by themselves.
+    """
+
+    kind: ClassVar[str]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init__(self, config: EngineConfig | None = None, /, **keys: Any) -> None:
+        self.config = config if config is not None else config_from_keys(self.kind, keys)
+        self._load()
+
+    def _load(self) -> None:
+        """Loads the model. Raises `ConfigError` where the configuration cannot work."""
+
+    @abstractmethod
+    async def _generate(self, request: Request) -> Completion:
+        """Answers one request, or raises `EngineError`."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many requests this engine wants in flight to be fully busy."""
+        return self.config.max_concurrency or 64
+
+    async def generate(self, request: Request) -> Completion:
+        """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs."""
+        started = time.perf_counter()
+        try:
+            refused = self.capabilities.refuse(request, self.config)
+            if refused:
+                raise refused
+            completion = await self._generate(request)
+        except EngineError as error:
+            completion = Completion(error=Failure.of(error))
+        completion.latency_s = time.perf_counter() - started
+        completion.engine = self.kind
+        if completion.model is None:
+            completion.model = request.model or self.config.model
+        return completion
+
+    def infer(
+        self,
+        conversations: Iterable[Conversation | Mapping[str, Any]],
+        generation: GenerationParams | Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
+        """Answers all conversations, at most `concurrency` at once, and returns the completions in their order.
+
+        Takes `Conversation`s or dicts with `messages` (and optionally `id`, `generation`, `model`, `adapter`).
+        A conversation that is not valid, or that fails, gets a completion with `error`; nothing else is lost.
+        """
+        base = generation if isinstance(generation, GenerationParams) else GenerationParams.parse(generation or {})
+        return run_sync(self._infer(list(conversations), base))
+
+    async def _infer(
+        self, conversations: list[Conversation | Mapping[str, Any]], base: GenerationParams
+    ) -> list[Completion]:
+        slots = asyncio.Semaphore(self.concurrency)
+
+        async def one(conversation: Conversation | Mapping[str, Any]) -> Completion:
+            try:
+                request = to_request(conversation, base)
+            except EngineError as error:
+                return Completion(error=Failure.of(error), engine=self.kind, model=self.config.model)
+            async with slots:
+                return await self.generate(request)
+
+        return await asyncio.gather(*(one(conversation) for conversation in conversations))
+
+    def close(self) -> None:
+        """Frees the model. An engine cannot be used after it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+
+def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
+    """Keywords to configuration; an unknown one is refused with the nearest right name."""
+    known = {f.name for f in fields(EngineConfig)} - {"kind"}
+    for name in keys:
+        if name not in known:
+            raise ConfigError(f"engine '{kind}' has no key '{name}'{nearest(name, known)}; engine keywords go in kwargs")
+    values = dict(keys)
+    if isinstance(values.get("price"), Mapping):
+        values["price"] = Price(**values["price"])
+    return EngineConfig(kind=kind, **values)
+
+
+_CONVERSATION_KEYS = frozenset(f.name for f in fields(Conversation))
+
+
+def to_request(conversation: Conversation | Mapping[str, Any], base: GenerationParams) -> Request:
+    """A conversation with its own overrides laid over `base`. Raises `EngineError("invalid_input")`."""
+    if isinstance(conversation, Mapping):
+        if "messages" not in conversation:
+            raise invalid(f"a conversation needs 'messages'; this one has {', '.join(map(str, conversation)) or 'nothing'}")
+        conversation = Conversation(**{k: v for k, v in conversation.items() if k in _CONVERSATION_KEYS})
+    return Request(
+        messages=check_messages(conversation.messages),
+        generation=base.override(conversation.generation or {}),
+        model=conversation.model,
+        adapter=conversation.adapter,
+        key=conversation.id or "",
+    )
+
+
+def run_sync(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end, also where a loop already runs (a notebook): then in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(asyncio.run(work))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="eagleray-infer")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]

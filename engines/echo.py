@@ -1,0 +1,68 @@
+"""`engine=echo`: answers with the last user message. For dry runs, tests, and measuring the pipeline itself.
+
+Everything it does follows from the request alone, so two runs agree row by row. `kwargs`:
+`latency_s` (mean time an answer takes), `jitter_s` (spread evenly around it), `failure_rate` (share of requests that
+fail with a `server` error), `crash_rate` (share that kill the process, as a segfault in an engine would), `slow_every`
+and `slow_s` (one request in so many takes this long: stragglers).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+
+from engines.base import Capabilities, Engine
+from engines.types import Choice, Completion, ConfigError, EngineError, Request, Usage, answer, nearest, text_of
+
+_DEFAULTS = {"latency_s": 0.0, "jitter_s": 0.0, "failure_rate": 0.0, "crash_rate": 0.0, "slow_every": 0.0, "slow_s": 0.0}
+
+
+class EchoEngine(Engine):
+    kind = "echo"
+    capabilities = Capabilities(images=True, row_model=True, row_adapter=True)
+
+    def _load(self) -> None:
+        settings = dict(_DEFAULTS)
+        for name, value in self.config.kwargs.items():
+            if name not in settings:
+                raise ConfigError(f"engine.kwargs.{name} is not known to engine=echo{nearest(name, settings)}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"engine.kwargs.{name} must be a number of at least 0, not {value!r}")
+            settings[name] = float(value)
+        self.settings = settings
+        # Nothing random to draw: answering costs no hash at all.
+        self.plain = not any(settings.values())
+
+    @property
+    def concurrency(self) -> int:
+        return self.config.max_concurrency or 256
+
+    async def _generate(self, request: Request) -> Completion:
+        text = next((text_of(m) for m in reversed(request.messages) if m["role"] == "user"), None) or ""
+        if not self.plain:
+            await self._misbehave(request, text)
+        words = text.split()
+        limit = request.generation.max_tokens
+        cut = limit is not None and len(words) > limit
+        if cut:
+            words = words[:limit]
+            text = " ".join(words)
+        count = request.generation.n or 1
+        usage = Usage(input=sum(len((text_of(m) or "").split()) for m in request.messages), output=len(words) * count)
+        return Completion([Choice(answer(text), "length" if cut else "stop") for _ in range(count)], usage)
+
+    async def _misbehave(self, request: Request, text: str) -> None:
+        s = self.settings
+        digest = hashlib.blake2b((request.key or text).encode(), digest_size=32).digest()
+        fail, crash, jitter, slow = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in range(0, 32, 8))
+        if crash < s["crash_rate"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        latency = s["latency_s"] + (2 * jitter - 1) * s["jitter_s"]
+        if s["slow_every"] and slow < 1 / s["slow_every"]:
+            latency = s["slow_s"]
+        if latency > 0:
+            await asyncio.sleep(latency)
+        if fail < s["failure_rate"]:
+            raise EngineError("server", "engine=echo was told to fail on this request", status=500, retryable=True)
