@@ -29,7 +29,14 @@ from engines.types import (
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+def key(default: Any, help: str) -> Any:
+    """A configuration key, with the sentence that `--help` and the docs show for it."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(slots=True)
 class Price:
     """US dollars per million tokens."""
 
@@ -46,21 +53,21 @@ class EngineConfig:
     """
 
     kind: str = ""
-    model: str | None = None
-    adapter: str | None = None
-    revision: str | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    base_url: Any = None
-    api_key_env: str | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    max_concurrency: int | None = None
-    requests_per_minute: float | None = None
-    input_tokens_per_minute: float | None = None
-    output_tokens_per_minute: float | None = None
-    max_retries: int = 5
-    timeout_s: float = 600.0
-    price: Price = field(default_factory=Price)
+    model: str | None = key(None, "which model: a path, a hub id or a provider's name for it")
+    adapter: str | None = key(None, "a LoRA adapter: a path or a hub id")
+    revision: str | None = key(None, "the model's revision on the hub")
+    kwargs: dict[str, Any] = key({}, "the engine's own keywords, passed through")
+    base_url: Any = key(None, "where a remote engine listens")
+    api_key_env: str | None = key(None, "the environment variable that holds the key")
+    headers: dict[str, str] = key({}, "further HTTP headers")
+    extra_body: dict[str, Any] = key({}, "further fields of every request's body")
+    max_concurrency: int | None = key(None, "requests in flight in one replica; unset leaves it to the engine")
+    requests_per_minute: float | None = key(None, "limit over the whole cluster")
+    input_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
+    output_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
+    max_retries: int = key(5, "how often a failed request is tried again")
+    timeout_s: float = key(600.0, "how long one request may take")
+    price: Price = field(default_factory=Price, metadata={"help": "input, cached_input, output: US$ per million tokens"})
 
     # The keyword arguments that change what a model is asked; the others change only how fast it answers.
     PROMPT_KWARGS: ClassVar[tuple[str, ...]] = ("chat_template", "chat_template_kwargs", "chat_format")
@@ -116,6 +123,9 @@ REGISTRY: dict[str, tuple[str, str | None, str]] = {
     "llamacpp": ("engines.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
     "transformers": ("engines.transformers:TransformersEngine", "transformers", "transformers"),
 }
+
+# These hold one model: the model names in an OpenAI batch file's lines do not apply to them.
+SINGLE_MODEL_KINDS = frozenset(("llamacpp", "transformers", "vllm"))
 
 
 def engine_class(kind: str) -> type[Engine]:

@@ -1,0 +1,49 @@
+# `make demo` and `make test` set up all they need in .venv; a second run only runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+
+# A build for the machine's own processor would not run on every node of a mixed cluster.
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/eagleray infer dataset.path=docs/examples/demo.jsonl output.path=$(OUT) generation.max_tokens=64; \
+	status=$$?; [ $$status -eq 3 ] && echo "(status 3: the dataset holds one malformed line on purpose)" && exit 0; exit $$status
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) out
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(BIN)/pip install -e '.[llamacpp]'
+	touch $@
+
+# torch first and pinned: the newest one would bring gigabytes of CUDA. TORCH= skips it where you have your own.
+TORCH ?= torch==2.13.0
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -e '.[llamacpp,transformers,dev]'
+	touch $@

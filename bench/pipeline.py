@@ -1,0 +1,164 @@
+"""The pipeline itself, measured with engine=echo: rates, memory, resume, stragglers, cold start.
+
+Every run is the real command in a fresh process, Ray's start and the final output included. Memory is the sum of
+the resident pages of a process that are its own (USS), sampled four times a second over the driver and its workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.ledger import SEGMENTS
+
+
+def write_rows(path: Path, rows: int) -> None:
+    """A conversation dataset of one JSONL file, about 230 bytes a row."""
+    with path.open("w") as file:
+        for i in range(rows):
+            question = f"Question {i}: how many of the {i % 97} boxes hold {i % 13} apples each, and why?"
+            messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": question}]
+            file.write(json.dumps({"id": f"row-{i}", "messages": messages, "score": i / 7, "tag": f"{i % 50:03d}"}) + "\n")
+
+
+class Memory(threading.Thread):
+    """The highest memory, in MiB, of each kind of process below `pid`."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.pid, self.peak, self.over = pid, dict[str, float](), threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.25):
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(self.pid)
+                for process in [root, *root.children(recursive=True)]:
+                    with contextlib.suppress(psutil.Error):
+                        kind = _kind(process, root)
+                        if kind is not None:
+                            used = process.memory_full_info().uss / 2**20
+                            self.peak[kind] = max(self.peak.get(kind, 0.0), used)
+
+
+def _kind(process: psutil.Process, root: psutil.Process) -> str | None:
+    if process.pid == root.pid:
+        return "driver"
+    title = " ".join(process.cmdline())
+    for part, kind in (("ray::Worker", "worker"), ("ray::Dispatcher", "dispatcher"), ("ray::_do_job", "finalize"),
+                       ("ray::Read", "reader")):  # fmt: skip
+        if part in title:
+            return kind
+    return None
+
+
+def infer(data: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    """Runs the command; seconds of wall and CPU (of all its processes) and the memory."""
+    command = [sys.executable, "-m", "jobs.infer", "engine=echo", f"dataset.path={data}", f"output.path={out}", *overrides]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    memory = Memory(process.pid)
+    memory.start()
+    _, printed = process.communicate()
+    wall = time.perf_counter() - started
+    memory.over.set()
+    if process.returncode != 0:
+        raise RuntimeError(printed)
+    return {"wall_s": wall, "peak_mib": {k: round(v) for k, v in memory.peak.items()}, "printed": printed}
+
+
+def asking_s(out: Path) -> tuple[float, list[float]]:
+    """Seconds between the first and the last completion, and all completion times, from the segments."""
+    times = pq.read_table(out / SEGMENTS, columns=["done_at"])["done_at"].cast(pa.int64()).to_numpy()
+    times.sort()
+    return (times[-1] - times[0]) / 1000, (times / 1000).tolist()
+
+
+def scale(work: Path, sizes: list[int]) -> dict[str, Any]:
+    """Rows a second at each size, end to end, and a resume over the largest, finished one."""
+    result: dict[str, Any] = {}
+    for rows in sizes:
+        data, out = work / f"{rows}.jsonl", work / f"out-{rows}"
+        write_rows(data, rows)
+        found = infer(data, out)
+        asking, _ = asking_s(out)
+        result[str(rows)] = {
+            "rows_per_s": round(rows / found["wall_s"]),
+            "wall_s": round(found["wall_s"], 1),
+            "asking_s": round(asking, 1),
+            "asking_rows_per_s": round(rows / asking),
+            "peak_mib": found["peak_mib"],
+        }
+        print(rows, result[str(rows)], file=sys.stderr, flush=True)
+    small, large = (result[str(rows)]["rows_per_s"] for rows in (sizes[0], sizes[-1]))
+    result["ratio"] = round(large / small, 3)
+    again = infer(work / f"{sizes[-1]}.jsonl", work / f"out-{sizes[-1]}")
+    result["resume_s"] = round(again["wall_s"], 1)
+    return result
+
+
+def stragglers(work: Path, rows: int = 24_000, slots: int = 256) -> dict[str, Any]:
+    """One worker, mean 0.3 s, one row in 97 takes 5 s: the rate between start-up and tail against the possible one."""
+    data, out = work / "stragglers.jsonl", work / "out-stragglers"
+    write_rows(data, rows)
+    mean, slow, every = 0.3, 5.0, 97
+    plain = (mean - slow / every) / (1 - 1 / every)  # so that the mean over all rows is 0.3 s
+    infer(data, out, f"engine.max_concurrency={slots}", f"engine.kwargs.latency_s={plain}",
+          f"engine.kwargs.jitter_s={plain / 2}", f"engine.kwargs.slow_every={every}", f"engine.kwargs.slow_s={slow}")  # fmt: skip
+    _, times = asking_s(out)
+    # Between start-up and tail: from the moment every slot is busy and the first slow rows are out, to the last
+    # moment before the feed runs dry.
+    low, high = times[0] + 2 * slow, times[-1] - 2 * slow
+    inside = sum(low <= t < high for t in times)
+    actual_mean = _mean_latency(out)
+    rate, ideal = inside / (high - low), slots / actual_mean
+    return {"rows_per_s": round(rate, 1), "possible": round(ideal, 1), "ratio": round(rate / ideal, 3)}
+
+
+def _mean_latency(out: Path) -> float:
+    latency = pq.read_table(out / SEGMENTS, columns=["latency_s"])["latency_s"].to_pylist()
+    return math.fsum(latency) / len(latency)
+
+
+def cold_start(work: Path, repeats: int = 3) -> dict[str, Any]:
+    """`eagleray --help`, and ten rows end to end."""
+    data = work / "ten.jsonl"
+    write_rows(data, 10)
+    helps, tens = [], []
+    for repeat in range(repeats):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        helps.append(time.perf_counter() - started)
+        tens.append(infer(data, work / f"out-ten-{repeat}")["wall_s"])
+    return {"help_s": round(min(helps), 2), "ten_rows_s": round(min(tens), 1), "ten_rows_max_s": round(max(tens), 1)}
+
+
+def run(sizes: list[int] | None = None) -> dict[str, Any]:
+    """All of it; needs about 3 GB of disk at the default sizes."""
+    work = Path(tempfile.mkdtemp(prefix="eagleray-bench-"))
+    try:
+        return {
+            "cold_start": cold_start(work),
+            "stragglers": stragglers(work),
+            "scale": scale(work, sizes or [100_000, 1_000_000]),
+            "cpus": os.cpu_count(),
+        }
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run([int(size) for size in sys.argv[1:]] or None), indent=2))

@@ -1,0 +1,116 @@
+"""`eagleray infer`: the main job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+from engines.types import ConfigError
+from jobs.compose import GROUPS, as_yaml, compose, options
+
+
+def main(argv: list[str]) -> int:
+    """Composes, runs, tells; returns the exit status."""
+    if "-h" in argv or "--help" in argv:
+        print(help_text())
+        return 0
+    try:
+        argv, config_dir = _take(argv, "--config-dir")
+        argv, cfg = _take(argv, "--cfg")
+        if cfg is not None and cfg != "job":
+            raise ConfigError(f"--cfg {cfg} is not known; --cfg job prints the configuration")
+        config = compose(argv, config_dir)
+        if cfg is not None:
+            print(as_yaml(config), end="")
+            return 0
+        return _run(config)
+    except ConfigError as error:
+        print(f"eagleray: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(config: Any) -> int:
+    from rich.console import Console
+
+    from pipeline.crew import Stopped
+    from pipeline.run import BUG, INTERRUPTED, STOPPED, Interrupted, run
+
+    console = Console(stderr=True)
+    try:
+        outcome = run(config, console)
+    except Stopped as stop:
+        console.print(f"[red]Stopped:[/] {stop}", highlight=False)
+        return STOPPED
+    except Interrupted as interrupt:
+        console.print(f"[yellow]{interrupt}[/]", highlight=False)
+        return INTERRUPTED
+    except ConfigError:
+        raise
+    except Exception:
+        path = _log_traceback()
+        console.print(f"[red]This is a bug in Eagleray.[/] The traceback is in {path}.", highlight=False)
+        console.print(traceback.format_exc().strip().splitlines()[-1], markup=False, highlight=False)
+        return BUG
+    if outcome.manifest:
+        from jobs.show import show_outcome
+
+        show_outcome(outcome.manifest, str(config.output.path), console)
+    return outcome.exit_status
+
+
+def _log_traceback() -> str:
+    handle, path = tempfile.mkstemp(prefix="eagleray-", suffix=".log")
+    with os.fdopen(handle, "w") as file:
+        file.write(traceback.format_exc())
+    logging.getLogger("eagleray").debug("traceback in %s", path)
+    return path
+
+
+def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
+    """Takes `--flag value` or `--flag=value` out of the arguments."""
+    for at, arg in enumerate(argv):
+        if arg == flag:
+            if at + 1 == len(argv):
+                raise ConfigError(f"{flag} needs a value")
+            return argv[:at] + argv[at + 2 :], argv[at + 1]
+        if arg.startswith(f"{flag}="):
+            return argv[:at] + argv[at + 1 :], arg[len(flag) + 1 :]
+    return argv, None
+
+
+def help_text() -> str:
+    """Every group with its options, every key with its default and what it is for."""
+    from pipeline.config import known_keys
+
+    lines = [
+        "Ask a model every conversation of a dataset; results land in output.path, once each, in input order.",
+        "",
+        "  eagleray infer dataset.path=IN output.path=OUT [group=option …] [key=value …]",
+        "",
+        "Groups:",
+        *(f"  {group}={' | '.join(options(group))}" for group in GROUPS if len(options(group)) > 1),
+        "",
+        "Keys:",
+    ]
+    for name, item in known_keys().items():
+        if item is None:
+            lines.append(f"  {name}")
+        elif name != "engine.kind":
+            default = item.default if item.default_factory is not item.default else None
+            shown = "" if default is None or not isinstance(default, (str, int, float, bool)) else f" [{default}]"
+            lines.append(f"  {name:<34}{item.metadata.get('help', '')}{shown}".rstrip())
+    lines += [
+        "",
+        "Flags: --cfg job prints the configuration; --config-dir DIR adds your own engine/, dataset/, … files.",
+        "Exit status: 0 all rows done, 3 finished with failed rows, 4 stopped early, 2 wrong configuration,",
+        "130 interrupted. After 4 and 130 the same command goes on where it stopped.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""The configuration of a run as plain dataclasses: what Hydra composes is checked against these, and actors get them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from engines.base import EngineConfig, key
+from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, nearest
+
+
+@dataclass(slots=True)
+class DatasetConfig:
+    path: Any = key(None, "file, directory, glob or list of them; local, s3://, gs:// or any fsspec URL")
+    format: str = key("auto", "auto, messages, oumi, openai_batch, sharegpt or prompt")
+    limit: int | None = key(None, "read only so many rows")
+    columns: dict[str, Any] = key({}, "which column plays which role, e.g. {prompt: question, id: qid}")
+    template: Any = key(None, "Jinja that turns a row's columns into a conversation: a text, or {system: …, user: …}")
+    on_bad_input: str = key("quarantine", "quarantine: a bad row becomes an error row; fail: it ends the run")
+    max_row_bytes: int = key(32 << 20, "a longer line is an error row")
+    chunk_bytes: int = key(32 << 20, "how much input one read task takes, in bytes")
+
+
+@dataclass(slots=True)
+class OutputConfig:
+    path: str | None = key(None, "directory for the results; local or any filesystem URL")
+    format: str = key("parquet", "parquet or jsonl")
+    style: str = key("eagleray", "shape of JSONL lines: eagleray, openai_batch or oumi")
+    ordered: bool = key(True, "rows in input order (it costs nothing here; false promises no order)")
+
+
+@dataclass(slots=True)
+class RunConfig:
+    resume: bool = key(True, "use the answers an earlier run left in output.path; false starts over and removes them")
+    retry_failed: bool = key(True, "ask again what failed in an earlier run")
+    max_error_rate: float | None = key(None, "stop early when this share of at least 100 rows failed")
+    max_errors: int | None = key(None, "stop early after so many failed rows")
+    flush_s: float = key(2.0, "a completion is durable after at most so many seconds")
+    drain_s: float = key(30.0, "on Ctrl-C or SIGTERM, rows in flight get so many seconds to finish")
+    max_engine_deaths: int = key(5, "stop when engines died so often in a row without finishing a row")
+    dry_run: bool = key(False, "read, check and count the input, ask nothing, write nothing")
+    progress_s: float = key(10.0, "seconds between progress lines where there is no terminal")
+
+
+@dataclass(slots=True)
+class HardwareConfig:
+    replicas: Any = key(1, "engines to run: a number, or {min: 1, max: 8} where those above min may never be placed")
+    cpus: float = key(0.0, "logical CPUs each replica reserves; 0 reserves none and may use all of its node")
+    gpus: float = key(0.0, "GPUs each replica reserves")
+    memory: float = key(0.0, "GiB of memory each replica reserves")
+    label_selector: dict[str, Any] = key({}, "Ray node labels a replica needs")
+
+    def bounds(self) -> tuple[int, int]:
+        """The least and the most replicas."""
+        given = self.replicas
+        if isinstance(given, Mapping):
+            low, high = given.get("min", 1), given.get("max", given.get("min", 1))
+        else:
+            low = high = given
+        for value in (low, high):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"hardware.replicas must be a number of at least 1 or {{min: 1, max: 8}}, not {given!r}")
+        if low > high:
+            raise ConfigError(f"hardware.replicas has a min of {low} above its max of {high}")
+        return low, high
+
+
+@dataclass(slots=True)
+class Config:
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    generation: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(GENERATION_FIELDS))
+    output: OutputConfig = field(default_factory=OutputConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def params(self) -> GenerationParams:
+        """The generation parameters, checked."""
+        try:
+            return GenerationParams.parse(self.generation)
+        except EngineError as error:
+            raise ConfigError(f"generation.{error}") from None
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what no type can say."""
+        if self.dataset.path in (None, "", []):
+            raise ConfigError("dataset.path is missing: name a file, directory or glob of conversations")
+        if not self.output.path:
+            raise ConfigError("output.path is missing: name a directory for the results")
+        _one_of("dataset.on_bad_input", self.dataset.on_bad_input, ("quarantine", "fail"))
+        _one_of("output.format", self.output.format, ("parquet", "jsonl"))
+        _one_of("output.style", self.output.style, ("eagleray", "openai_batch", "oumi"))
+        if self.output.style != "eagleray" and self.output.format != "jsonl":
+            raise ConfigError(f"output.style={self.output.style} needs output.format=jsonl")
+        _at_least("dataset.limit", self.dataset.limit, 1)
+        _at_least("dataset.max_row_bytes", self.dataset.max_row_bytes, 1)
+        _at_least("dataset.chunk_bytes", self.dataset.chunk_bytes, 1)
+        _at_least("engine.max_concurrency", self.engine.max_concurrency, 1)
+        _at_least("run.flush_s", self.run.flush_s, 0.05)
+        _at_least("run.drain_s", self.run.drain_s, 0)
+        _at_least("run.max_errors", self.run.max_errors, 1)
+        rate = self.run.max_error_rate
+        if rate is not None and not 0 <= rate <= 1:
+            raise ConfigError(f"run.max_error_rate must be between 0 and 1, not {rate}")
+        self.hardware.bounds()
+        self.params()
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value} is not known{nearest(str(value), known)}")
+
+
+def _at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{name} must be at least {low}, not {value}")
+
+
+# Keys whose own keys are the user's.
+OPEN_KEYS = ("engine.kwargs", "engine.headers", "engine.extra_body", "dataset.columns", "hardware.label_selector")
+
+
+def known_keys() -> dict[str, Any]:
+    """Every key, dotted, with its dataclass field (None for the generation parameters, which are checked by name)."""
+    found: dict[str, Any] = {}
+    for section in fields(Config):
+        if section.name == "generation":
+            found.update({f"generation.{name}": None for name in GENERATION_FIELDS})
+            continue
+        factory = section.default_factory
+        assert is_dataclass(factory)
+        for item in fields(factory):
+            found[f"{section.name}.{item.name}"] = item
+    return found

@@ -1,0 +1,92 @@
+"""The replicas of one run: placed, watched, replaced when they die."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engines.types import ConfigError, EaglerayError
+from pipeline.config import HardwareConfig
+from pipeline.feed import Status
+from pipeline.worker import WorkerConfig
+
+
+class Stopped(EaglerayError):
+    """The run stopped early; all that is done is committed, and the same command resumes (exit status 4)."""
+
+
+@dataclass(slots=True)
+class Replica:
+    name: str
+    actor: Any
+    run: Any  # the reference of its `run`
+
+
+class Crew:
+    """All replicas; `tend` is called every so often and does the rest."""
+
+    def __init__(self, worker: Any, config: WorkerConfig, hardware: HardwareConfig, dispatcher: Any, deaths: int) -> None:
+        self.config, self.hardware, self.dispatcher, self.allowed_deaths = config, hardware, dispatcher, deaths
+        options: dict[str, Any] = {"num_cpus": hardware.cpus, "num_gpus": hardware.gpus, "max_restarts": 0}
+        if hardware.memory:
+            options["memory"] = int(hardware.memory * 2**30)
+        if hardware.label_selector:
+            options["label_selector"] = {str(k): str(v) for k, v in hardware.label_selector.items()}
+        self.worker = worker.options(scheduling_strategy="SPREAD", **options)
+        self.replicas: list[Replica] = []
+        self.started = 0
+        self.deaths = 0  # in a row, with no row finished between
+        self.finished_at_death = 0
+
+    def start(self) -> None:
+        """Asks for all replicas. Those that find no room yet wait for it, while the others work."""
+        _, high = self.hardware.bounds()
+        for _ in range(high):
+            self._add()
+
+    def _add(self) -> None:
+        self.started += 1
+        name = f"w{self.started}"
+        actor = self.worker.remote(self.config, name, self.dispatcher)
+        self.replicas.append(Replica(name, actor, actor.run.remote()))
+
+    def tend(self, status: Status) -> None:
+        """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        ended, _ = ray.wait([r.run for r in self.replicas], num_returns=len(self.replicas), timeout=0) \
+            if self.replicas else ([], [])  # fmt: skip
+        for replica in [r for r in self.replicas if r.run in ended]:
+            self.replicas.remove(replica)
+            try:
+                ray.get(replica.run)
+            except RayActorError as error:
+                self._died(replica, str(error), status)
+            except RayTaskError as error:
+                if isinstance(error.cause, ConfigError):
+                    raise ConfigError(str(error.cause)) from None
+                raise
+
+    def _died(self, replica: Replica, reason: str, status: Status) -> None:
+        import ray
+
+        # Ray says no more structured word than this sentence about a lost node, which is not its rows' fault.
+        node_lost = "node has died" in reason or "node was terminated" in reason
+        reason = "its node was lost" if node_lost else " ".join(reason.split())[:300]
+        ray.get(self.dispatcher.leave.remote(replica.name, None if node_lost else reason))
+        finished = status.done + status.failed - status.errors["engine_crash"]
+        if finished > self.finished_at_death:
+            self.deaths = 0
+        self.finished_at_death = finished
+        self.deaths += not node_lost
+        if self.deaths > self.allowed_deaths:
+            raise Stopped(f"engines died {self.deaths} times in a row without finishing a row: {reason}")
+        if not status.finished:
+            self._add()
+
+    def dismiss(self) -> None:
+        import ray
+
+        for replica in self.replicas:
+            ray.kill(replica.actor)

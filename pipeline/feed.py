@@ -1,0 +1,445 @@
+"""From input files to rows in the workers' hands: Ray Data reads, parses, keys and skips; a dispatcher leases.
+
+Why a dispatcher and not `map_batches` around the engine: leases let every replica take work as fast as it finishes it,
+join and leave when it likes, and hand back what it held when it dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engines.base import SINGLE_MODEL_KINDS
+from engines.types import ConfigError, EngineError, Failure, invalid
+from pipeline.formats import Parsed, RowParser
+from pipeline.keys import Keyer
+from pipeline.ledger import Index, SeenKeys
+from pipeline.lossless import dumps
+from pipeline.schema import ColumnKinds
+from pipeline.source import Chunk, Row, read_chunk
+
+ROWS_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), ("request", pa.binary())])
+
+# A row that was in an engine when its process died is tried again alone; after this many deaths it is the culprit.
+CRASHES_TO_CONVICT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one read task reads: a chunk, or its first `limit` rows."""
+
+    number: int
+    chunk: Chunk
+    limit: int | None = None
+
+
+@dataclass(slots=True)
+class Item:
+    """One input row, understood: either a key and its parsed conversation, or the reason why it cannot be asked."""
+
+    row: Row
+    id: str
+    key: bytes | None = None
+    parsed: Parsed | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """Reads rows the same way in the feed and in finalize; small, and sent to every task."""
+
+    parser: RowParser
+    keyer: Keyer
+    max_row_bytes: int
+
+    def read(self, piece: Piece) -> Iterator[list[Item]]:
+        """The items of a piece in order, in batches."""
+        left = piece.limit
+        for rows in read_chunk(piece.chunk, max_row_bytes=self.max_row_bytes):
+            if left is not None:
+                rows = rows[:left]
+                left -= len(rows)
+            if rows:
+                yield [self._item(piece.chunk, row) for row in rows]
+            if left == 0:
+                return
+
+    def _item(self, chunk: Chunk, row: Row) -> Item:
+        place = f"{chunk.name}:{row.row + 1}"
+        if row.columns is None:
+            return Item(row, place, failure=_misread(place, row.error or "unreadable"))
+        try:
+            parsed = self.parser.parse(row.columns)
+            if parsed.model and "body" in row.columns and self.keyer.engine.kind in SINGLE_MODEL_KINDS:
+                # Every line of an OpenAI batch file names a model; an engine that holds one model answers as that one.
+                parsed.model = None
+            key = self.keyer.key(parsed, place)
+        except EngineError as error:
+            return Item(row, place, failure=_misread(place, str(error)))
+        return Item(row, parsed.id if parsed.id is not None else place, key, parsed)
+
+
+def _misread(place: str, reason: str) -> Failure:
+    return Failure.of(invalid(f"{place}: {reason}"))
+
+
+@dataclass(slots=True)
+class Summary:
+    """What reading one piece found."""
+
+    rows: int = 0
+    invalid: int = 0
+    answered: int = 0  # skipped: the ledger has them
+    kinds: ColumnKinds = field(default_factory=ColumnKinds)  # of JSON columns; Parquet has types of its own
+    params: set[str] = field(default_factory=set)  # generation parameters that rows set for themselves
+
+
+def read_piece(
+    piece: Piece, interpreter: Interpreter, done: Index, fail_on_bad_input: bool, summary: Summary
+) -> Iterator[pa.Table]:
+    """Tables of the rows of `piece` that are still to be asked; fills `summary` on the way."""
+    for items in interpreter.read(piece):
+        summary.rows += len(items)
+        if piece.chunk.kind != "parquet":
+            summary.kinds.add([item.row.columns for item in items if item.row.columns is not None])
+        good = [item for item in items if item.failure is None]
+        if len(good) < len(items):
+            summary.invalid += len(items) - len(good)
+            if fail_on_bad_input:
+                first = next(item.failure for item in items if item.failure is not None)
+                raise ConfigError(f"{first.message} (dataset.on_bad_input=quarantine would go on)")
+        for item in good:
+            if item.parsed is not None and item.parsed.generation:
+                summary.params.update(item.parsed.generation)
+        wanted = np.flatnonzero(done.find([item.key or b"" for item in good]) < 0)
+        summary.answered += len(good) - len(wanted)
+        if len(wanted):
+            yield _table([good[at] for at in wanted])
+
+
+def _table(items: list[Item]) -> pa.Table:
+    return pa.Table.from_arrays(
+        [
+            pa.array([item.key for item in items], pa.binary(32)),
+            pa.array([item.id for item in items], pa.string()),
+            pa.array([_request(item.parsed) for item in items if item.parsed], pa.binary()),
+        ],
+        schema=ROWS_SCHEMA,
+    )
+
+
+def _request(parsed: Parsed) -> bytes:
+    request: dict[str, Any] = {"messages": parsed.messages}
+    for name in ("generation", "model", "adapter"):
+        if value := getattr(parsed, name):
+            request[name] = value
+    return dumps(request)
+
+
+def dataset_of(
+    pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on_bad_input: bool, report: Any
+) -> Any:
+    """A Ray Dataset of the rows to ask. `done` is a reference to an `Index`; `report(number, summary)` a remote method."""
+    import ray
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    def task(piece: Piece) -> ReadTask:
+        def read() -> Iterator[pa.Table]:
+            summary = Summary()
+            yield ROWS_SCHEMA.empty_table()
+            yield from read_piece(piece, interpreter, ray.get(done), fail_on_bad_input, summary)
+            ray.get(report.remote(piece.number, summary))
+
+        return ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None))
+
+    class Conversations(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+            return [task(piece) for piece in pieces]
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    # Small blocks: the first rows arrive while a file is still being read.
+    context.target_max_block_size = 2 << 20
+    context.target_min_block_size = 1
+    # A provider that is down for an hour must not end the run from inside Ray Data.
+    if hasattr(context, "execution_no_progress_timeout_s"):
+        context.execution_no_progress_timeout_s = -1
+    return ray.data.read_datasource(
+        Conversations(),
+        override_num_blocks=max(1, len(pieces)),
+        # A fraction, so that reading goes on beside workers also with one logical CPU.
+        ray_remote_args={"num_cpus": 0.25, "max_retries": 3},
+    )
+
+
+@dataclass(slots=True)
+class Lease:
+    """Rows lent to one worker until it reports them durable, or dies."""
+
+    number: int
+    keys: list[bytes]
+    ids: list[str]
+    requests: list[bytes]
+    alone: bool = False  # a suspect: nothing else may be in the engine beside it
+    deaths: int = 0  # engine processes that died with these rows in them
+    convicted: str | None = None  # not to be asked at all: why
+    last: bool = False  # the feed has nothing more at the moment
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(slots=True)
+class _Rows:
+    keys: list[bytes]
+    ids: list[str]
+    requests: list[bytes]
+
+    def take(self, n: int) -> _Rows:
+        head = _Rows(self.keys[:n], self.ids[:n], self.requests[:n])
+        self.keys, self.ids, self.requests = self.keys[n:], self.ids[n:], self.requests[n:]
+        return head
+
+
+LEASED, COMPLETED, DURABLE = 0, 1, 2
+
+
+@dataclass(slots=True)
+class _Out:
+    """A lease as its dispatcher sees it."""
+
+    rows: _Rows
+    states: bytearray  # LEASED, COMPLETED or DURABLE for each row
+    durable: int = 0
+
+
+@dataclass(slots=True)
+class Status:
+    """How the run stands; rows."""
+
+    read: int = 0
+    invalid: int = 0
+    answered: int = 0  # by earlier runs
+    duplicates: int = 0  # held back, because an equal request is asked already
+    done: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    workers: int = 0  # that have asked for rows and not left
+    crashes: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # failures by type
+    first_errors: dict[str, str] = field(default_factory=dict)  # an example of each type
+    fed: bool = False  # everything is read
+    finished: bool = False
+    bug: str | None = None  # why the feed broke
+
+
+class Dispatcher:
+    """The actor between the feed and the workers. Its methods are short, so that one serves hundreds of workers."""
+
+    def __init__(self, pieces: list[Piece], interpreter: Interpreter, done: list[Any], fail_on_bad_input: bool) -> None:
+        self.pieces, self.interpreter, self.done = pieces, interpreter, done[0]
+        self.fail_on_bad_input = fail_on_bad_input
+        self.ready: deque[_Rows] = deque()
+        self.ready_rows = 0
+        self.suspects: deque[_Rows] = deque()
+        self.crashes: Counter[bytes] = Counter()
+        self.crash_reason = ""
+        self.leases: dict[str, dict[int, _Out]] = {}
+        self.next_lease = 0
+        self.summaries: dict[int, Summary] = {}
+        self.status_ = Status()
+        self.stopping = False
+        self.changed = asyncio.Condition()
+        self.room = threading.Event()
+        self.room.set()
+
+    async def start(self, report: Any, buffer_rows: int) -> None:
+        """Starts reading. `report` is this actor's own method of that name."""
+        self.buffer_rows = buffer_rows
+        loop = asyncio.get_running_loop()
+        seen = SeenKeys()
+
+        def feed() -> None:
+            failure = None
+            try:
+                dataset = dataset_of(self.pieces, self.interpreter, self.done, self.fail_on_bad_input, report)
+                for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+                    if not len(table):
+                        continue
+                    fresh = table.filter(pa.array(seen.add(table["key"])))
+                    rows = _Rows(*(fresh[name].to_pylist() for name in ROWS_SCHEMA.names))
+                    asyncio.run_coroutine_threadsafe(self._add(rows, len(table) - len(fresh)), loop).result()
+                    self.room.wait()
+                    if self.stopping:
+                        break
+            except Exception as error:  # said to the driver, which ends the run with it
+                failure = error
+            asyncio.run_coroutine_threadsafe(self._fed(failure), loop).result()
+
+        threading.Thread(target=feed, name="feed", daemon=True).start()
+
+    async def _add(self, rows: _Rows, duplicates: int) -> None:
+        self.status_.duplicates += duplicates
+        if rows.keys:
+            self.ready.append(rows)
+            self.ready_rows += len(rows.keys)
+            if self.ready_rows >= self.buffer_rows:
+                self.room.clear()
+        await self._notify()
+
+    async def _fed(self, failure: Exception | None) -> None:
+        self.status_.fed = True
+        if failure is not None:
+            self.stopping = True
+            cause = getattr(failure, "cause", None) or failure
+            while getattr(cause, "cause", None) is not None:
+                cause = cause.cause
+            self.status_.bug = f"{type(cause).__name__}: {cause}"
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def report(self, number: int, summary: Summary) -> None:
+        """A read task's account of its piece. Sent again when the task was, so it replaces."""
+        self.summaries[number] = summary
+
+    async def take_summaries(self) -> dict[int, Summary]:
+        return self.summaries
+
+    async def pull(self, worker: str, want: int, held: int, completed: list[tuple[int, list[int]]]) -> Lease | None:
+        """Up to `want` rows for `worker`, which still holds `held`; None when the run is over for it.
+
+        `completed` are the (lease, rows) that came out of its engine since the last call. Waits while there is
+        nothing, up to a second, then answers with an empty lease.
+        """
+        mine = self.leases.setdefault(worker, {})
+        for number, offsets in completed:
+            out = mine.get(number)
+            if out is not None:
+                for at in offsets:
+                    out.states[at] = max(out.states[at], COMPLETED)
+        deadline = asyncio.get_running_loop().time() + 1.0
+        while True:
+            if self.stopping:
+                return None
+            if held == 0 and self.suspects:
+                return self._suspect(mine)
+            if self.ready:
+                return self._lease(mine, want)
+            if self._over():
+                return None
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                return Lease(-1, [], [], [], last=self.status_.fed)
+            async with self.changed:
+                try:
+                    await asyncio.wait_for(self.changed.wait(), left)
+                except TimeoutError:
+                    pass
+
+    def _lease(self, mine: dict[int, _Out], want: int) -> Lease:
+        head = self.ready[0]
+        rows = head.take(want)
+        if not head.keys:
+            self.ready.popleft()
+        self.ready_rows -= len(rows.keys)
+        if self.ready_rows < self.buffer_rows:
+            self.room.set()
+        return self._lend(mine, rows, last=self.status_.fed and not self.ready)
+
+    def _suspect(self, mine: dict[int, _Out]) -> Lease:
+        rows = self.suspects.popleft()
+        lease = self._lend(mine, rows, last=self.status_.fed and not self.ready and not self.suspects)
+        deaths = self.crashes[rows.keys[0]]
+        lease.alone, lease.deaths = True, deaths
+        if deaths >= CRASHES_TO_CONVICT:
+            lease.convicted = f"the engine's process died {deaths} times with this row in it ({self.crash_reason})"
+        return lease
+
+    def _lend(self, mine: dict[int, _Out], rows: _Rows, last: bool) -> Lease:
+        self.next_lease += 1
+        mine[self.next_lease] = _Out(rows, bytearray(len(rows.keys)))
+        return Lease(self.next_lease, rows.keys, rows.ids, rows.requests, last=last)
+
+    async def commit(self, worker: str, durable: list[tuple[int, list[int]]], counts: Status) -> None:
+        """`worker` has made these rows durable; `counts` adds to the run's figures."""
+        mine = self.leases.get(worker, {})
+        for number, offsets in durable:
+            out = mine.get(number)
+            if out is None:
+                continue
+            for at in offsets:
+                out.durable += out.states[at] != DURABLE
+                out.states[at] = DURABLE
+            if out.durable == len(out.states):
+                del mine[number]
+        status = self.status_
+        status.done += counts.done
+        status.failed += counts.failed
+        status.input_tokens += counts.input_tokens
+        status.output_tokens += counts.output_tokens
+        status.errors.update(counts.errors)
+        status.first_errors = {**counts.first_errors, **status.first_errors}
+        await self._notify()
+
+    async def leave(self, worker: str, crash: str | None = None) -> None:
+        """`worker` is gone; what it held goes to others. `crash` tells how its process died, if it did.
+
+        Rows that were in its engine then are suspects: tried alone, and convicted after the second death.
+        """
+        for out in self.leases.pop(worker, {}).values():
+            rows, back = out.rows, _Rows([], [], [])
+            for at, state in enumerate(out.states):
+                if state == DURABLE:
+                    continue
+                one = (rows.keys[at], rows.ids[at], rows.requests[at])
+                if crash is not None and state == LEASED:
+                    self.crashes[rows.keys[at]] += 1
+                    self.suspects.append(_Rows(*([value] for value in one)))  # type: ignore[arg-type]
+                    continue
+                back.keys.append(one[0])
+                back.ids.append(one[1])
+                back.requests.append(one[2])
+            if back.keys:
+                self.ready.appendleft(back)
+                self.ready_rows += len(back.keys)
+        if crash is not None:
+            self.crash_reason = crash
+            self.status_.crashes += 1
+        await self._notify()
+
+    async def stop(self) -> None:
+        """Leases nothing more; workers finish what they have in flight."""
+        self.stopping = True
+        self.room.set()
+        await self._notify()
+
+    def _over(self) -> bool:
+        return self.status_.fed and not self.ready and not self.suspects and not any(self.leases.values())
+
+    async def status(self) -> Status:
+        status = self.status_
+        found: Iterable[Summary] = self.summaries.values()
+        status.read = sum(s.rows for s in found)
+        status.invalid = sum(s.invalid for s in found)
+        status.answered = sum(s.answered for s in found)
+        status.in_flight = sum(out.states.count(LEASED) for mine in self.leases.values() for out in mine.values())
+        status.workers = len(self.leases)
+        status.finished = self._over() or self.stopping
+        return status

@@ -1,0 +1,325 @@
+"""From segments to the final output: every input row once, in input order, in one schema.
+
+Each job is one Ray task, which reads its piece of the input again (the input's own columns never travel through the
+workers) and looks every row's key up in the ledger. Killed at any point, it is simply done again; what commits the
+whole is the manifest, written last by the caller.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engines.types import Completion, Failure, answer
+from pipeline.config import OutputConfig
+from pipeline.feed import Interpreter, Item, Piece, Summary
+from pipeline.formats import passthrough_names
+from pipeline.fs import resolve, write_atomic
+from pipeline.ledger import COMPLETION_FIELDS, ERROR, Index, completion_columns, read_segment
+from pipeline.lossless import dumps, loads
+from pipeline.schema import ColumnKinds, common_type, to_array, type_of
+from pipeline.source import parquet_schema, read_table
+from pipeline.styles import STYLES
+
+ROWS_PER_PART = 32_768
+DATA, ERRORS = "data", "errors"
+
+# Columns that are there only where some row sets the parameter they come from.
+OPTIONAL = {"choices": "n", "logprobs": "logprobs"}
+# Columns of ours that hold JSON text.
+JSON_TEXT = ("messages", "tool_calls", "choices", "logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One of the input's own columns. `name` is its name in data/, None where a column of ours holds it already;
+    `type` None stands for JSON text."""
+
+    source: str
+    name: str | None
+    type: pa.DataType | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Whole pieces that lie together, and the part files they become. `index` is the first row's in the whole input."""
+
+    pieces: list[Piece]
+    rows: int
+    index: int
+    first_part: int
+    parts: int
+
+
+@dataclass(slots=True)
+class JobResult:
+    rows: int = 0
+    failed: int = 0
+    missing: int = 0  # rows that no segment answers: the run is not over
+    errors: Counter[str] = field(default_factory=Counter)
+    used: list[npt.NDArray[np.uint32]] = field(default_factory=list)  # positions in the index
+    files: dict[str, int] = field(default_factory=dict)  # path below the output -> rows
+
+
+def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_per_part: int = ROWS_PER_PART) -> list[Job]:
+    """Groups the pieces, in order, into jobs of about a part or more; a large piece becomes several parts."""
+    jobs: list[Job] = []
+    group: list[Piece] = []
+    rows = index = part = 0
+    for at, piece in enumerate(pieces):
+        group.append(piece)
+        rows += summaries[piece.number].rows
+        if rows >= rows_per_part or (at + 1 == len(pieces) and (rows or not jobs)):
+            parts = max(1, -(-rows // rows_per_part))
+            jobs.append(Job(group, rows, index, part, parts))
+            index, part = index + rows, part + parts
+            group, rows = [], 0
+    return jobs
+
+
+def plan_columns(pieces: Sequence[Piece], summaries: Mapping[int, Summary], interpreter: Interpreter) -> list[Column]:
+    """The input's own columns with one type each over all files, in the order they first appear."""
+    types: dict[str, pa.DataType | None] = {}
+    kinds = ColumnKinds()
+    files: set[str] = set()
+    for piece in pieces:
+        if piece.chunk.kind != "parquet":
+            kinds.merge(summaries[piece.number].kinds)
+        elif piece.chunk.file not in files:
+            files.add(piece.chunk.file)
+            for column in parquet_schema(piece.chunk):
+                types[column.name] = common_type(types.get(column.name, column.type), column.type)
+    for name, bits in kinds.bits.items():
+        types[name] = common_type(types.get(name, type_of(bits)), type_of(bits))
+    names = passthrough_names(types, interpreter.parser)
+    return [Column(source, names.get(source), type) for source, type in types.items()]
+
+
+def output_schema(columns: Sequence[Column], optional: Sequence[str]) -> pa.Schema:
+    """`id`, `index`, the input's own columns, then what the engine gave."""
+    own = [pa.field(c.name, c.type or pa.string()) for c in columns if c.name is not None]
+    first, *rest = [pa.field(n, t) for n, t in COMPLETION_FIELDS if n not in OPTIONAL or n in optional]
+    return pa.schema([("id", pa.string()), ("index", pa.int64()), *own, first, ("messages", pa.string()), *rest])
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Input rows on their way into one part file."""
+
+    ids: list[str] = field(default_factory=list)
+    keys: list[bytes | None] = field(default_factory=list)
+    messages: list[bytes | None] = field(default_factory=list)
+    failures: list[Failure | None] = field(default_factory=list)
+    raw: list[bytes | None] = field(default_factory=list)
+    values: list[Mapping[str, Any]] = field(default_factory=list)  # the columns as Python values
+    own: list[pa.Table] = field(default_factory=list)  # the columns as Arrow, all of them
+
+    def add(self, items: Sequence[Item], own: pa.Table) -> None:
+        self.own.append(own)
+        for item in items:
+            self.ids.append(item.id)
+            self.keys.append(item.key)
+            self.messages.append(dumps(item.parsed.messages) if item.parsed else None)
+            self.failures.append(item.failure)
+            self.raw.append(item.row.raw)
+            self.values.append(item.row.columns or {})
+
+
+class PartWriter:
+    """Does jobs: reads, looks up, writes."""
+
+    def __init__(
+        self, interpreter: Interpreter, index: Index, columns: list[Column], optional: Sequence[str], output: OutputConfig
+    ) -> None:
+        self.interpreter, self.index, self.columns, self.output = interpreter, index, columns, output
+        self.schema = output_schema(columns, optional)
+        self.own_schema = pa.schema([(c.source, c.type or pa.string()) for c in columns])
+        self.fs, self.root = resolve(output.path)
+
+    def run(self, job: Job) -> JobResult:
+        """Writes the job's `data/part-N` files and, where rows failed, `errors/part-N`; stops at a missing row."""
+        result = JobResult()
+        size = -(-job.rows // job.parts)
+        part, index, rows = job.first_part, job.index, _Rows()
+        for items, own in self._read(job.pieces):
+            while items:
+                room = size - len(rows.ids)
+                rows.add(items[:room], own.slice(0, room))
+                items, own = items[room:], own.slice(room)
+                if len(rows.ids) == size:
+                    self._write(part, index, rows, result)
+                    if result.missing:
+                        return result
+                    part, index, rows = part + 1, index + size, _Rows()
+        if rows.ids or not result.files:
+            self._write(part, index, rows, result)
+        return result
+
+    def _read(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[Item], pa.Table]]:
+        """Items with their columns as Arrow: taken as they are from Parquet, built from the values otherwise."""
+        for piece in pieces:
+            batches = read_table(piece.chunk) if piece.chunk.kind == "parquet" else iter(())
+            for items in self.interpreter.read(piece):
+                batch = next(batches, None)
+                if batch is not None and batch.num_rows >= len(items):
+                    yield items, self._conform(batch.slice(0, len(items)))
+                else:
+                    values = [item.row.columns or {} for item in items]
+                    yield items, self._build(values)
+
+    def _conform(self, batch: pa.RecordBatch) -> pa.Table:
+        columns = []
+        for column in self.columns:
+            if column.source not in batch.schema.names:
+                columns.append(pa.nulls(batch.num_rows, column.type or pa.string()))
+            elif column.type is None:
+                columns.append(to_array(batch[column.source].to_pylist(), None))
+            else:
+                columns.append(batch[column.source].cast(column.type))
+        return pa.Table.from_arrays(columns, schema=self.own_schema)
+
+    def _build(self, values: Sequence[Mapping[str, Any]]) -> pa.Table:
+        columns = [to_array([row.get(c.source) for row in values], c.type) for c in self.columns]
+        return pa.Table.from_arrays(columns, schema=self.own_schema)
+
+    def _write(self, part: int, index: int, rows: _Rows, result: JobResult) -> None:
+        at = np.full(len(rows.ids), -1, np.int64)
+        keyed = np.array([key is not None for key in rows.keys], np.bool_)
+        at[keyed] = self.index.find([key for key in rows.keys if key is not None])
+        result.missing += int((keyed & (at < 0)).sum())
+        if result.missing:
+            return
+        completions = self._completions(rows, at)
+        failed = np.asarray(completions["error"].is_valid())
+        result.rows += len(rows.ids)
+        result.failed += int(failed.sum())
+        result.errors.update(error["type"] for error in completions["error"].drop_null().to_pylist())
+        result.used.append(at[at >= 0].astype(np.uint32))
+        own = pa.concat_tables(rows.own) if rows.own else self.own_schema.empty_table()
+        name = f"part-{part:05d}.{self.output.format}"
+        self._save(f"{DATA}/{name}", self._data(rows, own, completions, index), rows.values, result)
+        if failed.any():
+            wrong = np.flatnonzero(failed)
+            self._save(f"{ERRORS}/{name}", self._errors(rows, own, completions, wrong), [], result)
+
+    def _completions(self, rows: _Rows, at: npt.NDArray[np.int64]) -> pa.Table:
+        """What came back for each row, in the rows' order; every segment is read once."""
+        names = [name for name, _ in COMPLETION_FIELDS]
+        tables: list[pa.Table] = []
+        order: list[npt.NDArray[np.int64]] = []
+        answered = np.flatnonzero(at >= 0)
+        segments = self.index.segment[at[answered]]
+        for segment in np.unique(segments):
+            mine = answered[segments == segment]
+            table = read_segment(self.fs, self.index.paths[segment])
+            tables.append(table.select(names).take(pa.array(self.index.row[at[mine]])))
+            order.append(mine)
+        unasked = np.flatnonzero(at < 0)
+        if len(unasked) or not tables:
+            failures = [Completion(error=rows.failures[row], attempts=0) for row in unasked]
+            tables.append(pa.Table.from_arrays(completion_columns(failures), names=names))
+            order.append(unasked)
+        back = np.argsort(np.concatenate(order), kind="stable")
+        return pa.concat_tables(tables).take(pa.array(back))
+
+    def _data(self, rows: _Rows, own: pa.Table, completions: pa.Table, index: int) -> pa.Table:
+        columns: dict[str, Any] = {
+            "id": pa.array(rows.ids, pa.string()),
+            "index": pa.array(np.arange(index, index + len(rows.ids))),
+            "messages": pa.array(
+                [
+                    _with_answer(messages, text, calls, error is None)
+                    for messages, text, calls, error in zip(
+                        rows.messages,
+                        completions["response"].to_pylist(),
+                        completions["tool_calls"].to_pylist(),
+                        completions["error"].to_pylist(),
+                        strict=True,
+                    )
+                ],
+                pa.string(),
+            ),
+        }
+        columns.update({c.name: own[c.source] for c in self.columns if c.name is not None})
+        columns.update({name: completions[name] for name in completions.column_names if name in self.schema.names})
+        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+
+    def _errors(self, rows: _Rows, own: pa.Table, completions: pa.Table, wrong: npt.NDArray[np.intp]) -> pa.Table:
+        """The failed rows as they came, under their own names, so that they can be run again; and why they failed."""
+        take = pa.array(wrong)
+        columns: dict[str, Any] = {}
+        if "id" not in own.column_names:
+            columns["id"] = pa.array([rows.ids[row] for row in wrong], pa.string())
+        for name in own.column_names:
+            columns["input_error" if name == "error" else name] = own[name].take(take)
+        if any(rows.raw[row] is not None for row in wrong):
+            columns["raw"] = pa.array([(rows.raw[row] or b"").decode("utf-8", "backslashreplace") or None for row in wrong])
+        columns["error"] = completions["error"].take(take).cast(ERROR)
+        return pa.table(columns)
+
+    def _save(self, path: str, table: pa.Table, values: Sequence[Mapping[str, Any]], result: JobResult) -> None:
+        if self.output.format == "jsonl":
+            data = self._lines(path, table, values)
+        else:
+            sink = io.BytesIO()
+            pq.write_table(table, sink, compression="zstd")
+            data = sink.getvalue()
+        write_atomic(self.fs, f"{self.root}/{path}", data)
+        result.files[path] = len(table)
+
+    def _lines(self, path: str, table: pa.Table, values: Sequence[Mapping[str, Any]]) -> bytes:
+        """JSON lines; JSON text becomes JSON again, and the input's own values are written as they came."""
+        own = {c.name: c.source for c in self.columns if c.name is not None} if values else {}
+        in_json = {*JSON_TEXT, *(c.source for c in self.columns if c.type is None)} if not values else {*JSON_TEXT}
+        style = STYLES[self.output.style if path.startswith(DATA) else "eagleray"]
+        lines = []
+        for at, row in enumerate(table.to_pylist()):
+            for name in row:
+                if name in own:
+                    row[name] = values[at].get(own[name])
+                elif name in in_json and isinstance(row[name], str):
+                    row[name] = _embedded(row[name])
+            lines.append(_line(style(row)))
+        return b"".join(lines)
+
+
+def _with_answer(messages: bytes | None, text: str | None, calls: str | None, answered: bool) -> bytes | None:
+    if messages is None or not answered:
+        return messages
+    reply = dumps(answer(text, orjson.loads(calls) if calls else None))
+    return messages[:-1] + b"," + reply + b"]"
+
+
+def _embedded(text: str) -> Any:
+    try:
+        return loads(text.encode())
+    except ValueError:  # the input's own column of that name held other text
+        return text
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # an integer beyond 64 bits
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=_plain).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no bytes and no exact decimals; both become text."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Decimal):
+        return str(value)
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -1,0 +1,390 @@
+"""The whole run on one page: list, skip what is done, ask the rest, put the output together, commit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow.fs as pafs
+from rich.console import Console
+
+from engines.types import ConfigError, EaglerayError
+from pipeline.config import Config
+from pipeline.crew import Crew, Stopped
+from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
+from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, plan_columns, plan_jobs
+from pipeline.formats import RowParser
+from pipeline.fs import exists, resolve, write_atomic
+from pipeline.keys import Keyer
+from pipeline.ledger import SEGMENTS, Index, read_index
+from pipeline.lock import run_lock
+from pipeline.lossless import canonical
+from pipeline.progress import RunProgress
+from pipeline.source import list_chunks, read_chunk
+from pipeline.worker import Worker, WorkerConfig
+
+log = logging.getLogger("eagleray")
+
+MANIFEST = "manifest.json"
+OK, BUG, WRONG, WITH_FAILURES, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+# Rows that an engine crash or a 64-bit collision left out are asked in another pass; more passes mean a bug.
+MAX_PASSES = 5
+# `max_error_rate` says nothing about the first few rows.
+RATE_NEEDS_ROWS = 100
+
+
+class Interrupted(EaglerayError):
+    """Ctrl-C or SIGTERM (exit status 130); the same command resumes."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run came to."""
+
+    exit_status: int
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def run(config: Config, console: Console) -> Outcome:
+    """Runs the main job. Raises `ConfigError`, `Stopped` or `Interrupted`; any other exception is a bug."""
+    config.check()
+    fs, root = resolve(str(config.output.path))
+    interpreter = Interpreter(
+        RowParser(config.dataset.format, config.dataset.columns, config.dataset.template),
+        Keyer(config.engine, config.params()),
+        config.dataset.max_row_bytes,
+    )
+    if config.run.dry_run:
+        return _dry_run(config, fs, root, interpreter, console)
+    with run_lock(fs, root), _signals() as interrupts:
+        if not config.run.resume:
+            _remove(fs, root)
+        started = time.time()
+        with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
+            planned = planner.submit(_plan, config, fs, root, console)
+            _connect()
+            pieces, index = planned.result()
+        asked = Status()
+        known = index.only(failed_too=not config.run.retry_failed)
+        for _ in range(MAX_PASSES):
+            status, summaries = _ask(config, pieces, interpreter, known, interrupts, console)
+            asked.done += status.done
+            asked.failed += status.failed
+            asked.crashes += status.crashes
+            index = read_index(fs, root)
+            if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces)) is not None:
+                console.print("Nothing new to ask: the output is up to date.", highlight=False)
+                return Outcome(_exit_status(manifest), manifest)
+            result = _finalize(config, fs, root, pieces, summaries, interpreter, index, console)
+            if not result.missing:
+                break
+            console.print(f"{result.missing:,} rows have no answer yet; asking them.", highlight=False)
+            known = index.only(failed_too=True)
+        else:
+            raise RuntimeError(f"rows are still missing after {MAX_PASSES} passes; please report this")
+        manifest = _manifest(config, pieces, fs, summaries, result, index, asked, started)
+        _drop_stale(fs, root, result)
+        write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        return Outcome(_exit_status(manifest), manifest)
+
+
+def _exit_status(manifest: dict[str, Any]) -> int:
+    return WITH_FAILURES if manifest["rows"]["failed"] else OK
+
+
+# -- before -----------------------------------------------------------------------------------------------------------
+
+
+def _plan(config: Config, fs: pafs.FileSystem, root: str, console: Console) -> tuple[list[Piece], Index]:
+    """The pieces of the input, and what the ledger already has."""
+    pieces = _pieces(config, console)
+    index = read_index(fs, root)
+    for path in index.torn:
+        console.print(f"[yellow]{path} cannot be read; its rows are asked again.[/]", highlight=False)
+    return pieces, index
+
+
+def _pieces(config: Config, console: Console) -> list[Piece]:
+    dataset = config.dataset
+    chunks = list_chunks(dataset.path, chunk_bytes=dataset.chunk_bytes, on_bad_input=dataset.on_bad_input)
+    for chunk in chunks:
+        if chunk.kind == "bad":
+            console.print(f"[yellow]{chunk.name}: {chunk.reason}; it becomes one error row.[/]", highlight=False)
+    pieces = []
+    left = dataset.limit
+    for chunk in chunks:
+        if left is None:
+            pieces.append(Piece(len(pieces), chunk))
+        elif left > 0:
+            rows = 0
+            for batch in read_chunk(chunk, max_row_bytes=dataset.max_row_bytes):
+                rows += len(batch)
+                if rows >= left:
+                    break
+            pieces.append(Piece(len(pieces), chunk, min(rows, left)))
+            left -= min(rows, left)
+    return pieces
+
+
+def _remove(fs: pafs.FileSystem, root: str) -> None:
+    """Clears what earlier runs left: the manifest first, so that nobody takes the rest for whole."""
+    if exists(fs, f"{root}/{MANIFEST}"):
+        fs.delete_file(f"{root}/{MANIFEST}")
+    for folder in (DATA, ERRORS, SEGMENTS):
+        for info in fs.get_file_info(pafs.FileSelector(f"{root}/{folder}", allow_not_found=True)):
+            if info.is_file and not info.base_name.endswith((".lock", "_lock.json")):
+                fs.delete_file(info.path)
+
+
+def _connect() -> None:
+    """Joins the cluster of RAY_ADDRESS, or starts Ray on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, **quiet)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM instead of dying of them; the second one kills."""
+    seen: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            os._exit(INTERRUPTED)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+
+
+def _ask(
+    config: Config, pieces: list[Piece], interpreter: Interpreter, known: Index, interrupts: list[int], console: Console
+) -> tuple[Status, dict[int, Summary]]:
+    """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
+    import ray
+
+    fail = config.dataset.on_bad_input == "fail"
+    # In a list, so that the reference itself arrives: only the read tasks look into it.
+    done = [ray.put(known)]
+    dispatcher = ray.remote(Dispatcher).options(num_cpus=0).remote(pieces, interpreter, done, fail)
+    worker = WorkerConfig(
+        engine=config.engine,
+        generation=config.params(),
+        output_path=str(config.output.path),
+        flush_s=config.run.flush_s,
+        drain_s=config.run.drain_s,
+        cpus=config.hardware.cpus,
+    )
+    crew = Crew(ray.remote(Worker), worker, config.hardware, dispatcher, config.run.max_engine_deaths)
+    ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
+    draining = False
+    try:
+        crew.start()
+        with RunProgress(console, config.run.progress_s) as progress:
+            while True:
+                status: Status = ray.get(dispatcher.status.remote())
+                progress.show(status)
+                crew.tend(status)
+                reason = _why_stop(config, status)
+                if (interrupts or reason) and not draining:
+                    draining = True
+                    why = reason or "Interrupted"
+                    console.print(f"[yellow]{why}: finishing {status.in_flight} rows in flight.[/]", highlight=False)
+                    ray.get(dispatcher.stop.remote())
+                if status.finished and not status.workers:
+                    break
+                time.sleep(0.05 if status.finished else 0.2)
+        status = ray.get(dispatcher.status.remote())
+        summaries = ray.get(dispatcher.take_summaries.remote())
+    finally:
+        crew.dismiss()
+        ray.kill(dispatcher)
+    if status.bug is not None:
+        raise status.bug if isinstance(status.bug, ConfigError) else Stopped(f"reading the input failed: {status.bug}")
+    if draining:
+        if interrupts:
+            raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
+        raise Stopped(f"{reason}; everything finished is kept, the same command goes on from here")
+    return status, summaries
+
+
+def _why_stop(config: Config, status: Status) -> str | None:
+    """The reason to stop early, or None."""
+    failed, finished = status.failed + status.invalid, status.done + status.failed + status.invalid
+    example = next(iter(status.first_errors.values()), "")
+    if status.errors["auth"] and not status.done:
+        return f"the provider refuses the key ({status.first_errors['auth']})"
+    if config.run.max_errors is not None and failed >= config.run.max_errors:
+        return f"{failed} rows failed, run.max_errors is {config.run.max_errors} (one of them: {example})"
+    rate = config.run.max_error_rate
+    if rate is not None and finished >= RATE_NEEDS_ROWS and failed > rate * finished:
+        return f"{failed} of {finished} rows failed, run.max_error_rate is {rate} (one of them: {example})"
+    return None
+
+
+# -- after ------------------------------------------------------------------------------------------------------------
+
+
+def _finalize(
+    config: Config,
+    fs: pafs.FileSystem,
+    root: str,
+    pieces: list[Piece],
+    summaries: dict[int, Summary],
+    interpreter: Interpreter,
+    index: Index,
+    console: Console,
+) -> JobResult:
+    """Writes data/ and errors/ on all nodes at once."""
+    import ray
+
+    if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
+        fs.delete_file(f"{root}/{MANIFEST}")
+    columns = plan_columns(pieces, summaries, interpreter)
+    params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
+    optional = [name for name, param in OPTIONAL.items() if param in params]
+    writer = ray.put(PartWriter(interpreter, index, columns, optional, config.output))
+    do = ray.remote(num_cpus=1, max_retries=3)(_do_job)
+    waiting = [do.remote(writer, job) for job in plan_jobs(pieces, summaries)]
+    total = JobResult()
+    with console.status("putting the output together"):
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            for ref in done:
+                result: JobResult = ray.get(ref)
+                total.rows += result.rows
+                total.failed += result.failed
+                total.missing += result.missing
+                total.errors.update(result.errors)
+                total.used += result.used
+                total.files.update(result.files)
+    return total
+
+
+def _do_job(writer: PartWriter, job: Any) -> JobResult:
+    return writer.run(job)
+
+
+def _drop_stale(fs: pafs.FileSystem, root: str, result: JobResult) -> None:
+    """Removes what an earlier, longer run or a killed writer left beside the output."""
+    for folder in (DATA, ERRORS):
+        for info in fs.get_file_info(pafs.FileSelector(f"{root}/{folder}", allow_not_found=True)):
+            if info.is_file and f"{folder}/{info.base_name}" not in result.files:
+                fs.delete_file(info.path)
+
+
+def _manifest(
+    config: Config,
+    pieces: list[Piece],
+    fs: pafs.FileSystem,
+    summaries: dict[int, Summary],
+    result: JobResult,
+    index: Index,
+    asked: Status,
+    started: float,
+) -> dict[str, Any]:
+    used = np.zeros(len(index), np.bool_)
+    for positions in result.used:
+        used[positions] = True
+    tokens = index.tokens[used].sum(axis=0, dtype=np.int64) if len(index) else np.zeros(3, np.int64)
+    price = config.engine.price
+    cached = price.cached_input if price.cached_input is not None else price.input
+    cost = (int(tokens[0] - tokens[1]) * price.input + int(tokens[1]) * cached + int(tokens[2]) * price.output) / 1e6
+    return {
+        "status": "complete",
+        "rows": {
+            "total": result.rows,
+            "done": result.rows - result.failed,
+            "failed": result.failed,
+            "invalid": sum(s.invalid for s in summaries.values()),
+            "requests": int(used.sum()),  # distinct ones; equal deterministic requests are asked once
+        },
+        "errors": dict(result.errors),
+        "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
+        "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
+        "cost_usd": cost,
+        "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
+        "config": asdict(config),
+        "input": _fingerprint(config, pieces),
+        "files": dict(sorted(result.files.items())),
+        "versions": _versions(),
+        "started_at": started,
+        "finished_at": time.time(),
+    }
+
+
+def _fingerprint(config: Config, pieces: list[Piece]) -> dict[str, Any]:
+    """The input files as they are now, and a digest over them and all that shapes the output."""
+    files = []
+    for name in dict.fromkeys(piece.chunk.file for piece in pieces):
+        fs, path = resolve(name)
+        info = fs.get_file_info(path)
+        files.append({"path": name, "bytes": info.size, "modified_ns": info.mtime_ns})
+    shape = [files, asdict(config.dataset), asdict(config.output), config.engine.identity(), config.params().given()]
+    return {"files": files, "digest": hashlib.sha256(canonical(shape)).hexdigest()}
+
+
+def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piece]) -> dict[str, Any] | None:
+    """The manifest, where it stands for exactly this input and configuration and its files are all there."""
+    try:
+        with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
+            manifest: dict[str, Any] = orjson.loads(stream.read())
+        same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
+        return manifest if same and all(exists(fs, f"{root}/{name}") for name in manifest["files"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("eagleray", "ray", "pyarrow", "llama-cpp-python", "transformers", "torch", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _dry_run(config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, console: Console) -> Outcome:
+    """Reads and checks everything in this process; starts no Ray and writes nothing."""
+    pieces, index = _plan(config, fs, root, console)
+    known = index.only(failed_too=not config.run.retry_failed)
+    rows = bad = answered = asked = 0
+    keys: set[bytes] = set()
+    for piece in pieces:
+        summary = Summary()
+        for table in read_piece(piece, interpreter, known, config.dataset.on_bad_input == "fail", summary):
+            asked += len(table)
+            keys.update(key[:8] for key in table["key"].to_pylist())
+        rows, bad, answered = rows + summary.rows, bad + summary.invalid, answered + summary.answered
+    console.print(
+        f"{rows:,} rows in {len({p.chunk.file for p in pieces}):,} files: {len(keys):,} requests to ask, "
+        f"{asked - len(keys):,} duplicates, {answered:,} already answered, {bad:,} cannot be read.",
+        highlight=False,
+    )
+    return Outcome(WITH_FAILURES if bad else OK)

@@ -1,0 +1,197 @@
+"""The actor around an engine: pulls leased rows, admits them one by one as slots free up, commits what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from engines.base import Engine, EngineConfig, load_engine
+from engines.types import Completion, EngineError, Failure, GenerationParams, Request
+from pipeline.feed import Lease, Status
+from pipeline.fs import resolve
+from pipeline.ledger import Record, write_segment
+from pipeline.lossless import loads
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    engine: EngineConfig
+    generation: GenerationParams
+    output_path: str
+    flush_s: float
+    drain_s: float
+    cpus: float  # 0: the whole machine's
+
+
+@dataclass(slots=True)
+class _Row:
+    lease: int
+    offset: int
+    deaths: int  # of engine processes that had this row in them
+    key: bytes
+    id: str
+    request: bytes
+
+
+class Worker:
+    """One replica. `run` returns when there is nothing left to do, or after `drain`."""
+
+    def __init__(self, config: WorkerConfig, name: str, dispatcher: Any) -> None:
+        self.config, self.name, self.dispatcher = config, name, dispatcher
+        self.fs, self.root = resolve(config.output_path)
+        self.queue: deque[_Row] = deque()
+        self.held = 0  # rows in the queue or in the engine
+        self.ended = False  # no more rows will come
+        self.last = False  # the feed had nothing more when it was last asked
+        self.completed: dict[int, list[int]] = {}  # lease -> rows, since the last pull
+        self.records: list[Record] = []
+        self.places: dict[int, list[int]] = {}  # lease -> rows, those of self.records
+        self.counts = Status()
+        self.work = asyncio.Condition()  # the queue grew, or the end came
+        self.less = asyncio.Event()  # fewer rows are held
+        self.idle = asyncio.Event()  # nothing held, nothing to come: a good moment to flush
+        self.flushing = asyncio.Lock()
+        self.puller: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Loads the engine and works. Raises `ConfigError` where the engine cannot be loaded."""
+        # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
+        if self.config.cpus >= 1:
+            os.environ["OMP_NUM_THREADS"] = str(int(self.config.cpus))
+        else:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        engine = await asyncio.to_thread(load_engine, self.config.engine)
+        slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
+        flusher = asyncio.create_task(self._flush_often())
+        self.puller = asyncio.create_task(self._pull(engine.concurrency))
+        try:
+            await _until(self.puller, [flusher, *slots])
+            await self._end()
+            done, late = await asyncio.wait(slots, timeout=self.config.drain_s)
+            for slot in late:  # they go back to the dispatcher
+                slot.cancel()
+            for slot in done:
+                slot.result()
+        finally:
+            flusher.cancel()
+            await asyncio.gather(flusher, return_exceptions=True)
+            await self._flush()
+            await self.dispatcher.leave.remote(self.name)
+            await asyncio.to_thread(engine.close)
+
+    async def drain(self) -> None:
+        """Takes no more rows, gives back those not yet admitted, finishes those in flight within `drain_s`."""
+        if self.puller is not None:
+            self.puller.cancel()
+
+    async def _end(self) -> None:
+        self.ended = True
+        self.queue.clear()
+        async with self.work:
+            self.work.notify_all()
+
+    async def _pull(self, concurrency: int) -> None:
+        """Keeps up to two rows a slot at hand: one in the engine, one waiting."""
+        window = 2 * concurrency
+        while True:
+            while self.held > window - max(1, concurrency // 2):
+                self.less.clear()
+                await self.less.wait()
+            completed, self.completed = list(self.completed.items()), {}
+            lease: Lease | None = await self.dispatcher.pull.remote(self.name, window - self.held, self.held, completed)
+            if lease is None:
+                return
+            self.last = lease.last
+            if lease.convicted is not None:
+                await self._convict(lease)
+                continue
+            self.held += len(lease)
+            self._maybe_idle()
+            rows = zip(lease.keys, lease.ids, lease.requests, strict=True)
+            async with self.work:
+                self.queue.extend(_Row(lease.number, at, lease.deaths, *row) for at, row in enumerate(rows))
+                self.work.notify(len(lease))
+            while lease.alone and self.held:
+                self.less.clear()
+                await self.less.wait()
+
+    async def _slot(self, engine: Engine) -> None:
+        """One slot of the engine: takes the next row as soon as the one before is answered."""
+        while True:
+            if not self.queue:
+                async with self.work:
+                    await self.work.wait_for(lambda: self.queue or self.ended)
+                if not self.queue:
+                    return
+            row = self.queue.popleft()
+            try:
+                completion = await engine.generate(self._request(row))
+            except EngineError as error:  # from a row's override
+                completion = Completion(error=Failure.of(error), engine=engine.kind)
+            self._record(row, completion)
+            self.held -= 1
+            self.less.set()
+            self._maybe_idle()
+
+    def _request(self, row: _Row) -> Request:
+        values = loads(row.request)
+        generation = self.config.generation
+        if overrides := values.get("generation"):
+            generation = generation.override(overrides)
+        return Request(values["messages"], generation, values.get("model"), values.get("adapter"), row.key.hex())
+
+    async def _convict(self, lease: Lease) -> None:
+        for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
+            completion = Completion(error=Failure("engine_crash", lease.convicted or ""), attempts=0)
+            completion.engine, completion.model = self.config.engine.kind, self.config.engine.model
+            self._record(_Row(lease.number, at, lease.deaths, key, id, b""), completion)
+        await self._flush()
+
+    def _record(self, row: _Row, completion: Completion) -> None:
+        completion.attempts += row.deaths
+        self.records.append(Record(row.key, row.id, completion, time.time()))
+        self.places.setdefault(row.lease, []).append(row.offset)
+        self.completed.setdefault(row.lease, []).append(row.offset)
+        counts = self.counts
+        if completion.error is None:
+            counts.done += 1
+            counts.input_tokens += completion.usage.input
+            counts.output_tokens += completion.usage.output
+        else:
+            counts.failed += 1
+            counts.errors[completion.error.type] += 1
+            counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
+
+    def _maybe_idle(self) -> None:
+        if self.held == 0 and self.last and self.records:
+            self.idle.set()
+
+    async def _flush_often(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.idle.wait(), self.config.flush_s)
+            self.idle.clear()
+            await self._flush()
+
+    async def _flush(self) -> None:
+        async with self.flushing:
+            if not self.records:
+                return
+            records, self.records = self.records, []
+            places, self.places = list(self.places.items()), {}
+            counts, self.counts = self.counts, Status()
+            await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
+            await self.dispatcher.commit.remote(self.name, places, counts)
+
+
+async def _until(puller: asyncio.Task[None], others: list[asyncio.Task[None]]) -> None:
+    """Waits for the puller's end (or its cancellation by `drain`); raises what any of the tasks raised before."""
+    done, _ = await asyncio.wait([puller, *others], return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        if not task.cancelled():
+            task.result()

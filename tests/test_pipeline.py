@@ -1,0 +1,295 @@
+"""The main job end to end with engine=echo, in this process, on real Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from engines.types import ConfigError
+from pipeline.crew import Stopped
+from pipeline.fs import resolve
+from pipeline.ledger import list_segments, read_index
+from tests.conftest import Infer, ask
+
+Write = Callable[..., Path]
+
+OURS_AFTER_OWN = ["response", "messages", "finish_reason", "tool_calls", "reasoning", "usage", "model", "engine",
+                  "attempts", "latency_s", "error"]  # fmt: skip
+
+
+def asked(infer: Infer) -> int:
+    return json.loads((infer.out / "manifest.json").read_text())["this_run"]["asked"]
+
+
+def test_every_row_comes_out_once_in_order_with_its_own_columns(infer: Infer, write_jsonl: Write) -> None:
+    rows = [ask(f"question {i}", id=f"q{i}", code=f"{i:03d}", score=i / 2, big=2**60 + i) for i in range(500)]
+    outcome = infer(write_jsonl(rows))
+    assert outcome.exit_status == 0
+    table = infer.table()
+    assert table.column_names == ["id", "index", "code", "score", "big", *OURS_AFTER_OWN]
+    assert table["index"].to_pylist() == list(range(500))
+    assert table["id"].to_pylist() == [f"q{i}" for i in range(500)]
+    assert table["response"].to_pylist() == [f"question {i}" for i in range(500)]
+    assert table["code"].to_pylist() == [f"{i:03d}" for i in range(500)]
+    assert table["big"].to_pylist() == [2**60 + i for i in range(500)]
+    last = json.loads(table["messages"][7].as_py())
+    assert last == [{"role": "user", "content": "question 7"}, {"role": "assistant", "content": "question 7"}]
+    assert set(table["error"].to_pylist()) == {None} if False else all(e is None for e in table["error"].to_pylist())
+
+
+def test_many_files_and_small_parts_keep_the_order(infer: Infer, write_jsonl: Write, tmp_path: Path) -> None:
+    for i in range(7):
+        write_jsonl([ask(f"{i}-{j}") for j in range(11)], f"in/{i}.jsonl")
+    infer(tmp_path / "in", "dataset.chunk_bytes=300")
+    assert [r["response"] for r in infer.rows()] == [f"{i}-{j}" for i in range(7) for j in range(11)]
+    assert [r["id"] for r in infer.rows()][:2] == ["0.jsonl:1", "0.jsonl:2"]
+
+
+def test_bad_rows_become_error_rows_at_their_place_and_the_rest_is_answered(infer: Infer, write_jsonl: Write) -> None:
+    rows = [ask("a"), "{broken", {"messages": []}, {"messages": [{"role": "robot", "content": "x"}]}, ask("b")]
+    outcome = infer(write_jsonl(rows))
+    assert outcome.exit_status == 3
+    out = infer.rows()
+    assert [r["response"] for r in out] == ["a", None, None, None, "b"]
+    errors = [r["error"] for r in out]
+    assert [e and e["type"] for e in errors] == [None, "invalid_input", "invalid_input", "invalid_input", None]
+    assert errors[1]["message"].startswith("in.jsonl:2: ")
+    assert "messages is empty" in errors[2]["message"]
+    assert "unknown role 'robot'" in errors[3]["message"]
+    assert outcome.manifest["rows"] == {"total": 5, "done": 2, "failed": 3, "invalid": 3, "requests": 2}
+
+
+def test_on_bad_input_fail_stops_with_the_place(infer: Infer, write_jsonl: Write) -> None:
+    with pytest.raises(Stopped, match=r"in\.jsonl:2"):
+        infer(write_jsonl([ask("a"), "{broken"]), "dataset.on_bad_input=fail")
+
+
+def test_equal_requests_are_asked_once_and_answer_every_row(infer: Infer, write_jsonl: Write) -> None:
+    outcome = infer(write_jsonl([ask("same") for _ in range(50)] + [ask("other")]))
+    assert asked(infer) == 2
+    assert outcome.manifest["rows"]["total"] == 51
+    assert [r["response"] for r in infer.rows()] == ["same"] * 50 + ["other"]
+
+
+def test_sampled_requests_are_asked_once_for_each_row(infer: Infer, write_jsonl: Write) -> None:
+    infer(write_jsonl([ask("same") for _ in range(50)]), "generation.temperature=1.0")
+    assert asked(infer) == 50
+
+
+def test_running_again_asks_nothing(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask(f"{i}") for i in range(100)])
+    infer(path)
+    before = {p: p.stat().st_mtime_ns for p in (infer.out / "data").iterdir()}
+    infer(path, "engine.max_concurrency=3", "hardware.replicas=2")
+    assert "Nothing new to ask" in infer.printed
+    assert {p: p.stat().st_mtime_ns for p in (infer.out / "data").iterdir()} == before
+
+
+def test_appended_and_changed_rows_are_the_only_ones_asked(infer: Infer, write_jsonl: Write) -> None:
+    rows = [ask(f"{i}") for i in range(100)]
+    infer(write_jsonl(rows), "generation.temperature=0.7")
+    rows[41] = ask("changed")
+    infer(write_jsonl([*rows, ask("new")]), "generation.temperature=0.7")
+    assert asked(infer) == 2
+    assert [r["response"] for r in infer.rows()] == [*map(str, range(41)), "changed", *map(str, range(42, 100)), "new"]
+
+
+def test_another_temperature_asks_all_and_going_back_asks_none(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask(f"{i}") for i in range(20)])
+    infer(path)
+    infer(path, "generation.temperature=0.5")
+    assert asked(infer) == 20
+    infer(path)
+    assert asked(infer) == 0
+    assert infer.table()["model"].to_pylist() == ["echo"] * 20
+
+
+def test_a_row_that_changes_its_own_temperature_alone_is_asked_again(infer: Infer, write_jsonl: Write) -> None:
+    rows = [ask(f"{i}") for i in range(20)]
+    infer(write_jsonl(rows))
+    rows[3]["generation"] = {"max_tokens": 5}
+    infer(write_jsonl(rows))
+    assert asked(infer) == 1
+
+
+def test_a_changed_column_that_is_not_asked_reaches_the_output(infer: Infer, write_jsonl: Write) -> None:
+    infer(write_jsonl([ask("x", note="old")]))
+    infer(write_jsonl([ask("x", note="new")]))
+    assert asked(infer) == 0
+    assert infer.rows()[0]["note"] == "new"
+
+
+def test_a_torn_and_a_deleted_segment_cost_their_own_rows_only(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask(f"{i}") for i in range(300)])
+    infer(path, "engine.kwargs.latency_s=0.05", "engine.max_concurrency=16", "run.flush_s=0.1")
+    fs, root = resolve(str(infer.out))
+    segments = list_segments(fs, root)
+    assert len(segments) > 3
+    whole = len(read_index(fs, root))
+    lost = 0
+    for number, segment in enumerate(segments[:2]):
+        lost += pq.read_metadata(segment).num_rows
+        if number:
+            Path(segment).unlink()
+        else:
+            data = Path(segment).read_bytes()
+            Path(segment).write_bytes(data[: len(data) // 2])
+    index = read_index(fs, root)
+    assert (len(index), index.torn) == (whole - lost, [segments[0]])
+    infer(path)
+    assert asked(infer) == lost
+    assert "cannot be read" in infer.printed
+    assert [r["response"] for r in infer.rows()] == [str(i) for i in range(300)]
+
+
+def test_failed_rows_are_kept_asked_again_and_can_be_left(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask(f"{i}") for i in range(200)])
+    outcome = infer(path, "engine.kwargs.failure_rate=0.2")
+    failed = outcome.manifest["rows"]["failed"]
+    assert outcome.exit_status == 3
+    assert 10 < failed < 80
+    bad = pa.concat_tables(pq.read_table(p) for p in sorted((infer.out / "errors").iterdir()))
+    assert len(bad) == failed
+    assert bad.column_names == ["id", "messages", "error"]
+    assert infer(path, "engine.kwargs.failure_rate=0.2", "run.retry_failed=false").exit_status == 3
+    assert "Nothing new to ask" in infer.printed
+    assert infer(path).exit_status == 0
+    assert asked(infer) == failed
+    assert not list((infer.out / "errors").iterdir())
+
+
+def test_the_errors_can_be_run_again_as_a_dataset(infer: Infer, write_jsonl: Write, tmp_path: Path) -> None:
+    rows = [ask(f"{i}", id=f"r{i}", tag="00" + str(i)) for i in range(200)]
+    infer(write_jsonl(rows), "engine.kwargs.failure_rate=0.2")
+    bad = [r["id"] for r in infer.rows() if r["error"]]
+    again = Infer(tmp_path / "again")
+    assert again(infer.out / "errors").exit_status == 0
+    assert [r["id"] for r in again.rows()] == bad
+    assert again.table().column_names == ["id", "index", "tag", *OURS_AFTER_OWN]
+    assert again.rows()[0]["tag"] == "00" + bad[0][1:]
+
+
+def test_jsonl_output_holds_the_input_values_as_they_came(infer: Infer, write_jsonl: Write) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    rows = [ask("a", big=2**70, mixed=1, tools=tools), ask("b", big=1, mixed="1")]
+    infer(write_jsonl(rows), "output=jsonl")
+    lines = [json.loads(line) for line in (infer.out / "data" / "part-00000.jsonl").read_text().splitlines()]
+    assert [(r["big"], r["mixed"], r["tools"]) for r in lines] == [(2**70, 1, tools), (1, "1", None)]
+    assert lines[0]["messages"][-1] == {"role": "assistant", "content": "a"}
+
+
+def test_parquet_input_keeps_its_types(infer: Infer, tmp_path: Path) -> None:
+    import datetime as dt
+    import decimal
+
+    table = pa.table(
+        {
+            "id": pa.array([7, 8]),
+            "messages": [json.dumps(ask("x")["messages"]), json.dumps(ask("y")["messages"])],
+            "when": pa.array([dt.datetime(2026, 1, 1), None], pa.timestamp("us")),
+            "sum": pa.array([decimal.Decimal("1.10"), decimal.Decimal("2.20")]),
+            "raw": pa.array([b"\xff", b""]),
+            "tags": pa.array([["a"], []]),
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    infer(tmp_path / "in.parquet")
+    out = infer.table()
+    assert out["id"].to_pylist() == ["7", "8"]
+    for name in ("when", "sum", "raw", "tags"):
+        assert out[name].combine_chunks() == table[name].combine_chunks()
+
+
+def test_a_stale_longer_output_leaves_nothing_behind(infer: Infer, write_jsonl: Write, tmp_path: Path) -> None:
+    for i in range(3):
+        write_jsonl([ask(f"{i}-{j}") for j in range(40_000 if i == 0 else 10)], f"in/{i}.jsonl")
+    infer(tmp_path / "in", "engine.max_concurrency=1024")
+    assert len(list((infer.out / "data").iterdir())) == 2 + 1
+    (tmp_path / "in" / "0.jsonl").unlink()
+    infer(tmp_path / "in")
+    assert len(list((infer.out / "data").iterdir())) == 1
+    assert len(infer.rows()) == 20
+
+
+def test_limit_takes_the_first_rows_over_files(infer: Infer, write_jsonl: Write, tmp_path: Path) -> None:
+    for i in range(3):
+        write_jsonl([ask(f"{i}-{j}") for j in range(4)], f"in/{i}.jsonl")
+    infer(tmp_path / "in", "dataset.limit=6")
+    assert [r["response"] for r in infer.rows()] == ["0-0", "0-1", "0-2", "0-3", "1-0", "1-1"]
+
+
+def test_a_second_run_into_the_same_output_says_so(infer: Infer, write_jsonl: Write) -> None:
+    from pipeline.lock import run_lock
+
+    path = write_jsonl([ask("x")])
+    with run_lock(*resolve(str(infer.out))), pytest.raises(ConfigError, match="another run is writing into"):
+        infer(path)
+
+
+def test_a_row_that_kills_its_engine_is_found_and_the_others_are_answered(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask(f"{i}") for i in range(400)])
+    outcome = infer(path, "engine.kwargs.crash_rate=0.005", "engine.kwargs.latency_s=0.01", "engine.max_concurrency=8")
+    rows = infer.rows()
+    crashed = [r for r in rows if r["error"]]
+    assert 0 < len(crashed) < 8
+    assert outcome.exit_status == 3
+    assert {r["error"]["type"] for r in crashed} == {"engine_crash"}
+    assert {r["attempts"] for r in crashed} == {2}
+    assert "died 2 times with this row in it" in crashed[0]["error"]["message"]
+    assert [r["response"] for r in rows if not r["error"]] == [str(i) for i in range(400) if not rows[i]["error"]]
+
+
+def test_an_engine_that_dies_on_everything_stops_the_run_with_the_reason(infer: Infer, write_jsonl: Write) -> None:
+    with pytest.raises(Stopped, match="engines died 3 times in a row"):
+        infer(write_jsonl([ask(f"{i}") for i in range(20)]), "engine.kwargs.crash_rate=1", "run.max_engine_deaths=2")
+
+
+def test_too_many_errors_stop_the_run_and_keep_what_is_done(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask(f"{i}") for i in range(3000)])
+    slow = ["engine.kwargs.failure_rate=0.5", "engine.kwargs.latency_s=0.05", "engine.max_concurrency=32"]
+    with pytest.raises(Stopped, match="run.max_errors is 20"):
+        infer(path, *slow, "run.max_errors=20")
+    assert not (infer.out / "manifest.json").exists()
+    assert len(read_index(*resolve(str(infer.out)))) >= 20
+    with pytest.raises(Stopped, match="run.max_error_rate is 0.1"):
+        infer(path, *slow, "run.max_error_rate=0.1")
+
+
+def test_an_engine_that_cannot_load_is_a_configuration_error(infer: Infer, write_jsonl: Write) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'latency_s'"):
+        infer(write_jsonl([ask("x")]), "engine.kwargs.latencys=1")
+
+
+def test_dry_run_counts_and_writes_nothing(infer: Infer, write_jsonl: Write) -> None:
+    outcome = infer(write_jsonl([ask("a"), ask("a"), ask("b"), "{"]), "run.dry_run=true")
+    assert outcome.exit_status == 3
+    assert "4 rows in 1 files: 2 requests to ask, 1 duplicates, 0 already answered, 1 cannot be read." in infer.printed
+    assert not infer.out.exists()
+
+
+def test_an_empty_file_gives_an_empty_output_with_the_same_columns(infer: Infer, write_jsonl: Write) -> None:
+    outcome = infer(write_jsonl([""]))
+    assert outcome.exit_status == 0
+    assert outcome.manifest["rows"]["total"] == 0
+    assert infer.table().column_names == ["id", "index", *OURS_AFTER_OWN]
+
+
+def test_openai_batch_lines_go_in_and_out(infer: Infer, write_jsonl: Write) -> None:
+    body = {"model": "any", "messages": ask("hello there")["messages"], "max_tokens": 1}
+    rows = [{"custom_id": f"c{i}", "method": "POST", "url": "/v1/chat/completions", "body": body} for i in range(2)]
+    infer(write_jsonl(rows), "output=jsonl", "output.style=openai_batch")
+    lines = [json.loads(line) for line in (infer.out / "data" / "part-00000.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == ["c0", "c1"]
+    choice = lines[0]["response"]["body"]["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("hello", "length")
+
+
+def test_several_answers_and_replicas(infer: Infer, write_jsonl: Write) -> None:
+    infer(write_jsonl([ask(f"{i}") for i in range(50)]), "generation.n=2", "hardware.replicas=2")
+    row = infer.rows()[9]
+    assert [c["message"]["content"] for c in json.loads(row["choices"])] == ["9", "9"]
