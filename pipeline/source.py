@@ -10,6 +10,7 @@ import posixpath
 import re
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -233,19 +234,22 @@ def _holds(fs: pafs.FileSystem, directory: str, most: int = 5) -> str:
 
 def _unique_names(files: list[_File]) -> list[_File]:
     """Names extended by parent directories where two files, from two entries of a list, share one."""
-    for depth in itertools.count(2):
-        counts: dict[str, int] = {}
-        for file in files:
-            counts[file.name] = counts.get(file.name, 0) + 1
-        if len(counts) == len(files) or depth > 64:
-            return files
-        files = [
-            replace(file, name="/".join(file.path.split("/")[-depth - file.name.count("/") :]).lstrip("/"))
-            if counts[file.name] > 1
-            else file
-            for file in files
-        ]
-    raise AssertionError("count() does not end")
+    longer = {file.uri: 0 for file in files}  # by how many directories
+
+    def name(file: _File) -> str:
+        parts = file.path.strip("/").split("/")
+        wanted = file.name.count("/") + 1 + longer[file.uri]
+        if not longer[file.uri]:
+            return file.name
+        return "/".join(parts[-wanted:]) if wanted <= len(parts) else file.uri
+
+    while True:
+        counts = Counter(map(name, files))
+        shared = [file for file in files if counts[name(file)] > 1]
+        if not shared:
+            return [replace(file, name=name(file)) for file in files]
+        for file in shared:
+            longer[file.uri] += 1
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
