@@ -67,25 +67,25 @@ _GREEDY_BELOW = 1e-5
 # Sampling sorts this many candidates first, and the whole vocabulary only where they do not settle the draw.
 _CANDIDATES = 256
 
-_OWN_KWARGS = frozenset(
-    ("load_in_4bit", "load_in_8bit", "max_batch_size", "max_model_len", "chat_template", "chat_template_kwargs")
-)
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_OWN_KWARGS = _names("load_in_4bit load_in_8bit max_batch_size max_model_len chat_template chat_template_kwargs")
 # What says where the config and the tokenizer are, too.
-_WHERE_KWARGS = frozenset(
-    ("trust_remote_code", "code_revision", "cache_dir", "force_download", "proxies", "local_files_only", "token")
-    + ("subfolder", "gguf_file")
-)
+_WHERE_KWARGS = _names("""
+    trust_remote_code code_revision cache_dir force_download proxies local_files_only token subfolder gguf_file
+""")
 # `from_pretrained` takes anything and fails late: these are what it documents, less what makes no sense in a YAML file.
-_MODEL_KWARGS = _WHERE_KWARGS | frozenset(
-    ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "offload_state_dict")
-    + ("low_cpu_mem_usage", "attn_implementation", "experts_implementation", "quantization_config", "variant")
-    + ("use_safetensors", "weights_only", "ignore_mismatched_sizes", "key_mapping", "disable_mmap", "fusion_config")
-    + ("use_kernels", "kernel_config", "allow_all_kernels")
-)
-_TEMPLATE_ARGUMENTS = frozenset(
-    ("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
-    + ("return_dict", "return_tensors")
-)
+_MODEL_KWARGS = _WHERE_KWARGS | _names("""
+    dtype torch_dtype device_map max_memory offload_folder offload_buffers offload_state_dict low_cpu_mem_usage
+    attn_implementation experts_implementation quantization_config variant use_safetensors weights_only
+    ignore_mismatched_sizes key_mapping disable_mmap fusion_config use_kernels kernel_config allow_all_kernels
+""")
+_TEMPLATE_ARGUMENTS = _names("""
+    conversation messages tools documents chat_template add_generation_prompt tokenize return_dict return_tensors
+""")
 
 
 @dataclass(slots=True, eq=False)
@@ -161,13 +161,14 @@ class TransformersEngine(Engine):
         where = {name: kwargs[name] for name in _WHERE_KWARGS & kwargs.keys()}
         if self.config.revision:
             where["revision"] = self.config.revision
-        source = os.path.expanduser(str(self.config.model))
+        source = str(self.config.model)
         if source.endswith(".gguf"):
-            if not os.path.isfile(source):
-                raise ConfigError(f"engine.model: there is no file {source}")
-            source, where["gguf_file"] = os.path.split(os.path.abspath(source))
-        elif (source.startswith(("/", ".", "~")) or source.count("/") > 1) and not os.path.isdir(source):
-            raise ConfigError(f"engine.model: there is no directory {source}")
+            file = Path(source).expanduser().absolute()
+            if not file.is_file():
+                raise ConfigError(f"engine.model: there is no file {file}")
+            source, where["gguf_file"] = str(file.parent), file.name
+        else:
+            source = _place("engine.model", source)
         with _one_line(f"engine.model '{self.config.model}' could not be loaded"):
             settings = transformers.AutoConfig.from_pretrained(source, **where)
         known = _OWN_KWARGS | _MODEL_KWARGS | settings.to_dict().keys() | set(settings.attribute_map)
@@ -188,7 +189,7 @@ class TransformersEngine(Engine):
             # Pure state-space models name their state otherwise, and no two alike.
             raise ConfigError(f"engine=transformers needs a key-value cache, which {type(self.model).__name__} has not")
         if self.config.adapter:
-            self._load_adapter(os.path.expanduser(self.config.adapter))
+            self._load_adapter(_place("engine.adapter", self.config.adapter))
         self.model.eval()
 
         settings = self.model.config.get_text_config()
@@ -206,8 +207,6 @@ class TransformersEngine(Engine):
             raise ConfigError("engine.adapter needs the package 'peft': run pip install peft")
         import peft
 
-        if (adapter.startswith(("/", ".", "~")) or adapter.count("/") > 1) and not os.path.isdir(adapter):
-            raise ConfigError(f"engine.adapter: there is no directory {adapter}")
         with _one_line(f"engine.adapter '{adapter}' could not be loaded"):
             adapted = peft.PeftModel.from_pretrained(self.model, adapter)
             quantized = getattr(self.model, "is_quantized", False)
@@ -611,6 +610,16 @@ def _settle(job: _Job, outcome: list[_Row] | BaseException) -> None:
         job.future.set_exception(outcome)
     else:
         job.future.set_result(outcome)
+
+
+def _place(key: str, name: str) -> str:
+    """A directory's path, or a hub id as it is. What can only be a path must be there: the hub's error misleads."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{key}: there is no directory {path}")
+    return name
 
 
 def _for_template(message: Message, template: str) -> dict[str, Any]:

@@ -567,7 +567,9 @@ def _bounded(pieces: Iterator[str]) -> str:
         if size > MAX_RENDERED:
             raise invalid(f"the template gives more than {MAX_RENDERED:,} characters")
         out.append(piece)
-    return "".join(out)
+    text = "".join(out)
+    text.encode()  # a lone surrogate, written as an escape in the template, fails here and not in the middle of a run
+    return text
 
 
 def _first_line(error: Exception) -> str:

@@ -127,7 +127,7 @@ def _find(path: str) -> list[_File]:
             found = _in_directory(path, fs, inner, inner)
             if not found:
                 raise ConfigError(f"there is no .jsonl or .parquet file in '{path}'{_holds(fs, inner)}")
-        elif _has_glob(path):
+        elif _has_glob(inner):
             found = _matching(path, fs, inner)
             if not found:
                 raise ConfigError(f"nothing matches '{path}'{_near(fs, inner)}")
@@ -164,7 +164,7 @@ def _in_directory(origin: str, fs: pafs.FileSystem, directory: str, root: str) -
 
 
 def _has_glob(path: str) -> bool:
-    return re.search(r"[*?\[]", split_scheme(path)[1]) is not None
+    return re.search(r"[*?\[]", path) is not None
 
 
 def _glob_root(pattern: str) -> str:
@@ -538,9 +538,11 @@ def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
             if not begun and not (block := block.lstrip(b"\0")):  # zeros pad the end of some files
                 break
             begun = True
+            before = engine.copy()
             try:
                 text = engine.decompress(block, BLOCK)
             except zlib.error as error:
+                yield from _up_to_damage(before, block)
                 raise _Broken(f"the gzip stream is damaged ({one_line(error)})") from None
             if text:
                 yield text
@@ -555,6 +557,21 @@ def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
                         break
     if begun:
         raise _Broken("the gzip stream ends early")
+
+
+def _up_to_damage(engine: Any, block: bytes) -> Iterator[bytes]:
+    """The text of a block that ends in an error: zlib gives all of a call's output or none."""
+    for step in (4096, 1):
+        while block:
+            before = engine.copy()
+            try:
+                text = engine.decompress(block[:step])
+            except zlib.error:
+                engine = before
+                break
+            if text:
+                yield text
+            block = block[step:]
 
 
 def _unzstd(blocks: Iterable[bytes]) -> Iterator[bytes]:

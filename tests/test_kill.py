@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.fs import resolve
@@ -55,57 +56,69 @@ def durable(out: Path) -> tuple[Index, set[str]]:
 def test_kill_at_random_points_loses_no_row_and_asks_nothing_durable_again(tmp_path: Path) -> None:
     rng = random.Random(7)
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps(ask(f"question {i}", id=f"r{i}")) + "\n" for i in range(ROWS)))
+    rows = write(data, ROWS)
     kills = {"driver": 0, "worker": 0, "everything": 0}
-    finished = False
-    for attempt in range(60):
+    left = KILLS
+    for attempt in range(10 * KILLS):
         known, segments = durable(out)
         run = start(data, out)
-        target = list(kills)[attempt % 3]
-        if attempt < KILLS:
+        relatives: list[psutil.Process] = []
+        if left:
             # Anywhere from Ray's start to the last part file: some of these come before the first row.
-            wait_until = time.monotonic() + rng.uniform(1.0, 9.0)
+            wait_until = time.monotonic() + rng.uniform(1.0, 12.0)
             while time.monotonic() < wait_until and run.poll() is None:
                 time.sleep(0.02)
             relatives = family(run.pid)
-            if run.poll() is None:
+            target = list(kills)[attempt % 3]
+            if run.poll() is None and strike(target, run, relatives):
                 kills[target] += 1
-                if target == "worker":
-                    for process in relatives:
-                        with contextlib.suppress(psutil.Error):
-                            if "ray::Worker" in " ".join(process.cmdline()):
-                                process.kill()
-                                break
-                else:
-                    run.kill()
-                    if target == "everything":
-                        for process in relatives:
-                            with contextlib.suppress(psutil.NoSuchProcess):
-                                process.kill()
+                left -= 1
         _, printed = run.communicate(timeout=120)
-        if run.returncode != 0:
-            wait_gone(relatives)
-        # Nothing that was durable before this run may appear in a segment of this run.
-        fs, _ = resolve(str(out))
-        for path in set(list_segments(fs, resolve(str(out))[1])) - segments:
-            assert (known.find(pq.read_table(path, columns=["key"])["key"].cast("fixed_size_binary[32]")) < 0).all()
         assert run.returncode in (0, -signal.SIGKILL), printed
+        wait_gone(relatives)
+        for path in durable(out)[1] - segments:
+            asked = pq.read_table(path, columns=["key"])["key"].cast(pa.binary(32))
+            assert (known.find(asked) < 0).all(), "a request that was durable before this run was asked again"
         if run.returncode == 0:
-            finished = True
-            if attempt >= KILLS:
+            if not left:
                 break
-            # Done before the killing is over: more rows, so that there is something left to kill.
-    assert finished
-    assert sum(kills.values()) > KILLS // 2
+            rows = write(data, rows + 1000)  # done before the killing is over: so that there is something left to kill
+    assert min(kills.values()) > 0
     table = pq.read_table(out / "data")
-    assert table["id"].to_pylist() == [f"r{i}" for i in range(ROWS)]
-    assert table["response"].to_pylist() == [f"question {i}" for i in range(ROWS)]
-    assert table["index"].to_pylist() == list(range(ROWS))
+    assert table["id"].to_pylist() == [f"r{i}" for i in range(rows)]
+    assert table["response"].to_pylist() == [f"question {i}" for i in range(rows)]
+    assert table["index"].to_pylist() == list(range(rows))
+
+
+def write(path: Path, rows: int) -> int:
+    path.write_text("".join(json.dumps(ask(f"question {i}", id=f"r{i}")) + "\n" for i in range(rows)))
+    return rows
+
+
+def strike(target: str, run: subprocess.Popen[str], relatives: list[psutil.Process]) -> bool:
+    """Kills the driver, one worker, or the driver with all its processes; tells whether there was one to kill."""
+    if target == "worker":
+        workers = [p for p in relatives if "ray::Worker" in title(p)]
+        for process in workers[:1]:
+            process.kill()
+        return bool(workers)
+    run.kill()
+    if target == "everything":
+        for process in relatives:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    return True
+
+
+def title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def test_ctrl_c_drains_says_how_to_go_on_and_resumes(tmp_path: Path) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps(ask(f"question {i}")) + "\n" for i in range(ROWS)))
+    write(data, ROWS)
     run = start(data, out)
     deadline = time.monotonic() + 60
     while not durable(out)[1] and time.monotonic() < deadline:
@@ -126,7 +139,7 @@ def test_ctrl_c_drains_says_how_to_go_on_and_resumes(tmp_path: Path) -> None:
 
 def test_two_runs_into_one_output_at_once(tmp_path: Path) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps(ask(f"question {i}")) + "\n" for i in range(ROWS)))
+    write(data, ROWS)
     first = start(data, out)
     deadline = time.monotonic() + 60
     while not durable(out)[1] and time.monotonic() < deadline:

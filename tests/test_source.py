@@ -137,7 +137,7 @@ def test_a_name_with_spaces_and_percent_signs_is_taken_as_it_is(tmp_path: Path) 
 
 
 def test_a_wrong_path_names_the_nearest_right_one(tree: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no file or directory '.*/aa\.jsonl' \(did you mean 'a\.jsonl'\?\)"):
+    with pytest.raises(ConfigError, match=r"no file or directory '.*/aa\.jsonl' \(did you mean 'a\.jsonl'\?\)"):
         list_chunks(f"{tree}/aa.jsonl")
     with pytest.raises(ConfigError, match=r"nothing matches '.*/\*\.parquet' \(it holds .*a\.jsonl"):
         list_chunks(f"{tree}/*.parquet")
@@ -223,7 +223,7 @@ def test_large_compressible_files_come_whole(tmp_path: Path, name: str, compress
 
 
 @pytest.mark.parametrize("name, compress", [("x.jsonl.gz", gzip.compress), ("x.jsonl.zst", zstandard.compress)])
-def test_a_truncated_stream_gives_its_rows_and_one_error_after_them(tmp_path: Path, name: str, compress: object) -> None:
+def test_a_truncated_stream_gives_its_rows_and_then_one_error(tmp_path: Path, name: str, compress: object) -> None:
     text = b"".join(b'{"i": %d, "x": "%s"}\n' % (i, uuid.uuid4().hex.encode() * 4) for i in range(5000))
     data = compress(text)
     found = rows(str(write(tmp_path / name, data[: len(data) * 2 // 3])))
@@ -305,8 +305,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_row(tmp_path: 
 
 def test_values_come_exactly_as_they_were_written(tmp_path: Path) -> None:
     line = (
-        '{"id": "001", "date": "2024-01-01T00:00:00Z", "big": 123456789012345678901234567890, "neg": -9223372036854775809,'
-        ' "edge": 18446744073709551616, "float": 0.1, "text": "\u2028 é \U0001f600 \\u00e9 \\ud83d\\ude00 \\u0000",'
+        '{"id": "001", "date": "2024-01-01T00:00:00Z", "big": 123456789012345678901234567890,'
+        ' "neg": -9223372036854775809, "edge": 18446744073709551616, "float": 0.1,'
+        ' "text": "\u2028 é \U0001f600 \\u00e9 \\ud83d\\ude00 \\u0000",'
         ' "content": [1, "x", null, {"y": []}], "nan": NaN, "inf": -Infinity, "empty": {}, "": 1}\n'
     )
     (row,) = good(str(write(tmp_path / "in.jsonl", line)))
@@ -443,7 +444,7 @@ def test_cutting_a_file_anywhere_gives_the_same_rows(
     assert all(chunk.stop > chunk.start for chunk in chunks)
 
 
-@pytest.mark.parametrize("block", [1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("block", [4, 7, 64, 1000])
 def test_the_size_of_the_blocks_read_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
@@ -452,7 +453,8 @@ def test_the_size_of_the_blocks_read_does_not_matter(
     for name, content in data.items():
         path = str(write(tmp_path / name, content))
         expected = rows(path, max_row_bytes=80)
-        assert any(row.error for row in expected) is False or name
+        assert any(row.error for row in expected)
+        assert any(row.columns for row in expected)
         with monkeypatch.context() as patch:
             patch.setattr("pipeline.source.BLOCK", block)
             assert rows(path, max_row_bytes=80, chunk_bytes=500) == expected
@@ -525,7 +527,7 @@ def test_parquet_values_keep_their_types(tmp_path: Path) -> None:
     assert first == {
         "code": "001",
         "when": when,
-        "utc": when.replace(tzinfo=datetime.timezone.utc),
+        "utc": when.replace(tzinfo=datetime.UTC),
         "price": Decimal("1.10"),
         "raw": b"\xff\0",
         "big": 2**63 - 1,
