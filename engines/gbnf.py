@@ -72,7 +72,7 @@ _ANNOTATIONS = ("title", "description", "default", "examples", "$schema", "$id",
 _ANYTHING = {"description": "any value"}  # a schema the converter's truth tests take for present
 
 
-class _Schema(SchemaConverter):  # type: ignore[misc]
+class _Schema(SchemaConverter):
     def __init__(self) -> None:
         super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
 

@@ -147,8 +147,9 @@ def check_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
             value = os.fspath(value)
         if not isinstance(value, want) or (want in (int, float) and isinstance(value, bool)):
             raise ConfigError(f"engine.kwargs.{name} must be {_WORDS.get(want, 'a list')}, not {value!r:.80}")
-        if (name in _AT_LEAST_ONE and value < 1) or (name == "n_ctx" and value < 0):
-            raise ConfigError(f"engine.kwargs.{name} must be at least {int(name in _AT_LEAST_ONE)}, not {value!r}")
+        lowest = {"n_ctx": 0}.get(name, 1 if name in _AT_LEAST_ONE else None)
+        if lowest is not None and isinstance(value, int) and value < lowest:
+            raise ConfigError(f"engine.kwargs.{name} must be at least {lowest}, not {value!r}")
         if name in ("type_k", "type_v") and isinstance(value, str):
             number = getattr(L, f"GGML_TYPE_{value.upper()}", None)
             if number is None:
@@ -182,7 +183,7 @@ def resolve_model(config: EngineConfig, filename: str | None) -> Path:
         raise ConfigError(f"engine.model: there is no file {name}")
     if not filename:
         raise ConfigError(
-            f"engine.model: there is no file {name}; of a hub repository, name the file: {repo}:FILE.gguf"
+            f"engine.model: there is no file {name}; for a hub repository give {repo}:FILE.gguf"
         )
     return _from_hub(repo, filename, config.revision)
 
@@ -321,10 +322,10 @@ class _Sampler:
                 raise invalid(f"the grammar of response_format is not valid{_log.reason()}")
         if g.logit_bias:
             biases = (L.llama_logit_bias * len(g.logit_bias))()
-            for i, (token, bias) in enumerate(g.logit_bias.items()):
-                if not 0 <= int(token) < n_vocab:
-                    raise invalid(f"logit_bias names token {token}; the model has {n_vocab}")
-                biases[i] = L.llama_logit_bias(int(token), bias)
+            for i, (name, bias) in enumerate(g.logit_bias.items()):
+                if not 0 <= int(name) < n_vocab:
+                    raise invalid(f"logit_bias names token {name}; the model has {n_vocab}")
+                biases[i] = L.llama_logit_bias(int(name), bias)
             add(L.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
         if repetition != 1.0:
             stage = L.llama_sampler_init_penalties(n_vocab, len(prompt) + limit, repetition, 0.0, 0.0)
@@ -503,8 +504,14 @@ class LlamaCppEngine(Engine):
         self.thread.start()
         # llama.cpp must be at rest before its static objects go, also where nobody called `close`.
         reference = weakref.ref(self)
-        self._at_exit = lambda: (engine := reference()) and engine.close()
-        atexit.register(self._at_exit)
+
+        def close() -> None:
+            engine = reference()
+            if engine is not None:
+                engine.close()
+
+        self._at_exit = close
+        atexit.register(close)
 
     def _load_model(self, path: Path, kwargs: dict[str, Any]) -> None:
         params = L.llama_model_default_params()

@@ -163,14 +163,23 @@ class Index:
         found = (self.hi[at] == hi) & (self.lo[at] == lo)
         return np.where(found, at, -1)
 
+    @classmethod
+    def empty(cls) -> Index:
+        return _index_of([], [])
+
     def only(self, *, failed_too: bool) -> Index:
         """What the feed skips: the answered requests and, if asked, also the failed ones."""
-        return self if failed_too else self._take(np.flatnonzero(~self.failed))
-
-    def _take(self, at: npt.NDArray[np.intp]) -> Index:
+        if failed_too or not self.failed.any():
+            return self
+        at = np.flatnonzero(~self.failed)
         return Index(
             self.hi[at], self.lo[at], self.segment[at], self.row[at], self.failed[at], self.tokens[at], self.paths, self.torn
         )
+
+
+_Keys = tuple[
+    npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.uint32]
+]
 
 
 def split_keys(keys: Sequence[bytes] | pa.Array) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
@@ -189,7 +198,10 @@ def read_index(fs: pafs.FileSystem, root: str) -> Index:
     """Reads the keys of all segments. A segment that cannot be read is passed over and named in `torn`."""
     paths = list_segments(fs, root)
     with ThreadPoolExecutor(8) as pool:
-        parts = list(pool.map(lambda path: _read_keys(fs, path), paths))
+        return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path), paths)))
+
+
+def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
     torn = [path for path, part in zip(paths, parts, strict=True) if part is None]
     good = [(number, part) for number, part in enumerate(parts) if part is not None]
     hi = _join((part[0] for _, part in good), np.uint64)
@@ -205,11 +217,6 @@ def read_index(fs: pafs.FileSystem, root: str) -> Index:
     first[1:] = (hi[1:] != hi[:-1]) | (lo[1:] != lo[:-1])
     best = order[first]
     return Index(hi[first], lo[first], segment[best], row[best], failed[best], tokens[best], paths, torn)
-
-
-_Keys = tuple[
-    npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.uint32]
-]
 
 
 def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:

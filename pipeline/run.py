@@ -28,7 +28,7 @@ from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, pla
 from pipeline.formats import RowParser
 from pipeline.fs import exists, resolve, write_atomic
 from pipeline.keys import Keyer
-from pipeline.ledger import SEGMENTS, Index, read_index
+from pipeline.ledger import SEGMENTS, Index, list_segments, read_index
 from pipeline.lock import run_lock
 from pipeline.lossless import canonical
 from pipeline.progress import RunProgress
@@ -74,9 +74,12 @@ def run(config: Config, console: Console) -> Outcome:
             _remove(fs, root)
         started = time.time()
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
-            planned = planner.submit(_plan, config, fs, root, console)
+            planned = planner.submit(_pieces, config, console)
             _connect()
-            pieces, index = planned.result()
+            pieces = planned.result()
+        index = _index(config)
+        for path in index.torn:
+            console.print(f"[yellow]{path} cannot be read; its rows are asked again.[/]", highlight=False)
         asked = Status()
         known = index.only(failed_too=not config.run.retry_failed)
         for _ in range(MAX_PASSES):
@@ -84,7 +87,7 @@ def run(config: Config, console: Console) -> Outcome:
             asked.done += status.done
             asked.failed += status.failed
             asked.crashes += status.crashes
-            index = read_index(fs, root)
+            index = _index(config)
             if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
@@ -108,13 +111,17 @@ def _exit_status(manifest: dict[str, Any]) -> int:
 # -- before -----------------------------------------------------------------------------------------------------------
 
 
-def _plan(config: Config, fs: pafs.FileSystem, root: str, console: Console) -> tuple[list[Piece], Index]:
-    """The pieces of the input, and what the ledger already has."""
-    pieces = _pieces(config, console)
-    index = read_index(fs, root)
-    for path in index.torn:
-        console.print(f"[yellow]{path} cannot be read; its rows are asked again.[/]", highlight=False)
-    return pieces, index
+def _index(config: Config) -> Index:
+    """What the ledger has. Built in a task, so that its arrays lie in shared memory and the driver stays small."""
+    import ray
+
+    if not list_segments(*resolve(str(config.output.path))):
+        return Index.empty()
+    return ray.get(ray.remote(num_cpus=0.25, max_retries=3)(_read_index).remote(str(config.output.path)))
+
+
+def _read_index(path: str) -> Index:
+    return read_index(*resolve(path))
 
 
 def _pieces(config: Config, console: Console) -> list[Piece]:
@@ -372,8 +379,8 @@ def _versions() -> dict[str, str]:
 
 def _dry_run(config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, console: Console) -> Outcome:
     """Reads and checks everything in this process; starts no Ray and writes nothing."""
-    pieces, index = _plan(config, fs, root, console)
-    known = index.only(failed_too=not config.run.retry_failed)
+    pieces = _pieces(config, console)
+    known = read_index(fs, root).only(failed_too=not config.run.retry_failed)
     rows = bad = answered = asked = 0
     keys: set[bytes] = set()
     for piece in pieces:
