@@ -1,7 +1,7 @@
 """The pipeline itself, measured with engine=echo: rates, memory, resume, stragglers, cold start.
 
-Every run is the real command in a fresh process, Ray's start and the final output included. Memory is the sum of
-the resident pages of a process that are its own (USS), sampled four times a second over the driver and its workers.
+Every run is the real command in a fresh process, Ray's start and the final output included. Memory is a
+process's private pages without Ray's object store, sampled four times a second over the driver and its workers.
 """
 
 from __future__ import annotations
@@ -50,8 +50,15 @@ class Memory(threading.Thread):
                     with contextlib.suppress(psutil.Error):
                         kind = _kind(process, root)
                         if kind is not None:
-                            used = process.memory_full_info().uss / 2**20
+                            used = private_mib(process)
                             self.peak[kind] = max(self.peak.get(kind, 0.0), used)
+
+
+def private_mib(process: psutil.Process) -> float:
+    """A process's own memory; pages of Ray's object store are everybody's, whoever touched them first."""
+    maps = process.memory_maps(grouped=True)
+    own = [m for m in maps if not m.path.startswith(("/dev/shm", "/memfd", "/tmp/ray"))]
+    return sum(m.private_clean + m.private_dirty for m in own) / 2**20
 
 
 def _kind(process: psutil.Process, root: psutil.Process) -> str | None:
@@ -67,7 +74,15 @@ def _kind(process: psutil.Process, root: psutil.Process) -> str | None:
 
 def infer(data: Path, out: Path, *overrides: str) -> dict[str, Any]:
     """Runs the command; seconds of wall and CPU (of all its processes) and the memory."""
-    command = [sys.executable, "-m", "jobs.infer", "engine=echo", f"dataset.path={data}", f"output.path={out}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.infer",
+        "engine=echo",
+        f"dataset.path={data}",
+        f"output.path={out}",
+        *overrides,
+    ]
     started = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     memory = Memory(process.pid)
@@ -116,8 +131,8 @@ def stragglers(work: Path, rows: int = 24_000, slots: int = 256) -> dict[str, An
     write_rows(data, rows)
     mean, slow, every = 0.3, 5.0, 97
     plain = (mean - slow / every) / (1 - 1 / every)  # so that the mean over all rows is 0.3 s
-    infer(data, out, f"engine.max_concurrency={slots}", f"engine.kwargs.latency_s={plain}",
-          f"engine.kwargs.jitter_s={plain / 2}", f"engine.kwargs.slow_every={every}", f"engine.kwargs.slow_s={slow}")  # fmt: skip
+    kwargs = {"latency_s": plain, "jitter_s": plain / 2, "slow_every": every, "slow_s": slow}
+    infer(data, out, f"engine.max_concurrency={slots}", *(f"engine.kwargs.{k}={v}" for k, v in kwargs.items()))
     _, times = asking_s(out)
     # Between start-up and tail: from the moment every slot is busy and the first slow rows are out, to the last
     # moment before the feed runs dry.

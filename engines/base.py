@@ -25,7 +25,6 @@ from engines.types import (
     nearest,
 )
 
-
 T = TypeVar("T")
 
 

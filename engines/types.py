@@ -168,9 +168,9 @@ def _check_param(name: str, value: Any) -> Any:
             return 0 if value else None
         if isinstance(value, float) and value.is_integer():  # Parquet and YAML may carry 256 as 256.0
             value = int(value)
-        low = 1 if name in _POSITIVE_INT else (0 if name == "logprobs" else None)
-        if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
-            bound = f" of at least {low}" if low is not None else ""
+        least = 1 if name in _POSITIVE_INT else (0 if name == "logprobs" else None)
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            bound = f" of at least {least}" if least is not None else ""
             raise invalid(f"{name} must be a whole number{bound}, not {value!r}")
         return value
     if name in _FLOAT_RANGE:

@@ -31,8 +31,8 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
         f"{tokens['input']:,} tokens in, {tokens['output']:,} out.",
         highlight=False,
     )
-    console.print(f"Results: {path}/data, {path}/manifest.json" + (f"; failed rows: {path}/errors" if rows["failed"] else ""),
-                  highlight=False, soft_wrap=True)  # fmt: skip
+    bad = f"; failed rows: {path}/errors" if rows["failed"] else ""
+    console.print(f"Results: {path}/data, {path}/manifest.json{bad}", highlight=False, soft_wrap=True)
 
 
 def _errors(errors: dict[str, int]) -> str:

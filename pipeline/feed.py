@@ -143,9 +143,7 @@ def _request(parsed: Parsed) -> bytes:
     return dumps(request)
 
 
-def dataset_of(
-    pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on_bad_input: bool, report: Any
-) -> Any:
+def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on_bad_input: bool, report: Any) -> Any:
     """A Ray Dataset of the rows to ask. `done` is a reference to an `Index`; `report(number, summary)` a remote method."""
     import ray
     from ray.data import Datasource, ReadTask
@@ -180,7 +178,7 @@ def dataset_of(
         Conversations(),
         override_num_blocks=max(1, len(pieces)),
         # A fraction, so that reading goes on beside workers also with one logical CPU.
-        ray_remote_args={"num_cpus": 0.25, "max_retries": 3},
+        ray_remote_args={"num_cpus": 0.5, "max_retries": 3},
     )
 
 
@@ -244,7 +242,7 @@ class Status:
     first_errors: dict[str, str] = field(default_factory=dict)  # an example of each type
     fed: bool = False  # everything is read
     finished: bool = False
-    bug: str | None = None  # why the feed broke
+    broken: str | None = None  # why reading the input failed
 
 
 class Dispatcher:
@@ -305,10 +303,10 @@ class Dispatcher:
         self.status_.fed = True
         if failure is not None:
             self.stopping = True
-            cause = getattr(failure, "cause", None) or failure
-            while getattr(cause, "cause", None) is not None:
+            cause: Any = failure
+            while getattr(cause, "cause", None) is not None:  # Ray wraps what a task raised
                 cause = cause.cause
-            self.status_.bug = f"{type(cause).__name__}: {cause}"
+            self.status_.broken = str(cause) if isinstance(cause, ConfigError) else f"{type(cause).__name__}: {cause}"
         await self._notify()
 
     async def _notify(self) -> None:

@@ -141,12 +141,17 @@ class PartWriter:
     """Does jobs: reads, looks up, writes."""
 
     def __init__(
-        self, interpreter: Interpreter, index: Index, columns: list[Column], optional: Sequence[str], output: OutputConfig
+        self,
+        interpreter: Interpreter,
+        index: Index,
+        columns: list[Column],
+        optional: Sequence[str],
+        output: OutputConfig,
     ) -> None:
         self.interpreter, self.index, self.columns, self.output = interpreter, index, columns, output
         self.schema = output_schema(columns, optional)
         self.own_schema = pa.schema([(c.source, c.type or pa.string()) for c in columns])
-        self.fs, self.root = resolve(output.path)
+        self.fs, self.root = resolve(str(output.path))
 
     def run(self, job: Job) -> JobResult:
         """Writes the job's `data/part-N` files and, where rows failed, `errors/part-N`; stops at a missing row."""

@@ -14,10 +14,10 @@ from typing import Any
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
-import orjson
 from jinja2.exceptions import SecurityError
 
 from engines.types import GENERATION_FIELDS, ROLES, ConfigError, EngineError, Message, check_messages, invalid, nearest
+from pipeline.lossless import loads
 
 FORMATS = ("auto", "messages", "oumi", "openai_batch", "sharegpt", "prompt")
 # What a column can be mapped to; every generation parameter too.
@@ -46,12 +46,6 @@ _ERROR_FIELDS = frozenset(("type", "message", "status", "retryable"))
 
 # A prompt beyond this is a loop gone wrong: no model reads it.
 MAX_RENDERED = 8 << 20
-# orjson writes 254 levels at most; what we add around a row needs a few of them.
-MAX_DEPTH = 200
-
-# orjson reads integers beyond 64 bits as floats; every one of them has a run of 19 digits.
-_TO_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
-_LONG_NUMBER = b"0" * 19
 
 
 class ArrowRow(dict[str, Any]):
@@ -67,68 +61,6 @@ class Parsed:
     generation: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     adapter: str | None = None
-
-
-def has_long_number(data: bytes) -> bool:
-    """Whether orjson may round an integer in `data`; costs less than a tenth of parsing it."""
-    return _LONG_NUMBER in data.translate(_TO_ZEROS)
-
-
-def parse_json(data: bytes, long_number: bool = True) -> Any:
-    """JSON without loss: integers of any size, `NaN` and `Infinity` as floats; of a repeated key the last wins.
-
-    `long_number` False promises that `has_long_number` is false. Raises `ValueError` with a one-line reason.
-    """
-    try:
-        value = orjson.loads(data)
-        if long_number and has_long_number(data):
-            value = json.loads(data.decode())
-    except (ValueError, RecursionError):
-        value = _parse_slowly(data)
-    # As many brackets as levels at least; counting them is cheap, and most rows have few.
-    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _too_deep(value):
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-    return value
-
-
-def _parse_slowly(data: bytes) -> Any:
-    """The standard library accepts a little more than orjson, and says what is wrong in better words."""
-    try:
-        value = json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}") from None
-    except RecursionError:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError:  # Python refuses to convert very long integers, because that takes quadratic time
-        raise ValueError("an integer of more than 4,300 digits") from None
-    if b"\\ud" in data or b"\\uD" in data:
-        _refuse_surrogates(value)
-    return value
-
-
-def _refuse_surrogates(value: Any) -> None:
-    """Half a UTF-16 pair is no character: it cannot be written as UTF-8, to a file or to a model."""
-    parts = value.items() if isinstance(value, dict) else [("the value", value)]
-    for name, part in parts:
-        try:
-            json.dumps([name, part], ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            code = ord(str(error.object)[error.start])
-            raise ValueError(f"a lone surrogate (\\u{code:04x}) in {ascii(name)[:80]}") from None
-        except RecursionError:
-            raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
-
-
-def _too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        children = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
-        level = list(itertools.chain.from_iterable(children))
-        if not level:
-            return False
-    return True
 
 
 class RowParser:
@@ -170,11 +102,7 @@ class RowParser:
         names = set()
         if self.columns.get("id", "id") == "id":
             names.add("id")
-        if (
-            self._render is None
-            and "messages" in self._order
-            and self.columns.get("messages", "messages") == "messages"
-        ):
+        if self._render is None and "messages" in self._order and self.columns.get("messages", "messages") == "messages":
             names.add("messages")
         return frozenset(names)
 
@@ -253,9 +181,7 @@ class RowParser:
         if isinstance(value, str) and value:
             return value
         if value is not None and value != "" and role in self.columns:
-            raise invalid(
-                f"the column '{self.columns[role]}' (dataset.columns.{role}) must hold text, not {_kind(value)}"
-            )
+            raise invalid(f"the column '{self.columns[role]}' (dataset.columns.{role}) must hold text, not {_kind(value)}")
         return None
 
 
@@ -317,7 +243,7 @@ def _from_text(value: Any, what: str) -> Any:
     if not isinstance(value, (str, bytes)):
         return value
     try:
-        return parse_json(value.encode() if isinstance(value, str) else value)
+        return loads(value.encode() if isinstance(value, str) else value)
     except ValueError as error:
         raise invalid(f"{what} is text that is not JSON: {error}") from None
 
@@ -488,12 +414,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "**" and isinstance(right, int) and abs(right) > 1000:
             raise SecurityError("a power too large")
         sized, times = (left, right) if isinstance(right, int) else (right, left)
-        if (
-            operator == "*"
-            and isinstance(times, int)
-            and hasattr(sized, "__len__")
-            and len(sized) * times > MAX_RENDERED
-        ):
+        if operator == "*" and isinstance(times, int) and hasattr(sized, "__len__") and len(sized) * times > MAX_RENDERED:
             raise SecurityError("a repetition too large")
         return super().call_binop(context, operator, left, right)
 

@@ -9,6 +9,7 @@ a fresh answer for each row; its key also covers the row's own id or, where it h
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from engines.base import EngineConfig
 from engines.types import GenerationParams
@@ -28,7 +29,7 @@ class Keyer:
         self._plain = self._with_generation(generation)
         self._plain_sampled = is_sampled(generation)
 
-    def __reduce__(self) -> object:  # hash objects do not pickle
+    def __reduce__(self) -> tuple[Any, ...]:  # hash objects do not pickle
         return Keyer, (self.engine, self.generation)
 
     def key(self, parsed: Parsed, place: str) -> bytes:

@@ -173,7 +173,14 @@ class Index:
             return self
         at = np.flatnonzero(~self.failed)
         return Index(
-            self.hi[at], self.lo[at], self.segment[at], self.row[at], self.failed[at], self.tokens[at], self.paths, self.torn
+            self.hi[at],
+            self.lo[at],
+            self.segment[at],
+            self.row[at],
+            self.failed[at],
+            self.tokens[at],
+            self.paths,
+            self.torn,
         )
 
 

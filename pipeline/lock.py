@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
@@ -70,10 +71,10 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
         fs.delete_file(path)
 
 
-def _read(fs: pafs.FileSystem, path: str) -> dict[str, float] | None:
+def _read(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
     try:
         with fs.open_input_stream(path) as stream:
-            beat: dict[str, float] = json.loads(stream.read())
+            beat: dict[str, Any] = json.loads(stream.read())
             return beat
     except (FileNotFoundError, ValueError, OSError):
         return None

@@ -20,7 +20,7 @@ import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
 
-from engines.types import ConfigError, EaglerayError
+from engines.types import EaglerayError
 from pipeline.config import Config
 from pipeline.crew import Crew, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
@@ -130,7 +130,7 @@ def _pieces(config: Config, console: Console) -> list[Piece]:
     for chunk in chunks:
         if chunk.kind == "bad":
             console.print(f"[yellow]{chunk.name}: {chunk.reason}; it becomes one error row.[/]", highlight=False)
-    pieces = []
+    pieces: list[Piece] = []
     left = dataset.limit
     for chunk in chunks:
         if left is None:
@@ -233,8 +233,8 @@ def _ask(
     finally:
         crew.dismiss()
         ray.kill(dispatcher)
-    if status.bug is not None:
-        raise status.bug if isinstance(status.bug, ConfigError) else Stopped(f"reading the input failed: {status.bug}")
+    if status.broken is not None:
+        raise Stopped(f"reading the input failed: {status.broken}")
     if draining:
         if interrupts:
             raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from engines.types import ConfigError
-from pipeline.formats import ArrowRow, has_long_number, parse_json
+from pipeline.formats import ArrowRow
 from pipeline.fs import one_line, resolve, split_scheme, uri_of
+from pipeline.lossless import has_long_number, loads
 
 BATCH_ROWS = 2000
 # A batch ends early at this many bytes of input, so that long rows do not pile up.
@@ -157,9 +158,7 @@ def _in_directory(origin: str, fs: pafs.FileSystem, directory: str, root: str) -
     return [
         _file(origin, fs, info, _relative(info.path, root))
         for info in infos
-        if info.type == pafs.FileType.File
-        and _DATA_NAME.search(info.path)
-        and not _hidden(_relative(info.path, directory))
+        if info.type == pafs.FileType.File and _DATA_NAME.search(info.path) and not _hidden(_relative(info.path, directory))
     ]
 
 
@@ -285,8 +284,7 @@ def _chunks_of(file: _File, chunk_bytes: int) -> list[Chunk]:
         return bad(f"not readable: {one_line(error)}")
     stops = [start for start, _ in starts[1:]] + [size]
     return [
-        Chunk(file.uri, file.name, "jsonl", start, stop, line)
-        for (start, line), stop in zip(starts, stops, strict=True)
+        Chunk(file.uri, file.name, "jsonl", start, stop, line) for (start, line), stop in zip(starts, stops, strict=True)
     ]
 
 
@@ -304,7 +302,7 @@ def _refused(lower: str, head: bytes) -> str | None:
     line = head.removeprefix(_BOM).lstrip().partition(b"\n")[0].rstrip()
     if line[:1] == b"[" and len(line) < RAW_BYTES // 2:
         try:
-            parse_json(line)
+            loads(line)
         except ValueError:
             return "one JSON array over many lines, not JSON lines: convert it with jq -c '.[]'"
     return None
@@ -410,7 +408,7 @@ def _parse_line(number: int, line: bytes | _TooLong, long_numbers: bool, limit: 
     if not line or line.isspace():
         return None
     try:
-        value = parse_json(line, long_numbers)
+        value = loads(line, long_numbers)
     except ValueError as error:
         return Row(number, None, str(error), line[:RAW_BYTES])
     if type(value) is not dict:

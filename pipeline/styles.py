@@ -16,15 +16,15 @@ def openai_batch(row: Row) -> Row:
     """A line of an OpenAI batch output file, as `vllm run-batch` writes it too."""
     error = row["error"]
     if error is not None:
-        body = {"error": {"message": error["message"], "type": error["type"], "code": error["status"]}}
-        response = {"status_code": error["status"] or 500, "request_id": row["id"], "body": body}
+        failure: dict[str, Any] = {"error": {"message": error["message"], "type": error["type"], "code": error["status"]}}
+        response = {"status_code": error["status"] or 500, "request_id": row["id"], "body": failure}
         return {"id": f"batch_req_{row['index']}", "custom_id": row["id"], "response": response,
                 "error": {"code": error["type"], "message": error["message"]}}  # fmt: skip
     choices = row.get("choices") or [
         {"message": row["messages"][-1], "finish_reason": row["finish_reason"], "logprobs": row.get("logprobs")}
     ]
     usage = row["usage"]
-    body = {
+    body: dict[str, Any] = {
         "id": f"chatcmpl-{row['index']}",
         "object": "chat.completion",
         "model": row["model"],

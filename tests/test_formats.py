@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.types import ConfigError, EngineError, GenerationParams
-from pipeline.formats import OUTPUT_COLUMNS, ArrowRow, Parsed, RowParser, parse_json, passthrough_names
+from pipeline.formats import OUTPUT_COLUMNS, ArrowRow, Parsed, RowParser, passthrough_names
+from pipeline.lossless import loads
 from pipeline.source import list_chunks, read_chunk
 
 HI = [{"role": "user", "content": "hi"}]
@@ -297,9 +298,7 @@ def test_sharegpt_function_calls_are_bound_to_their_observations() -> None:
     assert messages[2] == {
         "role": "assistant",
         "content": None,
-        "tool_calls": [
-            {"id": "call_0", "type": "function", "function": {"name": "get", "arguments": '{"city": "Bärn"}'}}
-        ],
+        "tool_calls": [{"id": "call_0", "type": "function", "function": {"name": "get", "arguments": '{"city": "Bärn"}'}}],
     }
     assert messages[3] == {"role": "tool", "content": "sunny", "tool_call_id": "call_0"}
     assert [call["id"] for call in messages[4]["tool_calls"]] == ["call_1", "call_2"]
@@ -428,9 +427,7 @@ def test_a_template_is_the_user_message_or_several_messages() -> None:
 
 def test_a_template_sees_columns_by_name_and_as_row() -> None:
     assert rendered("{{ row['a b'] }} {{ x.y[0] }}", **{"a b": 1, "x": {"y": [2]}})[0]["content"] == "1 2"
-    assert (
-        rendered("{{ x | tojson }}", x={"é": ["<ü>", 2**70]})[0]["content"] == '{"é": ["<ü>", 1180591620717411303424]}'
-    )
+    assert rendered("{{ x | tojson }}", x={"é": ["<ü>", 2**70]})[0]["content"] == '{"é": ["<ü>", 1180591620717411303424]}'
     assert rendered("{% for m in c %}{{ m }};{% endfor %}", c=["a", "b"])[0]["content"] == "a;b;"
     assert rendered("{{ x if x is defined else 'none' }} {{ n or '' }}", n=None)[0]["content"] == "none "
     assert rendered("<{{ x }}>", x="<b>&")[0]["content"] == "<<b>&>"
@@ -509,9 +506,7 @@ def test_what_passes_through_and_under_which_name() -> None:
 
 
 def test_of_an_errors_file_our_error_does_not_pass() -> None:
-    ours = pa.struct(
-        [("type", pa.string()), ("message", pa.string()), ("status", pa.int64()), ("retryable", pa.bool_())]
-    )
+    ours = pa.struct([("type", pa.string()), ("message", pa.string()), ("status", pa.int64()), ("retryable", pa.bool_())])
     parser = RowParser()
     assert passthrough_names({"prompt": pa.string(), "error": ours}, parser) == {"prompt": "prompt"}
     assert passthrough_names({"error": pa.string()}, parser) == {"error": "input_error"}
@@ -522,21 +517,14 @@ def test_of_an_errors_file_our_error_does_not_pass() -> None:
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=15)
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**30), 10**30)
-    | st.floats(allow_nan=False)
-    | TEXT
-    | st.binary(max_size=5),
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | TEXT | st.binary(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
 KEYS = st.sampled_from(
     ["messages", "conversations", "body", "prompt", "system", "id", "model", "tools", "generation", "error", "x"]
 )
-SHAPED = st.dictionaries(
-    st.sampled_from(["role", "from", "value", "content", "type", "text", "messages"]), VALUES | KEYS
-)
+SHAPED = st.dictionaries(st.sampled_from(["role", "from", "value", "content", "type", "text", "messages"]), VALUES | KEYS)
 
 
 @settings(deadline=None, max_examples=400)
@@ -560,8 +548,6 @@ def test_any_row_is_a_conversation_or_an_invalid_input(columns: dict[str, Any], 
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    value=st.recursive(st.none() | st.integers() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner))
-)
+@given(value=st.recursive(st.none() | st.integers() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)))
 def test_json_is_read_as_the_standard_library_reads_it(value: Any) -> None:
-    assert parse_json(json.dumps(value).encode()) == value
+    assert loads(json.dumps(value).encode()) == value

@@ -445,9 +445,7 @@ def test_cutting_a_file_anywhere_gives_the_same_rows(
 
 
 @pytest.mark.parametrize("block", [4, 7, 64, 1000])
-def test_the_size_of_the_blocks_read_does_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
+def test_the_size_of_the_blocks_read_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     text = b"".join(b'{"i": %d, "x": "%s"}\n\n' % (i * 10**18, b"z" * (i % 50)) for i in range(60)) + b'{"last": 1}'
     data = {"a.jsonl": text, "a.gz": gzip.compress(text), "a.zst": zstandard.compress(text)}
     for name, content in data.items():

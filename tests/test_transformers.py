@@ -131,9 +131,7 @@ def test_each_row_of_a_batch_ends_by_its_own_limit_and_for_its_own_reason(engine
 def test_usage_counts_the_prompt_without_its_padding(engine: TransformersEngine) -> None:
     answers = engine.infer([ask(question, max_tokens=2) for question in QUESTIONS])
     expected = [
-        len(
-            engine.tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True).input_ids
-        )
+        len(engine.tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True).input_ids)
         for q in QUESTIONS
     ]
     assert [answer.usage.input for answer in answers] == expected
@@ -301,9 +299,7 @@ def test_the_context_is_that_of_the_model(engine: TransformersEngine) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty must be more than 0"),
     ],
 )
-def test_what_it_cannot_do_is_refused_by_name(
-    engine: TransformersEngine, generation: dict[str, Any], reason: str
-) -> None:
+def test_what_it_cannot_do_is_refused_by_name(engine: TransformersEngine, generation: dict[str, Any], reason: str) -> None:
     error = one(engine, FRANCE, **generation).error
     assert error is not None and error.type == "invalid_input"
     assert reason in error.message
@@ -320,9 +316,7 @@ def test_text_parts_are_joined_and_images_refused(engine: TransformersEngine) ->
 # --- templates
 
 
-def test_a_template_of_ones_own_takes_tools_variables_and_refuses_rows(
-    smollm2_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_template_of_ones_own_takes_tools_variables_and_refuses_rows(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text(
         "{% if messages[0].content == 'no' %}{{ raise_exception('not this one') }}{% endif %}"
@@ -454,9 +448,7 @@ def test_four_bits_without_bitsandbytes_say_what_to_install(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest)
     )
-    with pytest.raises(
-        ConfigError, match="load_in_4bit needs the package 'bitsandbytes': run pip install bitsandbytes"
-    ):
+    with pytest.raises(ConfigError, match="load_in_4bit needs the package 'bitsandbytes': run pip install bitsandbytes"):
         load(smollm2_checkpoint, load_in_4bit=True)
 
 
