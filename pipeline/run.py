@@ -77,13 +77,20 @@ def run(config: Config, console: Console) -> Outcome:
             planned = planner.submit(_pieces, config, console)
             _connect()
             pieces = planned.result()
+        from ray.exceptions import RayActorError
+
         index = _index(config)
         for path in index.torn:
             console.print(f"[yellow]{path} cannot be read; its rows are asked again.[/]", highlight=False)
-        asked = Status()
         known = index.only(failed_too=not config.run.retry_failed)
+        asked = Status()
         for _ in range(MAX_PASSES):
-            status, summaries = _ask(config, pieces, interpreter, known, interrupts, console)
+            try:
+                status, summaries = _ask(config, pieces, interpreter, known, interrupts, console)
+            except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
+                console.print(f"[yellow]The dispatcher died; going on from the ledger.[/] {_brief(error)}", highlight=False)
+                known = _index(config).only(failed_too=not config.run.retry_failed)
+                continue
             asked.done += status.done
             asked.failed += status.failed
             asked.crashes += status.crashes
@@ -97,11 +104,15 @@ def run(config: Config, console: Console) -> Outcome:
             console.print(f"{result.missing:,} rows have no answer yet; asking them.", highlight=False)
             known = index.only(failed_too=True)
         else:
-            raise RuntimeError(f"rows are still missing after {MAX_PASSES} passes; please report this")
+            raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
         manifest = _manifest(config, pieces, fs, summaries, result, index, asked, started)
         _drop_stale(fs, root, result)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         return Outcome(_exit_status(manifest), manifest)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _exit_status(manifest: dict[str, Any]) -> int:

@@ -1,0 +1,83 @@
+"""`make bench`: every figure the project claims, measured here and now, as JSON and as a Markdown table.
+
+    python -m bench [--out bench/results] [--only llamacpp,pipeline] [--sizes 100000,1000000]
+
+The GSM8K questions are taken from $EAGLERAY_GSM8K or ../shared/data/gsm8k_test.jsonl, where they are; a small set of
+the bench's own otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--only", default="llamacpp,pipeline")
+    parser.add_argument("--sizes", default="100000,1000000")
+    args = parser.parse_args()
+    results: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    path = args.out.with_suffix(".json")
+    if path.exists():  # what is not measured this time stays
+        results = {**json.loads(path.read_text()), **results}
+    if "llamacpp" in args.only:
+        from bench import llamacpp
+
+        results["llamacpp"] = llamacpp.run(gsm8k(), rows=64, tokens=128, repeats=3)
+    if "pipeline" in args.only:
+        from bench import pipeline
+
+        results["pipeline"] = pipeline.run([int(size) for size in args.sizes.split(",")])
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    table = markdown(results)
+    args.out.with_suffix(".md").write_text(table)
+    print(table)
+
+
+def gsm8k() -> Path | None:
+    path = Path(os.environ.get("EAGLERAY_GSM8K", "../shared/data/gsm8k_test.jsonl"))
+    return path if path.exists() else None
+
+
+def machine() -> dict[str, Any]:
+    return {"cpus": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The claims, their figures and their goals."""
+    rows: list[tuple[str, str, str]] = []
+    if found := results.get("llamacpp"):
+        rows += [
+            ("llama.cpp: tokens/s, this engine", f"{found['engine_tok_s']:.0f}", ""),
+            ("… against one `create_chat_completion` at a time", f"{found['ratio_one_at_a_time']:.2f}", "≥ 1.9"),
+            ("… against a bare low-level batch loop", f"{found['ratio_bare_loop']:.2f}", "≥ 0.95"),
+        ]
+    if found := results.get("pipeline"):
+        scale = found["scale"]
+        for size in (key for key in scale if key.isdigit()):
+            figures = scale[size]
+            rows.append((f"echo, {int(size):,} rows: rows/s end to end", f"{figures['rows_per_s']:,}", ""))
+            rows.append(("… while asking", f"{figures['asking_rows_per_s']:,}", "≥ 10,000"))
+            memory = ", ".join(f"{kind} {mib}" for kind, mib in sorted(figures["peak_mib"].items()))
+            rows.append(("… peak MiB", memory, "flat"))
+        rows += [
+            ("echo: rows/s at the largest size against the smallest", f"{scale['ratio']:.2f}", "≥ 0.9"),
+            ("echo: resume over the largest, finished run, s", f"{scale['resume_s']}", "< 30"),
+            ("stragglers: share of the possible rate", f"{found['stragglers']['ratio']:.3f}", "≥ 0.95"),
+            ("`eagleray --help`, s", f"{found['cold_start']['help_s']}", "< 0.5"),
+            ("ten echo rows end to end, s", f"{found['cold_start']['ten_rows_s']}", "< 10"),
+        ]
+    lines = [f"{results['date']}, {results['machine']['cpus']} CPUs, Python {results['machine']['python']}", ""]
+    lines += ["| what | measured | goal |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
