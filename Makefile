@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/eagleray infer dataset.path=docs/examples/demo.jsonl output.path=$(OUT) generation.max_tokens=64; \
+	@$(BIN)/eagleray infer dataset.path=docs/examples/demo.jsonl output.path=$(OUT) generation.max_tokens=64; \
 	status=$$?; [ $$status -eq 3 ] && echo "(status 3: the dataset holds one malformed line on purpose)" && exit 0; exit $$status
 
 test: $(VENV)/.test
@@ -38,12 +38,13 @@ $(BIN)/python:
 	$(BIN)/pip install -q --upgrade pip
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/pip install -e '.[llamacpp]'
+	@echo "installing; building llama.cpp takes a few minutes the first time"
+	$(BIN)/pip install -q -e '.[llamacpp]'
 	touch $@
 
 # torch first and pinned: the newest one would bring gigabytes of CUDA. TORCH= skips it where you have your own.
 TORCH ?= torch==2.13.0
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -e '.[llamacpp,transformers,dev]'
+	$(BIN)/pip install -q -e '.[llamacpp,transformers,dev]'
 	touch $@

@@ -9,7 +9,8 @@ The forms an engine takes (`type` decides):
     {"type": "grammar", "grammar": "root ::= …"}                # GBNF itself
 
 A grammar is what the answer is *generated* from, so it may be narrower than what was asked for (`\\d` gives ASCII
-digits) but never wider, with one exception: JSON Schema's numeric bounds, `uniqueItems`, `not` and `if` are not enforced.
+digits) but never wider, with one exception: JSON Schema's numeric bounds, `uniqueItems`, `not` and `if` are not
+enforced.
 Everything that cannot be expressed is an `invalid_input` error that says what it is.
 """
 

@@ -1,8 +1,8 @@
 """`engine=llamacpp`: GGUF models in this process, many conversations in one batch (continuous batching).
 
-One thread owns the llama.cpp context. Each turn of its loop admits waiting requests to free sequences, builds one batch
-of the next token of every running sequence and of the prompt chunks of those newly admitted (up to `n_batch` tokens),
-decodes it, samples, and finishes what is done. A prompt's longest prefix that some sequence already holds (a common
+One thread owns the llama.cpp context. Each turn of its loop admits waiting requests to free sequences, decodes the
+next token of all running ones in one batch, evaluates prompts of new ones (about `n_batch` tokens), samples, and finishes
+what is done. A prompt's longest prefix that some sequence already holds (a common
 system prompt, the turns before, the other answers of `n`) is kept or copied, not evaluated again: `Usage.cached_input`.
 
 Sampling. The chain is logit_bias, penalties, grammar, top_k, top_p, min_p, temperature, draw: llama.cpp's order, so the
@@ -61,8 +61,15 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-import llama_cpp as L
 import numpy as np
+
+# llama.cpp's threads meet at hundreds of barriers a token, where libgomp spins. On a core that something else wants too
+# (Ray, a second engine) they spin while the one they wait for is not running: under 14 tok/s became 40 with one busy
+# process beside 2 threads, at a cost of 2% alone. Read when libgomp is loaded, so before llama_cpp is.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import llama_cpp as L
 
 from engines.base import Engine, EngineConfig
 from engines.gbnf import to_gbnf
@@ -182,9 +189,7 @@ def resolve_model(config: EngineConfig, filename: str | None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith(".") or (repo.endswith(".gguf") and not filename):
         raise ConfigError(f"engine.model: there is no file {name}")
     if not filename:
-        raise ConfigError(
-            f"engine.model: there is no file {name}; for a hub repository give {repo}:FILE.gguf"
-        )
+        raise ConfigError(f"engine.model: there is no file {name}; for a hub repository give {repo}:FILE.gguf")
     return _from_hub(repo, filename, config.revision)
 
 
@@ -474,6 +479,9 @@ class LlamaCppEngine(Engine):
     pieces: dict[int, bytes]
     prefixes: bool  # the cache can be cut back and copied
     unified: bool
+    slots: list[_Slot]
+    filling: list[_Slot]  # those whose prompt is not evaluated yet, in the order of their admission
+    filler: int  # a token that keeps another company
     batch: _Batch
     candidates: _Candidates
     turn: int
@@ -499,6 +507,7 @@ class LlamaCppEngine(Engine):
             raise
         self.seed: int | None = kwargs.get("seed")
         self.slots = [_Slot(i) for i in range(self.n_seq)]
+        self.filling = []
         self.waiting: queue.SimpleQueue[_Sequence | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._loop, name="llamacpp", daemon=True)
         self.thread.start()
@@ -537,6 +546,7 @@ class LlamaCppEngine(Engine):
         self.vocab = L.llama_model_get_vocab(self.model)
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
         self.pieces = {}
+        self.filler = max(0, L.llama_vocab_bos(self.vocab))
         self.eog = frozenset(t for t in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, t))
 
     def _load_context(self, path: Path, kwargs: dict[str, Any]) -> None:
@@ -741,19 +751,13 @@ class LlamaCppEngine(Engine):
             sequence = queued.popleft()
             if not sequence.future.cancelled():
                 self._admit(sequence)
-        outputs = self._build()
-        if not self.batch.n:
-            return
-        status = L.llama_decode(self.context, self.batch.struct)
-        if status != 0:
-            raise RuntimeError(f"llama_decode failed with status {status}{_log.reason()}")
-        if outputs:
-            self._sample(outputs)
+        self._decode_next()
+        self._decode_prompts()
 
     def _admit(self, sequence: _Sequence) -> None:
         """Gives a sequence the free slot, and the prefix, that save most of its prompt."""
         prompt = sequence.prompt
-        last = len(prompt) - 1  # the last token is evaluated in any case, for its logits
+        last = max(0, len(prompt) - 2)  # the last is evaluated in any case, for its logits; and none alone
         free = [slot for slot in self.slots if slot.running is None]
         if not self.prefixes:
             slot, kept = min(free, key=lambda s: s.used), 0
@@ -762,6 +766,7 @@ class LlamaCppEngine(Engine):
             slot = max(free, key=lambda s: (shared[s.id], -s.used))
             kept = shared[slot.id]
         slot.running, slot.waits, slot.used = sequence, None, self.turn
+        self.filling.append(slot)
         if self.prefixes:
             donor, most = slot, kept + MIN_COPIED_TOKENS - 1
             for other in self.slots:
@@ -799,49 +804,89 @@ class LlamaCppEngine(Engine):
         slot.tokens = donor.tokens[:count]
         slot.running.cached = count
 
-    def _build(self) -> list[tuple[int, _Slot]]:
-        """Fills the batch; returns (place in the batch, slot) of every token whose logits are wanted.
+    def _decode_next(self) -> None:
+        """One more token for every sequence that has its prompt behind it.
 
-        In the order of the slots: llama.cpp computes together only neighbours among separate caches.
+        In the order of the slots: of separate caches, llama.cpp computes only neighbours together. One that would be
+        computed alone gets a neighbour for company, whose token is taken back: the kernels for one token add up in
+        another order than those for several, and an answer must not depend on how many others there are.
         """
         batch = self.batch
         batch.n = 0
-        room = self.n_batch - sum(slot.running is not None and slot.running.last >= 0 for slot in self.slots)
-        outputs = []
-        for slot in self.slots:
+        running = [slot.running is not None and slot.running.last >= 0 for slot in self.slots]
+        outputs: list[tuple[int, _Slot]] = []
+        company: list[_Slot] = []
+        for i, slot in enumerate(self.slots):
             sequence = slot.running
-            if sequence is None:
-                continue
-            if sequence.last >= 0:
+            if sequence is not None and running[i]:
                 outputs.append((batch.n, slot))
                 batch.add([sequence.last], len(slot.tokens), slot.id, True)
                 slot.tokens.append(sequence.last)
-                continue
+            elif self.prefixes and self._is_company(i, running) and len(slot.tokens) < self.n_ctx:
+                company.append(slot)
+                batch.add([self.filler], len(slot.tokens), slot.id, True)
+        if outputs:
+            self._decode()
+            for slot in company:
+                L.llama_memory_seq_rm(self.memory, slot.id, len(slot.tokens), -1)
+            self._sample(outputs)
+
+    @staticmethod
+    def _is_company(i: int, running: list[bool]) -> bool:
+        """Whether the slot before, or at the end the one after, has no neighbour of its own."""
+        padded = [False, False, *running, False, False]
+        j = i + 2
+        after_lonely = padded[j - 1] and not padded[j - 2]
+        before_last = padded[j + 1] and j + 2 == len(running) + 2 and not padded[j + 2]
+        return after_lonely or before_last
+
+    def _decode_prompts(self) -> None:
+        """Evaluates prompts, in the order of their admission, about `n_batch` tokens a turn.
+
+        Each alone, and cut at the same places whatever else runs: as with `_decode_next`, for the same answer each time.
+        Nothing is lost by it: llama.cpp would not compute prompts of unequal length together either.
+        """
+        room = self.n_batch
+        for slot in list(self.filling):
+            sequence = slot.running
+            if sequence is None or room <= 0:
+                break
             if slot.waits is not None:
                 donor, owner, count = slot.waits
-                evaluated = batch.start_of(donor.id, len(donor.tokens))  # without what this very batch adds
-                if donor.running is owner and evaluated < count:
-                    continue
+                if donor.running is owner and len(donor.tokens) < count:
+                    continue  # its own prompt is cut by `room`: the next turn
                 slot.waits = None
-                count = _common(donor.tokens[:evaluated], sequence.prompt[:count])
+                count = _common(donor.tokens, sequence.prompt[:count])
                 if count > len(slot.tokens):
                     self._copy(donor, slot, count)
-            done = len(slot.tokens)
-            chunk = sequence.prompt[done : done + room]
-            if chunk:
-                room -= len(chunk)
-                finished = done + len(chunk) == len(sequence.prompt)
-                batch.add(chunk, done, slot.id, finished)
+            while room > 0 and sequence.last < 0:
+                done = len(slot.tokens)
+                left = len(sequence.prompt) - done
+                size = self.n_batch - 1 if left == self.n_batch + 1 else min(left, self.n_batch)  # none of one token
+                chunk = sequence.prompt[done : done + size]
+                self.batch.n = 0
+                self.batch.add(chunk, done, slot.id, size == left)
+                self._decode()
                 slot.tokens.extend(chunk)
-                if finished:
-                    outputs.append((batch.n - 1, slot))
-        return outputs
+                room -= size
+                if size == left:
+                    self.filling.remove(slot)
+                    self._sample([(size - 1, slot)])
+                    break
+
+    def _decode(self) -> None:
+        status = L.llama_decode(self.context, self.batch.struct)
+        if status != 0:
+            raise RuntimeError(f"llama_decode failed with status {status}{_log.reason()}")
 
     def _sample(self, outputs: list[tuple[int, _Slot]]) -> None:
-        rows = np.ctypeslib.as_array(L.llama_get_logits(self.context), (len(outputs), self.n_vocab))
-        for row, (place, slot) in zip(rows, outputs, strict=True):
+        """Picks the next token of each; `outputs`: (place in the batch, slot)."""
+        count = int(self.batch.logits[: self.batch.n].sum())
+        rows = np.ctypeslib.as_array(L.llama_get_logits(self.context), (count, self.n_vocab))
+        for place, slot in outputs:
             sequence = slot.running
             assert sequence is not None
+            row = rows[place] if count > 1 else rows[0]  # every token of a batch gives a row, or only its last
             sampler = sequence.sampler
             try:
                 if sampler.grammar:
@@ -876,6 +921,8 @@ class LlamaCppEngine(Engine):
         if slot.running is not None:
             slot.running.sampler.free()
         slot.running, slot.waits, slot.used = None, None, self.turn
+        if slot in self.filling:
+            self.filling.remove(slot)
 
     def _logprob(self, row: Any, token: int, count: int) -> dict[str, Any]:
         top = float(row.max())
@@ -934,11 +981,6 @@ class _Batch:
         self.logits[self.n : end] = 0
         self.logits[end - 1] = output
         self.n = end
-
-    def start_of(self, seq: int, default: int) -> int:
-        """The first position of a sequence in this batch; `default` where it has none."""
-        at = np.flatnonzero(self.seq[: self.n] == seq)
-        return int(self.pos[at[0]]) if len(at) else default
 
 
 # --- Text in, text out ------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
     """Prints a table of the first few rows and the run's figures."""
     rows, tokens, run = manifest["rows"], manifest["tokens"], manifest["this_run"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("id", "last message", "answer"):
-        table.add_column(title, overflow="ellipsis", no_wrap=True, ratio=1 if title == "id" else 3)
+    for title, width in (("id", 18), ("last message", 30), ("answer", None)):
+        table.add_column(title, overflow="ellipsis", no_wrap=True, max_width=width)
     for row in _first_rows(manifest, path):
         # Model output is untrusted: as Text, so that no markup in it is obeyed.
         table.add_row(*(Text(_one_line(cell)) for cell in row))

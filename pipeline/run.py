@@ -7,7 +7,9 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,13 +71,15 @@ def run(config: Config, console: Console) -> Outcome:
     )
     if config.run.dry_run:
         return _dry_run(config, fs, root, interpreter, console)
-    with run_lock(fs, root), _signals() as interrupts:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run_lock(fs, root))
+        interrupts = stack.enter_context(_signals())
         if not config.run.resume:
             _remove(fs, root)
         started = time.time()
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(_pieces, config, console)
-            _connect()
+            stack.enter_context(_ray())
             pieces = planned.result()
         from ray.exceptions import RayActorError
 
@@ -167,18 +171,24 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
                 fs.delete_file(info.path)
 
 
-def _connect() -> None:
-    """Joins the cluster of RAY_ADDRESS, or starts Ray on this machine."""
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone."""
     import ray
 
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if ray.is_initialized():
+        yield
+    elif os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
+        yield
     else:
-        ray.init(address="local", include_dashboard=False, **quiet)
+        # Ray never removes what it wrote; a run a night would fill the disk. Kept where the run fails, for its logs.
+        scratch = tempfile.mkdtemp(prefix="eagleray-")
+        ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
+        yield
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
