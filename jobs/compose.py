@@ -37,7 +37,7 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a directory")
     ConfigStore.instance().store(name="schema", node=Config)
-    given = [_checked(override, config_dir) for override in overrides]
+    given = [_readable(_checked(override, config_dir)) for override in overrides]
     if config_dir is not None:
         given.append(f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]")
     try:
@@ -71,6 +71,20 @@ def _checked(override: str, config_dir: str | None) -> str:
     if head in known or name.startswith("hydra."):
         return override
     raise ConfigError(f"there is no key '{name}'{nearest(name, known) or nearest(name.split('.')[0], GROUPS)}")
+
+
+def _readable(override: str) -> str:
+    """Quotes a value that is no expression of Hydra's, such as a Jinja template: then it is meant as text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        name, _, value = override.partition("=")
+        quoted = value.replace("'", "\\'")
+        return f"{name}='{quoted}'"
+    return override
 
 
 def _one_line(error: Exception) -> str:
