@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
 
 def _run(config: Any) -> int:
     from rich.console import Console
+    from rich.markup import escape
 
     from pipeline.crew import Stopped
     from pipeline.run import BUG, INTERRUPTED, STOPPED, Interrupted, run
@@ -43,7 +44,7 @@ def _run(config: Any) -> int:
     try:
         outcome = run(config, console)
     except Stopped as stop:
-        console.print(f"[red]Stopped:[/] {stop}", highlight=False)
+        console.print(f"[red]Stopped:[/] {escape(str(stop))}", highlight=False)
         return STOPPED
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)

@@ -85,6 +85,17 @@ class Crew:
         if not status.finished:
             self._add()
 
+    def wants(self) -> str:
+        """What each replica asks for and what there is, for a run that has none yet."""
+        import ray
+
+        hardware, has = self.hardware, ray.cluster_resources()
+        return (
+            f"no replica works yet: each asks for {hardware.cpus:g} CPUs, {hardware.gpus:g} GPUs, {hardware.memory:g} GiB; "
+            f"the whole cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs and "
+            f"{has.get('memory', 0) / 2**30:.0f} GiB"
+        )
+
     def dismiss(self) -> None:
         import ray
 

@@ -21,6 +21,7 @@ import numpy as np
 import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
+from rich.text import Text
 
 from engines.types import EaglerayError
 from pipeline.config import Config
@@ -37,13 +38,13 @@ from pipeline.progress import RunProgress
 from pipeline.source import list_chunks, read_chunk
 from pipeline.worker import Worker, WorkerConfig
 
-log = logging.getLogger("eagleray")
-
 MANIFEST = "manifest.json"
 OK, BUG, WRONG, WITH_FAILURES, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 # Rows that an engine crash or a 64-bit collision left out are asked in another pass; more passes mean a bug.
 MAX_PASSES = 5
+# An engine may take minutes to load; that none has found room yet is worth a word before that.
+PATIENCE_S = 20.0
 # `max_error_rate` says nothing about the first few rows.
 RATE_NEEDS_ROWS = 100
 
@@ -85,14 +86,14 @@ def run(config: Config, console: Console) -> Outcome:
 
         index = _index(config)
         for path in index.torn:
-            console.print(f"[yellow]{path} cannot be read; its rows are asked again.[/]", highlight=False)
+            _warn(console, f"{path} cannot be read; its rows are asked again.")
         known = index.only(failed_too=not config.run.retry_failed)
         asked = Status()
         for _ in range(MAX_PASSES):
             try:
                 status, summaries = _ask(config, pieces, interpreter, known, interrupts, console)
             except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
-                console.print(f"[yellow]The dispatcher died; going on from the ledger.[/] {_brief(error)}", highlight=False)
+                _warn(console, f"The dispatcher died; going on from the ledger. {_brief(error)}")
                 known = _index(config).only(failed_too=not config.run.retry_failed)
                 continue
             asked.done += status.done
@@ -102,7 +103,7 @@ def run(config: Config, console: Console) -> Outcome:
             if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
-            result = _finalize(config, fs, root, pieces, summaries, interpreter, index, console)
+            result = _finalize(config, fs, root, pieces, summaries, interpreter, index, interrupts, console)
             if not result.missing:
                 break
             console.print(f"{result.missing:,} rows have no answer yet; asking them.", highlight=False)
@@ -113,6 +114,11 @@ def run(config: Config, console: Console) -> Outcome:
         _drop_stale(fs, root, result)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         return Outcome(_exit_status(manifest), manifest)
+
+
+def _warn(console: Console, text: str) -> None:
+    """Prints a warning; as Text, because a row's own words may be in it and must not be obeyed as markup."""
+    console.print(Text(text, "yellow"))
 
 
 def _brief(error: Exception) -> str:
@@ -144,7 +150,7 @@ def _pieces(config: Config, console: Console) -> list[Piece]:
     chunks = list_chunks(dataset.path, chunk_bytes=dataset.chunk_bytes, on_bad_input=dataset.on_bad_input)
     for chunk in chunks:
         if chunk.kind == "bad":
-            console.print(f"[yellow]{chunk.name}: {chunk.reason}; it becomes one error row.[/]", highlight=False)
+            _warn(console, f"{chunk.name}: {chunk.reason}; it becomes one error row.")
     pieces: list[Piece] = []
     left = dataset.limit
     for chunk in chunks:
@@ -232,7 +238,8 @@ def _ask(
     )
     crew = Crew(ray.remote(Worker), worker, config.hardware, dispatcher, config.run.max_engine_deaths)
     ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
-    draining = False
+    draining = told = False
+    began = time.monotonic()
     try:
         crew.start()
         with RunProgress(console, config.run.progress_s) as progress:
@@ -240,11 +247,14 @@ def _ask(
                 status: Status = ray.get(dispatcher.status.remote())
                 progress.show(status)
                 crew.tend(status)
+                if not status.workers and not told and time.monotonic() - began > PATIENCE_S:
+                    told = True
+                    _warn(console, f"{crew.wants()}")
                 reason = _why_stop(config, status)
                 if (interrupts or reason) and not draining:
                     draining = True
                     why = reason or "Interrupted"
-                    console.print(f"[yellow]{why}: finishing {status.in_flight} rows in flight.[/]", highlight=False)
+                    _warn(console, f"{why}: finishing {status.in_flight} rows in flight.")
                     ray.get(dispatcher.stop.remote())
                 if status.finished and not status.workers:
                     break
@@ -288,6 +298,7 @@ def _finalize(
     summaries: dict[int, Summary],
     interpreter: Interpreter,
     index: Index,
+    interrupts: list[int],
     console: Console,
 ) -> JobResult:
     """Writes data/ and errors/ on all nodes at once."""
@@ -304,7 +315,9 @@ def _finalize(
     total = JobResult()
     with console.status("putting the output together"):
         while waiting:
-            done, waiting = ray.wait(waiting)
+            done, waiting = ray.wait(waiting, timeout=0.5)
+            if interrupts:
+                raise Interrupted("interrupted while putting the output together; the same command does it again")
             for ref in done:
                 result: JobResult = ray.get(ref)
                 total.rows += result.rows
