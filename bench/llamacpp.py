@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,14 @@ def bare_loop(engine: LlamaCppEngine, prompts: list[list[int]], tokens: int) -> 
     return made
 
 
-def run(data: Path | None = None, rows: int = 64, tokens: int = 128, repeats: int = 3, **kwargs: Any) -> dict[str, Any]:
+def run(
+    data: Path | None = None,
+    rows: int = 64,
+    tokens: int = 128,
+    repeats: int = 3,
+    only: Sequence[str] = ("engine", "bare", "sequential"),
+    **kwargs: Any,
+) -> dict[str, Any]:
     """Tokens a second of each way (median of the repeats) and the ratios; `kwargs` are the engine's."""
     asked = questions(data, rows)
     kwargs = {"n_ctx": 1024, **kwargs}
@@ -145,6 +152,7 @@ def run(data: Path | None = None, rows: int = 64, tokens: int = 128, repeats: in
 
     start, took = [0.0], [0.0]
     ways: dict[str, Callable[[], int]] = {"engine": engine_run, "bare": bare_run, "sequential": sequential_run}
+    ways = {name: way for name, way in ways.items() if name in only}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
@@ -153,7 +161,7 @@ def run(data: Path | None = None, rows: int = 64, tokens: int = 128, repeats: in
             print(f"{name}: {made} tokens in {took[0]:.1f} s, {made / took[0]:.0f} tok/s", flush=True)
     # Ratios within one repeat, then their median: what else the machine did then touched both alike.
     result: dict[str, Any] = {name: round(statistics.median(values), 1) for name, values in rates.items()}
-    for other in ("sequential", "bare"):
+    for other in rates.keys() - {"engine"} if "engine" in rates else ():
         pairs = zip(rates["engine"], rates[other], strict=True)
         result[f"engine_over_{other}"] = round(statistics.median(a / b for a, b in pairs), 3)
     return {**result, "rows": len(asked), "tokens": tokens, "repeats": repeats, "model": path.name, "kwargs": kwargs}
@@ -165,9 +173,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", default="engine,bare,sequential")
     parser.add_argument("--kwargs", type=json.loads, default={}, help='the engine\'s, as JSON: \'{"requantize": "f16"}\'')
     given = parser.parse_args()
-    print(json.dumps(run(given.data, given.rows, given.tokens, given.repeats, **given.kwargs)))
+    print(json.dumps(run(given.data, given.rows, given.tokens, given.repeats, given.ways.split(","), **given.kwargs)))
 
 
 if __name__ == "__main__":

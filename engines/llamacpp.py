@@ -227,6 +227,7 @@ def requantized(path: Path, kind: str) -> Path:
         raise ConfigError(f"engine.kwargs.requantize: llama.cpp has no format '{kind}' (f16, bf16, q8_0, q4_k_m, …)")
     cache = os.environ.get("EAGLERAY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "eagleray")
     folder = Path(cache).expanduser() / "gguf"
+    _log.install(_log.verbose)  # quantising tells of every tensor
     size = path.stat().st_size
     with path.open("rb") as file:  # header and tail, not all of it: models are large
         digest = hashlib.sha256(str(size).encode() + file.read(1 << 20))

@@ -249,7 +249,7 @@ def _ask(
                 crew.tend(status)
                 if not status.workers and not told and time.monotonic() - began > PATIENCE_S:
                     told = True
-                    _warn(console, f"{crew.wants()}")
+                    _warn(console, crew.wants())
                 reason = _why_stop(config, status)
                 if (interrupts or reason) and not draining:
                     draining = True
