@@ -9,6 +9,9 @@ OUT ?= out/demo
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# pip's wheel cache does not know CMAKE_ARGS. A portable build stops at AVX2.
+IS_PORTABLE := import sys, llama_cpp; sys.exit(b'AVX512 = 1' in llama_cpp.llama_print_system_info())
+
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/.demo
@@ -40,6 +43,10 @@ $(BIN)/python:
 $(VENV)/.demo: $(BIN)/python pyproject.toml
 	@echo "installing; building llama.cpp takes a few minutes the first time"
 	$(BIN)/pip install -q -e '.[llamacpp]'
+	@$(BIN)/python -c "$(IS_PORTABLE)" || { \
+	  echo "pip's cache held a llama.cpp built for one processor only; building it anew"; \
+	  $(BIN)/pip cache remove -q llama_cpp_python; \
+	  $(BIN)/pip install -q --force-reinstall --no-deps "$$($(BIN)/pip freeze | grep ^llama_cpp_python)"; }
 	touch $@
 
 # torch first and pinned: the newest one would bring gigabytes of CUDA. TORCH= skips it where you have your own.

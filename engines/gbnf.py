@@ -252,12 +252,7 @@ def _minus(ranges: Ranges, taken: Ranges) -> Ranges:
     left = sorted(ranges)
     for low, high in taken:
         left = (
-            [
-                (a, b)
-                for start, end in left
-                for a, b in ((start, min(end, low - 1)), (max(start, high + 1), end))
-                if a <= b
-            ]
+            [(a, b) for start, end in left for a, b in ((start, min(end, low - 1)), (max(start, high + 1), end)) if a <= b]
             if low <= high
             else left
         )

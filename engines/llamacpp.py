@@ -93,7 +93,7 @@ from engines.types import (
 )
 
 DEFAULT_CONTEXT = 4096
-# Measured on 2 cores: 8 sequences are slower, 32 no faster.
+# Measured on 2 cores with SmolLM2 in F16: 147 tok/s with 16, 156 with 24, 143 with 32; each takes `n_ctx` tokens of cache.
 DEFAULT_SEQUENCES = 16
 # The default number of sequences shrinks until the KV cache fits this; who names a number gets it.
 CACHE_BUDGET_BYTES = 4 << 30

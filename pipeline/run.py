@@ -247,7 +247,8 @@ def _ask(
                 status: Status = ray.get(dispatcher.status.remote())
                 progress.show(status)
                 crew.tend(status)
-                if not status.workers and not told and time.monotonic() - began > PATIENCE_S:
+                told = told or status.workers > 0
+                if not told and time.monotonic() - began > PATIENCE_S:
                     told = True
                     _warn(console, crew.wants())
                 reason = _why_stop(config, status)
