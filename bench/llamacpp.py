@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # First: it settles how libgomp waits before the library is loaded.
-from engines.llamacpp import LlamaCppEngine, requantized, resolve_model  # isort: skip
+from engines.gguf import requantized, resolve_model  # isort: skip
+from engines.llamacpp import LlamaCppEngine  # isort: skip
 
 import llama_cpp as L
 import numpy as np

@@ -68,8 +68,21 @@ class EngineConfig:
     timeout_s: float = key(600.0, "how long one request may take")
     price: Price = field(default_factory=Price, metadata={"help": "input, cached_input, output: US$ per million tokens"})
 
-    # The keyword arguments that change what a model is asked; the others change only how fast it answers.
-    PROMPT_KWARGS: ClassVar[tuple[str, ...]] = ("chat_template", "chat_template_kwargs", "chat_format")
+    # The keywords that change what is asked or which numbers answer; the others change only how fast.
+    ANSWER_KWARGS: ClassVar[tuple[str, ...]] = (
+        "chat_template",
+        "chat_template_kwargs",
+        "filename",
+        "requantize",
+        "lora_scale",
+        "seed",
+        "dtype",
+        "torch_dtype",
+        "load_in_4bit",
+        "load_in_8bit",
+        "quantization",
+        "quantization_config",
+    )
 
     def identity(self) -> dict[str, Any]:
         """What of this configuration belongs to a request's identity: never secrets, concurrency, retries or speed."""
@@ -80,7 +93,7 @@ class EngineConfig:
             "revision": self.revision,
             "base_url": self.base_url,
             "extra_body": self.extra_body or None,
-            "kwargs": {k: v for k, v in self.kwargs.items() if k in self.PROMPT_KWARGS} or None,
+            "kwargs": {k: v for k, v in self.kwargs.items() if k in self.ANSWER_KWARGS} or None,
         }
         return {name: value for name, value in same.items() if value is not None}
 

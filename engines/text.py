@@ -1,0 +1,90 @@
+"""What engines that run a model themselves share: checking their keywords, and text into and out of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engines.types import ConfigError, Message, ToolCall, nearest, text_of
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping", list: "a list"}
+
+
+def check_kwargs(
+    kind: str, kwargs: Mapping[str, Any], types: Mapping[str, type], positive: Collection[str] = ()
+) -> dict[str, Any]:
+    """The keywords somebody set, each of its type; `object` takes anything, and those in `positive` are at least 1.
+
+    Raises `ConfigError`, for an unknown keyword with the nearest right one.
+    """
+    checked = {}
+    for name, value in kwargs.items():
+        if name not in types:
+            raise ConfigError(f"engine.kwargs.{name} is not known to engine={kind}{nearest(name, types)}")
+        if value is None:
+            continue
+        want = types[name]
+        if want is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, want) or (want in (int, float) and isinstance(value, bool)):
+            raise ConfigError(f"engine.kwargs.{name} must be {_WORDS[want]}, not {value!r:.80}")
+        if name in positive and value < 1:
+            raise ConfigError(f"engine.kwargs.{name} must be at least 1, not {value!r}")
+        checked[name] = value
+    return checked
+
+
+def load_chat_template(given: str | None) -> str | None:
+    """A template given as Jinja text or, where it has no brace and so is none, as the path of a file."""
+    if not given or "{" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"engine.kwargs.chat_template: there is no file {given}, and it is no Jinja text")
+    return path.read_text(encoding="utf-8")
+
+
+def for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it: text content, a role they know, the arguments of calls as objects."""
+    plain: dict[str, Any] = {**message, "content": text_of(message) or ""}
+    if plain["role"] == "developer":
+        plain["role"] = "system"
+    if calls := message.get("tool_calls"):
+        plain["tool_calls"] = [_with_object_arguments(call) for call in calls]
+    return plain
+
+
+def _with_object_arguments(call: Any) -> Any:
+    try:
+        return {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+    except (KeyError, TypeError, ValueError):
+        return call  # not ours to judge: the template decides
+
+
+_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+def parse_tool_calls(text: str) -> tuple[str | None, list[ToolCall]]:
+    """The text without its calls, and the calls: those between <tool_call> tags (Hermes, Qwen and many others)."""
+    calls: list[ToolCall] = []
+    for match in _TOOL_CALL.finditer(text):
+        try:
+            call = json.loads(match[1])
+            name, arguments = call["name"], call.get("arguments", {})
+        except (ValueError, KeyError):
+            return text, []
+        # Named after what it says, not at random: the same seed gives the same answer.
+        digest = hashlib.sha256(f"{len(calls)}{match[1]}".encode()).hexdigest()[:16]
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({"id": f"call_{digest}", "type": "function", "function": {"name": name, "arguments": arguments}})
+    return (_TOOL_CALL.sub("", text).strip() or None, calls) if calls else (text, [])
+
+
+def cut_at_stop(text: str, stops: Iterable[str]) -> str:
+    """`text` up to the first stop text in it."""
+    places = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
