@@ -179,12 +179,12 @@ class Log:
     def __init__(self) -> None:
         self.verbose = False
         self.errors: deque[str] = deque(maxlen=4)
-        self.callback = L.llamalog_callback(self._write)  # kept alive here: llama.cpp holds only the pointer
+        self.callback = L.llama_log_callback(self._write)  # kept alive here: llama.cpp holds only the pointer
 
     def install(self, verbose: bool) -> None:
         self.verbose = verbose
         self.errors.clear()
-        L.llamalog_set(self.callback, ctypes.c_void_p(0))
+        L.llama_log_set(self.callback, ctypes.c_void_p(0))
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         if self.verbose:

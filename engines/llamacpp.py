@@ -12,9 +12,10 @@ answer, `frequency_penalty` and `presence_penalty` the answer, all of it (as vLL
 
 What a seed promises. Every answer draws from its own generator, seeded by the request (`n` > 1: seed + i), and on a CPU
 its logits do not depend on what else runs: prompts are evaluated alone, and no token is ever decoded alone, because
-llama.cpp was seen to round differently for one token and for several. Measured with SmolLM2 in
-F16, Q8_0 and Q4_1: 16 questions together, in reverse order and one by one, greedy and at temperature 1, gave the same answers with bit-equal log probabilities. Not promised: other machines or builds, other `n_batch` for
-prompts beyond it, GPU backends, `kv_unified`, recurrent models, and `n_seq_max=1` against more.
+llama.cpp was seen to round differently for one token and for several. Measured with SmolLM2 in F16, Q8_0 and Q4_1: 16
+questions together, in reverse order and one by one, greedy and at temperature 1, gave the same answers with bit-equal
+log probabilities. Not promised: other machines or builds, other `n_batch` for prompts beyond it, GPU backends,
+`kv_unified`, recurrent models, and `n_seq_max=1` against more.
 
 Special tokens. As everywhere in llama.cpp, the templated text is tokenised with its special tokens recognised, also
 where a user's message spells one (`<|im_end|>`): who writes a message can write a turn.

@@ -15,7 +15,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_kwargs(
-    kind: str, kwargs: Mapping[str, Any], types: Mapping[str, type], positive: Collection[str] = ()
+    kind: str, kwargs: Mapping[str, Any], types: Mapping[str, Any], positive: Collection[str] = ()
 ) -> dict[str, Any]:
     """The keywords somebody set, each of its type; `object` takes anything, and those in `positive` are at least 1.
 
@@ -36,6 +36,11 @@ def check_kwargs(
             raise ConfigError(f"engine.kwargs.{name} must be at least 1, not {value!r}")
         checked[name] = value
     return checked
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, fit for a message of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_chat_template(given: str | None) -> str | None:

@@ -26,9 +26,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import importlib.util
 import inspect
 import queue
+import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -38,17 +38,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.generation import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch.nn.utils.rnn import pad_sequence
 
 from engines.base import Capabilities, Engine
-from engines.text import check_kwargs, cut_at_stop, for_template, load_chat_template, parse_tool_calls
+from engines.text import check_kwargs, cut_at_stop, for_template, load_chat_template, one_line, parse_tool_calls
 from engines.types import (
     DEFAULT_MAX_TOKENS,
     Choice,
@@ -70,19 +63,13 @@ _GATHER_S = 0.01
 # Rows share a batch when their prompts differ by no more than this, or by half the oldest's: padding is computed too.
 _LENGTH_SLACK = 64
 
-_OWN_KWARGS: dict[str, type] = {
-    "max_batch_size": int,
-    "max_model_len": int,
-    "chat_template": str,
-    "chat_template_kwargs": dict,
-}
+_OWN_KWARGS = {"max_batch_size": int, "max_model_len": int, "chat_template": str, "chat_template_kwargs": dict}
 _QUANTIZE_KWARGS = inspect.signature(transformers.BitsAndBytesConfig).parameters.keys() - {"kwargs"}
 # What says where the config and the tokenizer are, too.
-_HUB_KWARGS = frozenset(["trust_remote_code", "code_revision", "cache_dir", "local_files_only", "token", "subfolder", "gguf_file"])
+_HUB_KWARGS = {"trust_remote_code", "code_revision", "cache_dir", "local_files_only", "token", "subfolder", "gguf_file"}
 # `from_pretrained` takes anything and fails late: these are what it documents.
-_MODEL_KWARGS = frozenset(
-    ["torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "attn_implementation", "experts_implementation", "quantization_config", "variant", "use_safetensors", "weights_only", "ignore_mismatched_sizes", "key_mapping", "use_kernels"]
-)
+_MODEL_KWARGS = {"torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "variant"}
+_MODEL_KWARGS |= {"attn_implementation", "quantization_config", "use_safetensors", "weights_only", "use_kernels"}
 
 
 @dataclass(slots=True, eq=False)
@@ -121,9 +108,7 @@ class TransformersEngine(Engine):
             raise ConfigError("engine.model is needed: a checkpoint directory or a hub id")
         transformers.utils.logging.disable_progress_bar()
         self._load_model(_place("engine.model", self.config.model))
-        self.device = self.model.get_input_embeddings().weight.device
-        if self.device.type == "meta":
-            self.device = torch.device("cpu")  # offloaded: accelerate's hooks take the inputs from there
+        self.device: torch.device = self.model.device
         self.inbox: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()  # None: look whether the engine is closed
         self.waiting: list[_Row] = []  # out of the inbox, in no batch yet; the thread's own
         self.closed = False
@@ -134,7 +119,7 @@ class TransformersEngine(Engine):
         hub = {name: value for name, value in self.config.kwargs.items() if name in _HUB_KWARGS}
         if self.config.revision:
             hub["revision"] = self.config.revision
-        with _one_line(f"engine.model '{source}' could not be loaded"):
+        with _loading("engine.model", source):
             settings = transformers.AutoConfig.from_pretrained(source, **hub)
         passed = {*_HUB_KWARGS, *_MODEL_KWARGS, *_QUANTIZE_KWARGS, *settings.to_dict(), *settings.attribute_map}
         types = {**dict.fromkeys(passed, object), **_OWN_KWARGS}
@@ -144,19 +129,23 @@ class TransformersEngine(Engine):
         options.setdefault("dtype", options.pop("torch_dtype", "auto"))
         options.setdefault("device_map", "auto" if torch.cuda.is_available() else "cpu")
         quantize = {name: value for name, value in kwargs.items() if name in _QUANTIZE_KWARGS}
-        with _one_line(f"engine.model '{source}' could not be loaded"):
-            if quantize.get("load_in_4bit") or quantize.get("load_in_8bit"):
-                if importlib.util.find_spec("bitsandbytes") is None:
-                    name = "load_in_4bit" if quantize.get("load_in_4bit") else "load_in_8bit"
-                    raise ConfigError(f"engine.kwargs.{name} needs the package 'bitsandbytes': run pip install bitsandbytes")
+        quantized = quantize.get("load_in_4bit") or quantize.get("load_in_8bit")
+        if not quantized and (detail := quantize.keys() - {"load_in_4bit", "load_in_8bit"}):
+            raise ConfigError(f"engine.kwargs.{min(detail)} needs load_in_4bit or load_in_8bit beside it")
+        with _loading("engine.model", source):
+            if quantized:
                 options["quantization_config"] = transformers.BitsAndBytesConfig(**quantize)
-            elif detail := quantize.keys() - {"load_in_4bit", "load_in_8bit"}:
-                raise ConfigError(f"engine.kwargs.{min(detail)} needs load_in_4bit or load_in_8bit beside it")
             self.model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **hub)
         self.forward_takes = inspect.signature(self.model.forward).parameters.keys()
         if self.config.adapter:
-            self._load_adapter(_place("engine.adapter", self.config.adapter))
+            adapter = _place("engine.adapter", self.config.adapter)
+            with _loading("engine.adapter", adapter):
+                import peft
+
+                adapted = peft.PeftModel.from_pretrained(self.model, adapter)
+                # Merging saves two small products a layer and step; into quantised weights it would round twice.
+                self.model = adapted if getattr(self.model, "is_quantized", False) else adapted.merge_and_unload()
         self.model.eval()
 
         self.max_batch_size: int = kwargs.get("max_batch_size") or self.config.max_concurrency or _DEFAULT_BATCH
@@ -173,15 +162,6 @@ class TransformersEngine(Engine):
         if not self.tokenizer.chat_template:
             raise ConfigError(f"'{self.config.model}' has no chat template: give one in engine.kwargs.chat_template")
 
-    def _load_adapter(self, adapter: str) -> None:
-        with _one_line(f"engine.adapter '{adapter}' could not be loaded"):
-            import peft
-
-            adapted = peft.PeftModel.from_pretrained(self.model, adapter)
-            quantized = getattr(self.model, "is_quantized", False)
-            # Merging saves two small products a layer and step; into quantised weights it would round twice.
-            self.model = adapted if quantized else adapted.merge_and_unload()
-
     @property
     def concurrency(self) -> int:
         # More than one batch, so that there are lengths to choose from and the next batch is there in time.
@@ -191,7 +171,6 @@ class TransformersEngine(Engine):
         rows = self._rows(request)
         for row in rows:
             self.inbox.put(row)
-        self.inbox.put(None)
         try:
             if self.closed:  # asked only now: what is in the inbox before `closed` is set, the thread finds there
                 raise EngineError("cancelled", "the engine is closed")
@@ -219,37 +198,29 @@ class TransformersEngine(Engine):
             limit = min(limit, self.context - len(prompt))
         stop_tokens = {self.special[stop] for stop in params.stop or () if stop in self.special}
         stop_ids = self.eos | stop_tokens | frozenset(params.stop_token_ids or ())
-        rows = []
-        for number in range(params.n or 1):
-            generator = torch.Generator(self.device)
-            if params.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed((params.seed + number) % 2**63)
-            rows.append(_Row(prompt, params, limit, stop_ids, generator))
-        return rows
+        seed = random.getrandbits(62) if params.seed is None else params.seed
+        generators = [torch.Generator(self.device).manual_seed((seed + i) % 2**63) for i in range(params.n or 1)]
+        return [_Row(prompt, params, limit, stop_ids, generator) for generator in generators]
 
     def _prompt(self, messages: list[Message], params: GenerationParams) -> list[int]:
         if params.tool_choice not in (None, "auto", "none"):
             raise invalid("engine=transformers supports tool_choice auto and none only")
         tools = None if params.tool_choice == "none" else params.tools
         template: str = self.tokenizer.get_chat_template(tools=tools)
-        variables = dict(self.template_variables)
-        if params.reasoning_effort is not None:
-            variables["reasoning_effort"] = params.reasoning_effort
-        for name, value in (("tools", tools), ("reasoning_effort", params.reasoning_effort)):
-            if value and name not in template:
+        wanted = {"tools": tools, "reasoning_effort": params.reasoning_effort}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        for name in wanted:
+            if name not in template:
                 raise invalid(f"the chat template of '{self.config.model}' has no place for {name}")
         try:
             prompt: list[int] = self.tokenizer.apply_chat_template(
                 [for_template(message) for message in messages],
-                tools=tools,
                 add_generation_prompt=True,
                 return_dict=False,
-                **variables,
+                **(self.template_variables | wanted),
             )
         except Exception as error:  # a template is a program that came with the model: it may raise anything
-            raise invalid(f"the chat template refuses these messages: {_line(error)}") from error
+            raise invalid(f"the chat template refuses these messages: {one_line(error)}") from error
         if not prompt:
             raise invalid("the chat template makes an empty prompt of these messages")
         return prompt
@@ -308,19 +279,16 @@ class TransformersEngine(Engine):
         if not self.waiting:
             return []
         length = len(self.waiting[0].prompt)
-
-        def distance(row: _Row) -> int:
-            return abs(len(row.prompt) - length)
-
-        near = [row for row in self.waiting if distance(row) <= max(_LENGTH_SLACK, length // 2)]
-        batch = sorted(near, key=distance)[: self.max_batch_size]
+        slack = max(_LENGTH_SLACK, length // 2)
+        near = [row for row in self.waiting if abs(len(row.prompt) - length) <= slack]
+        batch = sorted(near, key=lambda row: abs(len(row.prompt) - length))[: self.max_batch_size]
         self.waiting = [row for row in self.waiting if row not in batch]
         return batch
 
     def _run(self, rows: list[_Row]) -> None:
         """Decodes `rows`, in halves where the device has no memory for all of them; what they have so far they keep."""
         rows = [row for row in rows if not row.future.done()]
-        if not rows or self.closed:
+        if not rows:
             return
         try:
             with torch.inference_mode():
@@ -337,11 +305,9 @@ class TransformersEngine(Engine):
             self._run(rows[len(rows) // 2 :])
 
     def _decode(self, rows: list[_Row]) -> None:
-        texts = [row.prompt + row.tokens for row in rows]
-        padding = [max(map(len, texts)) - len(text) for text in texts]
-        # Any token pads, the mask hides it.
-        ids = torch.tensor([[0] * n + text for n, text in zip(padding, texts, strict=True)], device=self.device)
-        mask = torch.tensor([[0] * n + [1] * len(text) for n, text in zip(padding, texts, strict=True)], device=self.device)
+        texts = [torch.tensor(row.prompt + row.tokens, device=self.device) for row in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = None
         while not self.closed:
@@ -436,21 +402,21 @@ def _penalise(row: _Row, scores: torch.Tensor) -> None:
         scores[[int(token) for token in p.logit_bias]] += scores.new_tensor(list(p.logit_bias.values()))
     if p.repetition_penalty:
         seen = torch.tensor([row.prompt + row.tokens], device=scores.device)
-        scores[:] = RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(seen, scores[None])[0]
+        scores[:] = transformers.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(seen, scores[None])[0]
     if row.tokens and (p.frequency_penalty or p.presence_penalty):
-        used, counts = torch.tensor(row.tokens, device=scores.device).unique(return_counts=True)
+        used, counts = torch.tensor(row.tokens, device=scores.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
         scores[used] -= counts * (p.frequency_penalty or 0.0) + (p.presence_penalty or 0.0)
 
 
-def _warpers(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> LogitsProcessorList:
-    warpers: list[Any] = [TemperatureLogitsWarper(temperature)]
+def _warpers(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> Any:
+    warpers: list[Any] = [transformers.TemperatureLogitsWarper(temperature)]
     if top_k is not None and top_k > 0:
-        warpers.append(TopKLogitsWarper(top_k))
+        warpers.append(transformers.TopKLogitsWarper(top_k))
     if top_p is not None and top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
+        warpers.append(transformers.TopPLogitsWarper(top_p))
     if min_p:
-        warpers.append(MinPLogitsWarper(min_p))
-    return LogitsProcessorList(warpers)
+        warpers.append(transformers.MinPLogitsWarper(min_p))
+    return transformers.LogitsProcessorList(warpers)
 
 
 def _place(key: str, name: str) -> str:
@@ -463,16 +429,10 @@ def _place(key: str, name: str) -> str:
     return name
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _loading(key: str, name: str) -> Iterator[None]:
     """What a library raises while it loads follows from the configuration: say it in one line."""
     try:
         yield
-    except ConfigError:
-        raise
     except Exception as error:
-        raise ConfigError(f"{what}: {_line(error)}") from error
+        raise ConfigError(f"{key} '{name}' could not be loaded: {one_line(error)}") from error
