@@ -40,6 +40,7 @@ def _run(config: Any) -> int:
     from pipeline.crew import Stopped
     from pipeline.run import BUG, INTERRUPTED, STOPPED, Interrupted, run
 
+    _check_clash()
     console = Console(stderr=True)
     try:
         outcome = run(config, console)
@@ -61,6 +62,16 @@ def _run(config: Any) -> int:
 
         show_outcome(outcome.manifest, str(config.output.path), console)
     return outcome.exit_status
+
+
+def _check_clash() -> None:
+    """Our package names are plain words; installed beside another distribution's, the files would mix silently."""
+    from importlib.metadata import packages_distributions
+
+    installed = packages_distributions()
+    for name in ("engines", "pipeline", "jobs", "conf"):
+        for other in set(installed.get(name, ())) - {"eagleray"}:
+            raise ConfigError(f"'{other}' also installs a package '{name}': run pip uninstall {other}, or use a new environment")
 
 
 def _log_traceback() -> str:
