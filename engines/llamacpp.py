@@ -44,7 +44,6 @@ import codecs
 import contextlib
 import ctypes
 import datetime
-import hashlib
 import json
 import os
 import queue
@@ -67,7 +66,7 @@ from engines.gguf import (
     CONTEXT_KWARGS,
     MODEL_KWARGS,
     PACKAGED,
-    check_kwargs,
+    check_gguf_kwargs,
     log,
     physical_cores,
     requantized,
@@ -80,6 +79,7 @@ import llama_cpp as L
 
 from engines.base import Engine
 from engines.gbnf import to_gbnf
+from engines.text import for_template, load_chat_template, parse_tool_calls
 from engines.types import (
     DEFAULT_MAX_TOKENS,
     Choice,
@@ -89,11 +89,9 @@ from engines.types import (
     FinishReason,
     GenerationParams,
     Request,
-    ToolCall,
     Usage,
     answer,
     invalid,
-    text_of,
 )
 
 DEFAULT_CONTEXT = 4096
@@ -296,7 +294,7 @@ class LlamaCppEngine(Engine):
     turn: int
 
     def _load(self) -> None:
-        kwargs = check_kwargs(self.config.kwargs)
+        kwargs = check_gguf_kwargs(self.config.kwargs)
         self.closed = False
         self.turn = 0
         self.failure: BaseException | None = None
@@ -801,12 +799,7 @@ class _Template:
     """The chat template: `kwargs.chat_template`, else the model's own, else ChatML."""
 
     def __init__(self, kwargs: dict[str, Any], own: str | None, bos: str, eos: str) -> None:
-        text = kwargs.get("chat_template") or own or _CHATML
-        if "{" not in text and "\n" not in text:  # no Jinja: a path
-            path = Path(text).expanduser()
-            if not path.is_file():
-                raise ConfigError(f"engine.kwargs.chat_template: there is no file {text}, and it is no Jinja text")
-            text = path.read_text()
+        text = load_chat_template(kwargs.get("chat_template")) or own or _CHATML
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
         )
@@ -826,7 +819,7 @@ class _Template:
         if effort is not None:
             variables["reasoning_effort"] = effort
         try:
-            return self.template.render(messages=[_plain(m) for m in messages], **variables)
+            return self.template.render(messages=[for_template(m) for m in messages], **variables)
         except Exception as error:  # a template is a program: it may fail with anything
             raise invalid(f"the chat template refused the messages: {error}"[:300]) from None
 
@@ -838,45 +831,6 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: text content, the role they know, tool arguments as objects."""
-    plain = {**message, "content": text_of(message) or ""}  # type: ignore[arg-type]
-    if plain["role"] == "developer":
-        plain["role"] = "system"
-    if plain.get("tool_calls"):
-        plain["tool_calls"] = [_with_object_arguments(call) for call in plain["tool_calls"]]
-    return plain
-
-
-def _with_object_arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except ValueError:
-        return call
-
-
-_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-
-
-def parse_tool_calls(text: str) -> tuple[str | None, list[ToolCall]]:
-    """The text without its calls, and the calls: those between <tool_call> tags (Hermes, Qwen and many others)."""
-    calls: list[ToolCall] = []
-    for match in _TOOL_CALL.finditer(text):
-        try:
-            call = json.loads(match[1])
-            name, arguments = call["name"], call.get("arguments", {})
-        except (ValueError, KeyError):
-            return text, []
-        # Named after what it says, not at random: the same seed gives the same answer.
-        digest = hashlib.sha256(f"{len(calls)}{match[1]}".encode()).hexdigest()[:16]
-        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        calls.append({"id": f"call_{digest}", "type": "function", "function": {"name": name, "arguments": arguments}})
-    return (_TOOL_CALL.sub("", text).strip() or None, calls) if calls else (text, [])
 
 
 def _choice(sequence: _Sequence, tools: bool) -> Choice:

@@ -71,7 +71,7 @@ def _check_clash() -> None:
     installed = packages_distributions()
     for name in ("engines", "pipeline", "jobs", "conf"):
         for other in set(installed.get(name, ())) - {"eagleray"}:
-            raise ConfigError(f"'{other}' also installs a package '{name}': run pip uninstall {other}, or use a new environment")
+            raise ConfigError(f"'{other}' also installs a package '{name}': run pip uninstall {other}")
 
 
 def _log_traceback() -> str:

