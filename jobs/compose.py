@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+from engines.base import Price
 from engines.types import ConfigError, nearest
-from pipeline.config import OPEN_KEYS, Config, known_keys
+from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
 GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")
 
@@ -33,6 +35,7 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a directory")
@@ -44,8 +47,10 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             composed = hydra_compose("config", given)
         config = OmegaConf.to_object(composed)
+    except YAMLError as error:
+        raise ConfigError(f"a file under --config-dir is not YAML: {' '.join(str(error).split())}") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
     return config
 
@@ -56,60 +61,126 @@ _OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]*)
 def _checked(override: str, config_dir: str | None) -> str:
     """The override as Hydra wants it; refuses names that no schema knows."""
     match = _OVERRIDE.match(override)
-    if match is None or (match["value"] is None and match["sign"] != "~"):
+    if match is None or match["package"] or (match["value"] is None and match["sign"] != "~"):
         raise ConfigError(f"'{override}' is not of the form key=value")
     name, value = match["key"].strip(), match["value"]
+    is_open = any(name.startswith(f"{key}.") for key in OPEN_KEYS)
+    if match["sign"] == "~" and not is_open:
+        instead = "" if name in GROUPS else f": {name}=null"
+        raise ConfigError(f"'{override}' would remove a key; keys can only be set{instead}")
+    if match["sign"] == "~" or name.startswith("hydra."):
+        return override
     if name in GROUPS and value is not None:
         option = value[1:]
         if option.startswith("{") or option in options(name, config_dir):
-            return override
+            return f"{name}{value}"
         raise ConfigError(f"there is no {name} '{option}'{nearest(option, options(name, config_dir))}")
-    if any(name.startswith(f"{key}.") for key in OPEN_KEYS):
-        return override if match["sign"] else f"++{override}"
-    known = known_keys()
-    head = ".".join(name.split(".")[:2])
-    if head in known or name.startswith("hydra."):
-        return override
-    raise ConfigError(f"there is no key '{name}'{nearest(name, known) or nearest(name.split('.')[0], GROUPS)}")
+    if is_open:
+        return f"++{name}{value}"
+    known = _types()
+    if name not in known:
+        above = next((key for key in known if name.startswith(f"{key}.")), None)
+        if above is None or above == "engine.price":
+            raise ConfigError(f"there is no key '{name}'{_nearest_key(name)}")
+        if known[above].removesuffix(" | None") in _EXPECTED:
+            raise ConfigError(f"{above} takes a value and has no keys of its own: '{override}'")
+    return f"{name}{value}"
+
+
+def _types() -> dict[str, str]:
+    """Every key, dotted, with the type its dataclass declares, as text."""
+    found = {name: str(item.type) for name, item in known_keys().items()}
+    return found | {f"engine.price.{item.name}": str(item.type) for item in fields(Price)}
+
+
+def _nearest_key(name: str) -> str:
+    """`" (did you mean 'x'?)"` for a key nobody knows: in its section, or with the section that was forgotten."""
+    known = list(_types())
+    section, _, rest = name.lower().partition(".")
+    if not rest:
+        leaves = [*GROUPS, *(key.partition(".")[2] for key in known)]
+        close = difflib.get_close_matches(section, leaves, n=1)
+        if not close:
+            return nearest(section, GROUPS)
+        found = close if close[0] in GROUPS else [key for key in known if key.partition(".")[2] == close[0]]
+        return f" (did you mean {' or '.join(repr(key) for key in found)}?)"
+    sections = difflib.get_close_matches(section, GROUPS, n=1)
+    if not sections:
+        return nearest(section, GROUPS)
+    mine = [key.partition(".")[2] for key in known if key.startswith(f"{sections[0]}.")]
+    if not rest.startswith("price."):
+        rest = rest.partition(".")[0]
+    close = difflib.get_close_matches(rest, mine, n=1)
+    if close:
+        return f" (did you mean '{sections[0]}.{close[0]}'?)"
+    return nearest(rest, [key for key in mine if key.startswith("price.") == rest.startswith("price.")])
 
 
 def _readable(override: str) -> str:
-    """Quotes a value that is no expression of Hydra's, such as a Jinja template: then it is meant as text."""
+    """Quotes a value that is meant as text: no expression of Hydra's, such as a Jinja template, or `1e5` and `a,b`
+    where a text belongs."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    name, _, value = override.partition("=")
+    is_text = name == "dataset.template" or _types().get(name, "").startswith("str")
     try:
-        OverridesParser.create().parse_override(override)
+        parsed = OverridesParser.create().parse_override(override)
+        if not is_text or not (parsed.is_sweep_override() or isinstance(parsed.value(), (bool, int, float))):
+            return override
     except HydraException:
-        name, _, value = override.partition("=")
-        quoted = value.replace("'", "\\'")
-        return f"{name}='{quoted}'"
-    return override
+        pass
+    # In Hydra's quotes a backslash means itself but before a quote.
+    quoted = re.sub(r"(\\*)(?:'|$)", lambda found: found[1] * 2 + ("\\'" if found[0].endswith("'") else ""), value)
+    return f"{name}='{quoted}'"
 
 
-def _one_line(error: Exception) -> str:
-    """The telling line of a Hydra or OmegaConf error, with the key it speaks of."""
+_EXPECTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+
+
+def _one_line(error: Exception, overrides: list[str]) -> str:
+    """The telling line of a Hydra or OmegaConf error, with the key it speaks of and what would be right there."""
     text = str(error)
+    if getattr(error, "override", None) is not None:
+        read = str(error.override)  # type: ignore[attr-defined]
+        given = next((o for o in overrides if read.lstrip("+").startswith(f"{o.partition('=')[0].lstrip('+')}=")), read)
+        return f"cannot read '{given}': a key is made of letters, digits, '_' and '-', with dots between"
+    ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
+    if ambiguous is not None:
+        name, text = ambiguous[1].lstrip("+"), ambiguous[2]
+        return f"{name}={text} is either a list, \"{name}=[{text}]\", or a text, \"{name}='{text}'\""
     key = re.search(r"full_key: (\S+)", text)
     cause = error.__cause__
     if key is None and cause is not None and "full_key" in str(cause):
-        return _one_line(cause)  # type: ignore[arg-type]
-    if (override := getattr(error, "override", None)) is not None:
-        return f"cannot read the override '{override}': {text.splitlines()[0]}"
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"{key[1]}: {first}" if key else first
+        return _one_line(cause, overrides)  # type: ignore[arg-type]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    # Of a file: "In 'engine/mine': ValidationError raised while composing config:", and then what it is.
+    first = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    first = first.replace("ValidationError raised while composing config: ", "")
+    if key is None:
+        return first
+    name, known = key[1], _types()
+    is_open = any(name.startswith(f"{open_key}.") for open_key in OPEN_KEYS)
+    if name not in known and not is_open:
+        return f"there is no key '{name}'{_nearest_key(name)}"
+    if "interpolation" in first.lower():
+        return f"{name}: {first}"
+    annotation = known.get(name, "str")
+    optional = annotation.endswith(" | None")
+    wanted = _EXPECTED.get(annotation.removesuffix(" | None"))
+    if wanted is None and name in OPEN_KEYS:
+        wanted = "keys with values, such as {a: b}"
+    value = next((o.partition("=")[2] for o in reversed(overrides) if o.partition("=")[0].lstrip("+") == name), None)
+    if wanted is None:
+        return f"{name}: {first}"
+    if value is None:
+        return f"{name} must be {wanted}: {first}"
+    return f"{name} must be {wanted}{' or null' if optional else ''}, not {value}"
 
 
 def as_yaml(config: Config) -> str:
-    """The composed configuration as YAML, as `--cfg job` prints it."""
+    """The composed configuration as YAML, as `--cfg job` prints it, without secrets."""
     from omegaconf import OmegaConf
 
-    text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
+    text: str = OmegaConf.to_yaml(OmegaConf.create(without_secrets(config)))
     return text
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, for the manifest. It holds no secrets: those live in the environment."""
-    from dataclasses import asdict
-
-    return asdict(config)

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
             return 0
         return _run(config)
     except ConfigError as error:
-        print(f"eagleray: {error}", file=sys.stderr)
+        print(f"eagleray: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -109,9 +109,7 @@ def help_text() -> str:
         "Keys:",
     ]
     for name, item in known_keys().items():
-        if item is None:
-            lines.append(f"  {name}")
-        elif name != "engine.kind":
+        if name != "engine.kind":
             default = item.default if item.default_factory is not item.default else None
             shown = "" if default is None or not isinstance(default, (str, int, float, bool)) else f" [{default}]"
             lines.append(f"  {name:<34}{item.metadata.get('help', '')}{shown}".rstrip())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from engines.base import EngineConfig, key
+from engines.base import REGISTRY, EngineConfig, key
 from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, nearest
 
 
@@ -55,6 +57,9 @@ class HardwareConfig:
         """The least and the most replicas."""
         given = self.replicas
         if isinstance(given, Mapping):
+            for name in given:
+                if name not in ("min", "max"):
+                    raise ConfigError(f"there is no key 'hardware.replicas.{name}'{nearest(str(name), ('min', 'max'))}")
             low, high = given.get("min", 1), given.get("max", given.get("min", 1))
         else:
             low = high = given
@@ -80,14 +85,21 @@ class Config:
         try:
             return GenerationParams.parse(self.generation)
         except EngineError as error:
-            raise ConfigError(f"generation.{error}") from None
+            text = str(error)
+            raise ConfigError(text if text.startswith("'") else f"generation.{text}") from None
 
     def check(self) -> None:
         """Raises `ConfigError` for what no type can say."""
         if self.dataset.path in (None, "", []):
             raise ConfigError("dataset.path is missing: name a file, directory or glob of conversations")
+        paths = self.dataset.path if isinstance(self.dataset.path, list) else [self.dataset.path]
+        if not all(isinstance(path, str) for path in paths):
+            raise ConfigError(f"dataset.path must be a text or a list of them, not {self.dataset.path!r}")
         if not self.output.path:
             raise ConfigError("output.path is missing: name a directory for the results")
+        if not self.engine.kind:
+            raise ConfigError(f"engine.kind is missing{nearest('', REGISTRY)}")
+        _one_of("engine.kind", self.engine.kind, tuple(REGISTRY))
         _one_of("dataset.on_bad_input", self.dataset.on_bad_input, ("quarantine", "fail"))
         _one_of("output.format", self.output.format, ("parquet", "jsonl"))
         _one_of("output.style", self.output.style, ("eagleray", "openai_batch", "oumi"))
@@ -97,9 +109,21 @@ class Config:
         _at_least("dataset.max_row_bytes", self.dataset.max_row_bytes, 1)
         _at_least("dataset.chunk_bytes", self.dataset.chunk_bytes, 1)
         _at_least("engine.max_concurrency", self.engine.max_concurrency, 1)
+        for name in ("requests_per_minute", "input_tokens_per_minute", "output_tokens_per_minute", "timeout_s"):
+            _above_zero(f"engine.{name}", getattr(self.engine, name))
+        _at_least("engine.max_retries", self.engine.max_retries, 0)
+        for name in ("input", "cached_input", "output"):
+            _at_least(f"engine.price.{name}", getattr(self.engine.price, name), 0)
+        for name in ("cpus", "gpus", "memory"):
+            value = getattr(self.hardware, name)
+            _at_least(f"hardware.{name}", value, 0)
+            if name != "memory" and value > 1 and value != int(value):
+                raise ConfigError(f"hardware.{name} above 1 must be a whole number, not {value}")
         _at_least("run.flush_s", self.run.flush_s, 0.05)
         _at_least("run.drain_s", self.run.drain_s, 0)
         _at_least("run.max_errors", self.run.max_errors, 1)
+        _at_least("run.max_engine_deaths", self.run.max_engine_deaths, 0)
+        _above_zero("run.progress_s", self.run.progress_s)
         rate = self.run.max_error_rate
         if rate is not None and not 0 <= rate <= 1:
             raise ConfigError(f"run.max_error_rate must be between 0 and 1, not {rate}")
@@ -117,16 +141,69 @@ def _at_least(name: str, value: float | None, low: float) -> None:
         raise ConfigError(f"{name} must be at least {low}, not {value}")
 
 
+def _above_zero(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ConfigError(f"{name} must be above 0, not {value}")
+
+
 # Keys whose own keys are the user's.
 OPEN_KEYS = ("engine.kwargs", "engine.headers", "engine.extra_body", "dataset.columns", "hardware.label_selector")
 
 
+GENERATION_HELP = {
+    "max_tokens": "tokens an answer may have",
+    "temperature": "0 always takes the likeliest token; higher is more varied",
+    "top_p": "sample from the likeliest tokens that make up this share, 0 to 1",
+    "top_k": "sample from so many of the likeliest tokens",
+    "min_p": "leave out tokens below this share of the likeliest one's probability, 0 to 1",
+    "stop": "a text, or a list of them, that ends an answer",
+    "stop_token_ids": "token ids that end an answer",
+    "seed": "of the sampling",
+    "n": "answers for each row; they land in the column choices",
+    "frequency_penalty": "against tokens by how often they came already, -2 to 2",
+    "presence_penalty": "against tokens that came already, -2 to 2",
+    "repetition_penalty": "against tokens that came already, as a factor; 1 is none",
+    "logit_bias": "token id -> what is added to its logit, e.g. {50256: -100}",
+    "logprobs": "log probabilities of so many alternatives to each token; 0 gives the chosen one's alone",
+    "response_format": "the shape of an answer: {type: json_schema | json_object | regex | choice | grammar | text, …}",
+    "tools": "tools the model may call, as in OpenAI's chat API",
+    "tool_choice": "auto, none, required, or one tool as in OpenAI's chat API",
+    "reasoning_effort": "how much a reasoning model thinks, e.g. low, medium or high",
+}
+
+# Names under the open keys whose values are secrets.
+_SECRET_NAME = re.compile(r"(^|[_-])(api[_-]?key|key|token|secret|password|authorization|cookie)$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+
+
+def without_secrets(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, to be written down or printed: what was interpolated from a secret variable of
+    the environment, or stands under the name of a secret (`authorization`, `token`, …), is `***`."""
+    secrets = [value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= 8]
+    secrets.sort(key=len, reverse=True)
+
+    def clean(value: Any, path: tuple[str, ...] = ()) -> Any:
+        if isinstance(value, Mapping):
+            return {name: clean(item, (*path, str(name))) for name, item in value.items()}
+        if isinstance(value, list):
+            return [clean(item, path) for item in value]
+        if isinstance(value, str):
+            if ".".join(path[:2]) in OPEN_KEYS and len(path) > 2 and _SECRET_NAME.search(path[-1]):
+                return "***"
+            for secret in secrets:
+                value = value.replace(secret, "***")
+        return value
+
+    cleaned: dict[str, Any] = clean(asdict(config))
+    return cleaned
+
+
 def known_keys() -> dict[str, Any]:
-    """Every key, dotted, with its dataclass field (None for the generation parameters, which are checked by name)."""
+    """Every key, dotted, with its dataclass field; the generation parameters, which are checked by name, have no type."""
     found: dict[str, Any] = {}
     for section in fields(Config):
         if section.name == "generation":
-            found.update({f"generation.{name}": None for name in GENERATION_FIELDS})
+            found.update({f"generation.{name}": key(None, GENERATION_HELP[name]) for name in GENERATION_FIELDS})
             continue
         factory = section.default_factory
         assert is_dataclass(factory)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
 import jinja2
-import jinja2.meta
-import jinja2.sandbox
-from jinja2.exceptions import SecurityError
+import pyarrow as pa
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engines.text import one_line
 from engines.types import GENERATION_FIELDS, ROLES, ConfigError, EngineError, Message, check_messages, invalid, nearest
 from pipeline.lossless import loads
 
-FORMATS = ("auto", "messages", "oumi", "openai_batch", "sharegpt", "prompt")
 # What a column can be mapped to; every generation parameter too.
 COLUMN_ROLES = ("id", "messages", "conversations", "prompt", "system", "model", "adapter", "generation", "tools")
 _ALL_ROLES = frozenset((*COLUMN_ROLES, *GENERATION_FIELDS))
@@ -31,7 +29,8 @@ _SOURCE = {
     "openai_batch": "body",
     "prompt": "prompt",
 }
-_CONTENT = ("messages", "conversations", "body", "prompt")
+_CONTENT = tuple(dict.fromkeys(_SOURCE.values()))
+FORMATS = ("auto", *_SOURCE)
 _IDS = ("id", "conversation_id", "custom_id")
 
 # fmt: off
@@ -43,9 +42,6 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
 # A table with all of these is a data/ file of ours: its `model`, `messages` … are what an earlier run wrote.
 _OURS = frozenset(("id", "index", "response", "messages", "finish_reason", "model", "engine", "attempts", "error"))
 _ERROR_FIELDS = frozenset(("type", "message", "status", "retryable"))
-
-# A prompt beyond this is a loop gone wrong: no model reads it.
-MAX_RENDERED = 8 << 20
 
 
 class ArrowRow(dict[str, Any]):
@@ -78,33 +74,19 @@ class RowParser:
                 raise ConfigError(f"dataset.columns: there is no role '{role}'{nearest(role, _ALL_ROLES)}")
             if not isinstance(column, str) or not column:
                 raise ConfigError(f"dataset.columns.{role} must be the name of a column, not {column!r:.60}")
-        self._render = _Template(template) if template is not None else None
-        self._order = self._content_order()
-        self._fields = {role: name for role, name in self.columns.items() if role in GENERATION_FIELDS}
+        mapped = tuple(role for role in _CONTENT if role in self.columns)
+        if mapped and template is not None:
+            raise ConfigError(f"dataset.template and dataset.columns.{mapped[0]} both say where the conversation is")
+        # The columns that may hold the conversation, by role, in the order they are looked for.
+        self.order = (mapped or _CONTENT) if format == "auto" else (_SOURCE[format],)
+        for role in mapped:
+            if role not in self.order:
+                raise ConfigError(f"dataset.columns.{role} is not read with dataset.format={format}")
+        self._template = _compile(template) if template is not None else None
+        self._fields = [role for role in self.columns if role in GENERATION_FIELDS and role != "tools"]
 
     def __reduce__(self) -> Any:  # compiled templates do not pickle
         return RowParser, (self.format, self.columns, self.template)
-
-    def _content_order(self) -> tuple[str, ...]:
-        """The columns that may hold the conversation, by role, in the order they are looked for."""
-        mapped = tuple(role for role in _CONTENT if role in self.columns)
-        if mapped and self._render is not None:
-            raise ConfigError(f"dataset.template and dataset.columns.{mapped[0]} both say where the conversation is")
-        if self.format == "auto":
-            return mapped or _CONTENT
-        for role in mapped:
-            if role != _SOURCE[self.format]:
-                raise ConfigError(f"dataset.columns.{role} is not read with dataset.format={self.format}")
-        return (_SOURCE[self.format],)
-
-    def consumed(self) -> frozenset[str]:
-        """The input columns whose content our own `id` and `messages` hold, so that they need not pass through."""
-        names = set()
-        if self.columns.get("id", "id") == "id":
-            names.add("id")
-        if self._render is None and "messages" in self._order and self.columns.get("messages", "messages") == "messages":
-            names.add("messages")
-        return frozenset(names)
 
     def parse(self, columns: dict[str, Any]) -> Parsed:
         """The conversation in a row, which is left as it is. Raises `EngineError("invalid_input")` with the reason."""
@@ -112,29 +94,29 @@ class RowParser:
             if name not in columns:
                 raise invalid(f"there is no column '{name}' (dataset.columns.{role}) among {_names(columns)}")
         ours = "engine" in columns and columns.keys() >= _OURS
-        padded = isinstance(columns, ArrowRow)
         parsed = Parsed([], id=self._id(columns))
-        render = self._render
-        messages = render(columns) if render is not None else self._messages(columns, padded, ours, parsed)
+        template = self._template
+        messages = _render(template, columns) if template else self._messages(columns, ours, parsed)
         parsed.messages = check_messages(messages)
-        self._overrides(columns, padded, ours, parsed)
+        self._overrides(columns, ours, parsed)
         return parsed
 
     def _get(self, columns: Mapping[str, Any], role: str) -> Any:
-        return columns.get(self.columns.get(role, role))
+        value = columns.get(self.columns.get(role, role))
+        if value is not None and isinstance(columns, ArrowRow) and not isinstance(value, (str, bytes)):
+            return _arrow_value(value)
+        return value
 
     def _id(self, columns: Mapping[str, Any]) -> str | None:
         for name in (self.columns["id"],) if "id" in self.columns else _IDS:
             value = columns.get(name)
             if value is not None and value != "":
-                if isinstance(value, str):
-                    return value
                 return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
         return None
 
-    def _messages(self, columns: Mapping[str, Any], padded: bool, ours: bool, parsed: Parsed) -> list[Any]:
+    def _messages(self, columns: Mapping[str, Any], ours: bool, parsed: Parsed) -> list[Any]:
         # A failed row of ours from a batch file has the body it came from beside the messages; only the body has all.
-        order = ("body", *self._order) if ours and "body" in self._order else self._order
+        order = ("body", *self.order) if ours and "body" in self.order else self.order
         for role in order:
             value = self._get(columns, role)
             if value is not None:
@@ -143,34 +125,33 @@ class RowParser:
             if role in self.columns:
                 raise invalid(f"the column '{self.columns[role]}' (dataset.columns.{role}) is null")
             wanted = " or ".join([", ".join(order[:-1]), order[-1]] if order[1:] else order)
-            hint = " (map one with dataset.columns or dataset.template)"
-            raise invalid(f"no {wanted} among the columns {_names(columns)}{hint}")
+            raise invalid(
+                f"no {wanted} among the columns {_names(columns)} (map one with dataset.columns or dataset.template)"
+            )
         if role == "body":
-            return _from_body(_object(value, "body", padded), columns, parsed)
-        system = self._get(columns, "system") if role != "messages" or "system" in self.columns else None
-        if role == "prompt":
-            messages = _from_prompt(value, padded)
+            return _from_body(_json(value, "body", dict), columns, parsed)
+        if role == "prompt" and not isinstance(value, list):  # preference datasets have the messages themselves there
+            messages: list[Any] = [{"role": "user", "content": _text(value, "prompt")}]
+        elif role == "conversations":
+            messages = _from_sharegpt(_json(value, role, list))
         else:
-            messages = _list(value, role, padded)
             oumi = self.format == "oumi" or (self.format == "auto" and columns.get("conversation_id") is not None)
-            messages = _from_oumi(messages, drop_ids=oumi) if role == "messages" else _from_sharegpt(messages)
-        if system is not None and system != "" and _first_role(messages) not in ("system", "developer"):
+            messages = _from_oumi(_json(value, role, list), drop_ids=oumi)
+        system = self._get(columns, "system") if role != "messages" or "system" in self.columns else None
+        own = any(isinstance(m, dict) and m.get("role") in ("system", "developer") for m in messages[:1])
+        if system and not own:
             messages = [{"role": "system", "content": _text(system, "system")}, *messages]
         return messages
 
-    def _overrides(self, columns: Mapping[str, Any], padded: bool, ours: bool, parsed: Parsed) -> None:
+    def _overrides(self, columns: Mapping[str, Any], ours: bool, parsed: Parsed) -> None:
         generation = parsed.generation
-        tools = self._get(columns, "tools")
-        if tools is not None and tools != "":
-            tools = _list(tools, "tools", padded)
-            if tools:
-                generation["tools"] = tools
-        own = self._get(columns, "generation")
-        if own is not None and own != "":
-            generation.update(_object(own, "generation", padded))
-        for role, name in self._fields.items():
-            if role != "tools" and columns[name] is not None:
-                generation[role] = _arrow_value(columns[name]) if padded else columns[name]
+        if (tools := self._get(columns, "tools")) and (tools := _json(tools, "tools", list)):
+            generation["tools"] = tools
+        if own := self._get(columns, "generation"):
+            generation.update(_json(own, "generation", dict))
+        for role in self._fields:
+            if (value := self._get(columns, role)) is not None:
+                generation[role] = value
         # In a data/ file of ours `model` is what answered; the row's own is kept as `input_model`.
         model = columns.get("input_model") if ours and "model" not in self.columns else self._get(columns, "model")
         parsed.model = self._name(model, "model") or parsed.model
@@ -180,7 +161,7 @@ class RowParser:
         """A model or adapter; a column that happens to have that name but holds something else is not one."""
         if isinstance(value, str) and value:
             return value
-        if value is not None and value != "" and role in self.columns:
+        if value and role in self.columns:
             raise invalid(f"the column '{self.columns[role]}' (dataset.columns.{role}) must hold text, not {_kind(value)}")
         return None
 
@@ -193,22 +174,22 @@ def passthrough_names(columns: Iterable[str], parser: RowParser) -> dict[str, st
     errors/ file that is only `error`, known by its fields if `columns` maps names to Arrow types.
     """
     names = list(columns)
-    dropped = set(OUTPUT_COLUMNS) if set(names) >= _OURS else set(parser.consumed())
-    if isinstance(columns, Mapping) and _is_our_error(columns.get("error")):
+    if set(names) >= _OURS:
+        dropped = set(OUTPUT_COLUMNS)
+    else:
+        read = {"id"} if parser.template is not None else {"id", *parser.order}
+        dropped = {name for name in ("id", "messages") if name in read and parser.columns.get(name, name) == name}
+    error = columns.get("error") if isinstance(columns, Mapping) else None
+    if isinstance(error, pa.StructType) and {part.name for part in error} == _ERROR_FIELDS:
         dropped.add("error")
-    kept = [name for name in names if name not in dropped]
-    out = {name: name for name in kept if name not in OUTPUT_COLUMNS}
-    for name in kept:
+    out = {name: name for name in names if name not in dropped}
+    for name in out:
         if name in OUTPUT_COLUMNS:
             renamed = f"input_{name}"
-            while renamed in out.values():
+            while renamed in out:
                 renamed = f"input_{renamed}"
             out[name] = renamed
-    return {name: out[name] for name in kept}
-
-
-def _is_our_error(type: Any) -> bool:
-    return {getattr(f, "name", None) for f in getattr(type, "fields", ())} == _ERROR_FIELDS
+    return out
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -223,10 +204,6 @@ def _kind(value: Any) -> str:
     return {"dict": "an object", "list": "a list", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
 
 
-def _first_role(messages: list[Any]) -> Any:
-    return messages[0].get("role") if messages and isinstance(messages[0], dict) else None
-
-
 def _text(value: Any, what: str) -> str:
     if isinstance(value, bytes):
         try:
@@ -238,30 +215,16 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _from_text(value: Any, what: str) -> Any:
-    """`value`, parsed if it is JSON text."""
-    if not isinstance(value, (str, bytes)):
-        return value
-    try:
-        return loads(value.encode() if isinstance(value, str) else value)
-    except ValueError as error:
-        raise invalid(f"{what} is text that is not JSON: {error}") from None
-
-
-def _list(value: Any, what: str, padded: bool) -> list[Any]:
-    parsed = _from_text(value, what)
-    if not isinstance(parsed, list):
-        raise invalid(f"{what} must be a list, not {_kind(parsed)}")
-    if padded and parsed is value:
-        return [_arrow_value(item) for item in parsed]
-    return list(parsed)
-
-
-def _object(value: Any, what: str, padded: bool) -> dict[str, Any]:
-    parsed = _from_text(value, what)
-    if not isinstance(parsed, dict):
-        raise invalid(f"{what} must be an object, not {_kind(parsed)}")
-    return _arrow_value(parsed) if padded and parsed is value else dict(parsed)
+def _json(value: Any, what: str, kind: type = object) -> Any:
+    """A list, object or anything: the value itself, or what it holds if it is JSON text."""
+    if isinstance(value, (str, bytes)):
+        try:
+            value = loads(value.encode() if isinstance(value, str) else value)
+        except ValueError as error:
+            raise invalid(f"{what} is text that is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise invalid(f"{what} must be {'a list' if kind is list else 'an object'}, not {_kind(value)}")
+    return value
 
 
 def _arrow_value(value: Any) -> Any:
@@ -280,22 +243,15 @@ def _arrow_value(value: Any) -> Any:
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    return str(value)
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
 
 
-def _from_prompt(value: Any, padded: bool) -> list[Any]:
-    """A text, or (as preference datasets have it) the messages themselves."""
-    if isinstance(value, list):
-        return _from_oumi(_list(value, "prompt", padded), drop_ids=False)
-    return [{"role": "user", "content": _text(value, "prompt")}]
-
-
 def _from_body(body: dict[str, Any], columns: Mapping[str, Any], parsed: Parsed) -> list[Any]:
     """A line of an OpenAI batch file. What is no generation parameter in its body (`user`, `stream`, …) is not read."""
-    messages = _from_text(body.get("messages"), "body.messages")
+    messages = _json(body.get("messages"), "body.messages")
     if messages is None:
         url = columns.get("url")
         raise invalid(f"body has no messages{f' (its url is {url!r:.80})' if url else ''}")
@@ -318,12 +274,9 @@ def _from_oumi(messages: list[Any], drop_ids: bool) -> list[Any]:
     out = []
     for message in messages:
         if isinstance(message, dict):
-            content = message.get("content")
-            if isinstance(content, list):
-                parts = [_oumi_part(part) for part in content]
-                if any(new is not old for new, old in zip(parts, content, strict=True)):
-                    message = {**message, "content": parts}
-            if drop_ids and "id" in message:
+            if isinstance(message.get("content"), list):
+                message = {**message, "content": [_oumi_part(part) for part in message["content"]]}
+            if drop_ids:
                 message = {name: value for name, value in message.items() if name != "id"}
         out.append(message)
     return out
@@ -334,7 +287,7 @@ _IMAGE_TYPES = {"iVBOR": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp"
 
 
 def _oumi_part(part: Any) -> Any:
-    """One content part; the very same object where it is in OpenAI's form already."""
+    """One content part, as it is where it is in OpenAI's form already."""
     if not isinstance(part, dict):
         return part
     kind, content = part.get("type"), part.get("content")
@@ -375,7 +328,7 @@ def _from_sharegpt(turns: list[Any]) -> list[Any]:
         speaker = turn.get("from")
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            hint = nearest(speaker, _SHAREGPT_ROLES) if isinstance(speaker, str) else ""
+            hint = nearest(str(speaker), _SHAREGPT_ROLES)
             raise invalid(f"conversations[{i}] has the unknown speaker {speaker!r:.60}{hint}")
         value = turn.get("value")
         if role == "function_call":
@@ -390,7 +343,7 @@ def _from_sharegpt(turns: list[Any]) -> list[Any]:
 
 
 def _function_call(value: Any, i: int, calls: Iterator[int]) -> dict[str, Any]:
-    given = _from_text(value, f"conversations[{i}].value")
+    given = _json(value, f"conversations[{i}].value")
     tool_calls = []
     for call in given if isinstance(given, list) and given else [given]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -405,20 +358,6 @@ def _function_call(value: Any, i: int, calls: Iterator[int]) -> dict[str, Any]:
 # --- templates -------------------------------------------------------------------------------------------------------
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Refuses what a sandbox must, and the two operators with which a short template makes a huge value."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and isinstance(right, int) and abs(right) > 1000:
-            raise SecurityError("a power too large")
-        sized, times = (left, right) if isinstance(right, int) else (right, left)
-        if operator == "*" and isinstance(times, int) and hasattr(sized, "__len__") and len(sized) * times > MAX_RENDERED:
-            raise SecurityError("a repetition too large")
-        return super().call_binop(context, operator, left, right)
-
-
 def _printed(value: Any) -> Any:
     """Called for every value a template prints. "None" in a prompt is never what was meant."""
     if value is None:
@@ -426,72 +365,46 @@ def _printed(value: Any) -> Any:
     return value
 
 
-def _environment() -> jinja2.Environment:
-    environment = _Sandbox(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printed)
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent, default=str
-    )
-    return environment
-
-
-class _Template:
-    """`dataset.template`, compiled: the columns of a row to messages."""
-
-    def __init__(self, template: Any) -> None:
-        if isinstance(template, str):
-            pairs: list[tuple[Any, Any]] = [("user", template)]
-        elif isinstance(template, Mapping):
-            pairs = list(template.items())
-        elif isinstance(template, (list, tuple)) and all(
-            isinstance(part, Mapping) and set(part) == {"role", "content"} for part in template
-        ):
-            pairs = [(part["role"], part["content"]) for part in template]
-        else:
-            raise ConfigError("dataset.template must be a text, a list of {role, content}, or {system: …, user: …}")
-        if not pairs:
-            raise ConfigError("dataset.template is empty")
-        environment = _environment()
-        self.parts: list[tuple[str, Callable[..., Iterator[str]]]] = []
-        self.wanted: set[str] = set()
-        for role, text in pairs:
-            if not isinstance(role, str) or role not in ROLES:
-                raise ConfigError(f"dataset.template: there is no role {role!r:.60}{nearest(str(role), ROLES)}")
-            if not isinstance(text, str):
-                raise ConfigError(f"dataset.template: the {role} message must be a text, not {_kind(text)}")
-            try:
-                self.parts.append((role, environment.from_string(text).generate))
-                self.wanted |= jinja2.meta.find_undeclared_variables(environment.parse(text))
-            except jinja2.TemplateSyntaxError as error:
-                where = f"the {role} message, " if len(pairs) > 1 else ""
-                raise ConfigError(f"dataset.template: {where}line {error.lineno}: {error.message}") from None
-        self.wanted -= {"row", *environment.globals}
-
-    def __call__(self, columns: Mapping[str, Any]) -> list[Any]:
-        variables = {**columns, "row": dict(columns)}
+def _compile(template: Any) -> list[tuple[str, jinja2.Template]]:
+    """`dataset.template` as roles and the templates of their messages."""
+    if isinstance(template, str):
+        template = {"user": template}
+    if isinstance(template, Mapping):
+        template = [{"role": role, "content": content} for role, content in template.items()]
+    if not isinstance(template, (list, tuple)) or not all(
+        isinstance(part, Mapping) and set(part) == {"role", "content"} for part in template
+    ):
+        raise ConfigError("dataset.template must be a text, a list of {role, content}, or {system: …, user: …}")
+    if not template:
+        raise ConfigError("dataset.template is empty")
+    jinja = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printed)
+    # Jinja's own escapes what HTML would take for a tag.
+    jinja.filters["tojson"] = lambda v, indent=None: json.dumps(v, ensure_ascii=False, indent=indent, default=str)
+    parts = []
+    for role, text in ((part["role"], part["content"]) for part in template):
+        if str(role) not in ROLES:
+            raise ConfigError(f"dataset.template: there is no role {role!r:.60}{nearest(str(role), ROLES)}")
+        if not isinstance(text, str):
+            raise ConfigError(f"dataset.template: the {role} message must be a text, not {_kind(text)}")
         try:
-            return [{"role": role, "content": _bounded(render(variables))} for role, render in self.parts]
-        except EngineError:
-            raise
-        except jinja2.UndefinedError as error:
-            name = re.fullmatch(r"'(.+)' is undefined", error.message or "")
-            if name and name[1] in self.wanted and name[1] not in columns:
-                raise invalid(f"the template needs the column '{name[1]}'; this row has {_names(columns)}") from None
-            raise invalid(f"the template failed: {_first_line(error)}") from None
-        except Exception as error:  # a template may raise anything; whatever it is, it is this row's
-            raise invalid(f"the template failed: {type(error).__name__}: {_first_line(error)}") from None
+            parts.append((role, jinja.from_string(text)))
+        except Exception as error:  # constant expressions are evaluated here, and may raise anything
+            where = f"the {role} message, " if len(template) > 1 else ""
+            raise ConfigError(f"dataset.template: {where}line {getattr(error, 'lineno', 1)}: {one_line(error)}") from None
+    return parts
 
 
-def _bounded(pieces: Iterator[str]) -> str:
-    out, size = [], 0
-    for piece in pieces:
-        size += len(piece)
-        if size > MAX_RENDERED:
-            raise invalid(f"the template gives more than {MAX_RENDERED:,} characters")
-        out.append(piece)
-    text = "".join(out)
-    text.encode()  # a lone surrogate, written as an escape in the template, fails here and not in the middle of a run
-    return text
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _render(parts: list[tuple[str, jinja2.Template]], columns: Mapping[str, Any]) -> list[Any]:
+    messages = []
+    try:
+        for role, template in parts:
+            text = template.render({**columns, "row": dict(columns)})
+            text.encode()  # a lone surrogate, an escape in the template, fails here and not in the middle of a run
+            messages.append({"role": role, "content": text})
+    except EngineError:
+        raise
+    except jinja2.UndefinedError as error:
+        raise invalid(f"the template failed: {one_line(error)}; this row has {_names(columns)}") from None
+    except Exception as error:  # a template may raise anything; whatever it is, it is this row's
+        raise invalid(f"the template failed: {type(error).__name__}: {one_line(error)}") from None
+    return messages

@@ -13,13 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from engines.text import one_line
 from engines.types import ConfigError
 
 # pyarrow's own clients; every other scheme goes through fsspec.
-_NATIVE = ("s3", "gs", "gcs", "hdfs")
+_NATIVE = ("s3", "gs", "gcs")
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{2}(.*)$", re.DOTALL)
-# "?endpoint_override=…" after an s3:// or gs:// path; a bare "?" is a glob character or part of a key.
-_OPTIONS = re.compile(r"\?([a-z_]+=[^/].*)$")
+# "?endpoint_override=…" after an s3:// path, a signature after an https:// one; a bare "?" is a glob character.
+_OPTIONS = re.compile(r"\?[\w-]+=[^/].*$")
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
@@ -27,41 +28,48 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
 
     Raises `ConfigError` for a scheme nobody knows, one whose package is missing, and credentials in a URI.
     """
-    scheme, rest = split_scheme(path)
+    uri = _URI.match(path)
+    scheme, rest = (uri[1].lower(), uri[2]) if uri else ("file", path)
     if scheme == "file":
-        return _local(), _absolute(rest)
+        plain = Path(urllib.parse.unquote(rest)) if uri else Path(rest).expanduser()
+        return pafs.LocalFileSystem(), os.path.abspath(plain)  # absolute: a worker has another current directory
     if scheme not in _NATIVE:
         return _through_fsspec(scheme, path)
-    options = _OPTIONS.search(rest)
-    inner = rest[: options.start()] if options else rest
-    bucket = inner.split("/", 1)[0]
-    if ":" in bucket.rpartition("@")[0]:
+    rest, options = split_options(rest)
+    bucket = rest.split("/", 1)[0]
+    if ":" in bucket:
         raise ConfigError(f"{scheme}://…@… holds credentials: keep them in the environment, not in a path")
-    return _native(scheme, bucket, options[1] if options else ""), inner.rpartition("@")[2].rstrip("/")
+    user = bucket[: bucket.rfind("@") + 1]
+    return _native(f"{scheme}://{bucket}{options}"), rest.removeprefix(user).rstrip("/")
 
 
-def split_scheme(path: str) -> tuple[str, str]:
-    """`("s3", "bucket/key")` of `s3://bucket/key`; a plain path has the scheme `file`."""
-    match = _URI.match(path)
-    if not match:
-        return "file", str(Path(path).expanduser()) if path.startswith("~") else path
-    scheme = match[1].lower()
-    return scheme, urllib.parse.unquote(match[2]) if scheme == "file" else match[2]
+def split_options(path: str) -> tuple[str, str]:
+    """`("s3://bucket/key", "?region=…")` of `s3://bucket/key?region=…`."""
+    options = _OPTIONS.search(path)
+    return (path[: options.start()], options[0]) if options else (path, "")
 
 
-def uri_of(origin: str, inner: str) -> str:
-    """What `resolve` takes back to `inner`, a path found in the filesystem of `origin`."""
-    scheme, rest = split_scheme(origin)
-    if scheme == "file":
-        return inner
-    if scheme in _NATIVE:
-        options = _OPTIONS.search(rest)
-        user = rest.split("/", 1)[0].rpartition("@")[0]
-        return f"{scheme}://{user}{'@' if user else ''}{inner}{options[0] if options else ''}"
-    if "::" in origin or inner.startswith(f"{scheme}://"):
-        return inner
-    # fsspec strips host and scheme differently for each scheme; both sides are put through the same stripping.
-    return f"{scheme}://{inner}"
+@functools.lru_cache(maxsize=32)
+def _native(bucket: str) -> pafs.FileSystem:
+    """One client per bucket: making one may ask the store for the bucket's region."""
+    try:
+        return pafs.FileSystem.from_uri(bucket)[0]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"cannot open {bucket}: {one_line(error)}") from None
+
+
+def _through_fsspec(scheme: str, path: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec  # only those who use such a scheme need it
+
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a package that is not installed: {one_line(error)}") from None
+    except ValueError:
+        raise ConfigError(f"nothing here reads '{scheme}://' paths: {path!r:.200}") from None
+    except Exception as error:  # each fsspec implementation has its own (no route, no credentials, …)
+        raise ConfigError(f"cannot open {scheme}://: {one_line(error)}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
 
 
 def exists(fs: pafs.FileSystem, path: str) -> bool:
@@ -89,54 +97,8 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_directory(target.parent)
-
-
-def _fsync_directory(path: Path) -> None:
-    """The rename itself must survive a power cut too."""
-    descriptor = os.open(path, os.O_RDONLY)
+    directory = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(directory)  # the rename itself must survive a power cut too
     finally:
-        os.close(descriptor)
-
-
-def _absolute(path: str) -> str:
-    """Absolute, because a worker's current directory is another one."""
-    return os.path.abspath(path)
-
-
-@functools.lru_cache(maxsize=1)
-def _local() -> pafs.FileSystem:
-    return pafs.LocalFileSystem()
-
-
-@functools.lru_cache(maxsize=32)
-def _native(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
-    """One client per bucket: making one may ask the store for the bucket's region."""
-    uri = f"{scheme}://{bucket}{'/' if scheme == 'hdfs' else ''}{'?' if options else ''}{options}"
-    try:
-        filesystem, _ = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"cannot open {scheme}://{bucket}: {one_line(error)}") from None
-    return filesystem
-
-
-def _through_fsspec(scheme: str, path: str) -> tuple[pafs.FileSystem, str]:
-    import fsspec  # only those who use such a scheme need it
-
-    try:
-        filesystem, inner = fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        raise ConfigError(f"{scheme}:// needs a package that is not installed: {one_line(error)}") from None
-    except ValueError:
-        raise ConfigError(f"nothing here reads '{scheme}://' paths: {path!r:.200}") from None
-    except Exception as error:  # each fsspec implementation has its own (no route, no credentials, …)
-        raise ConfigError(f"cannot open {scheme}://: {one_line(error)}") from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An exception's text as one line a person can read."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+        os.close(directory)

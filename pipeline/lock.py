@@ -32,12 +32,14 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
     """
     held = ConfigError(f"another run is writing into {root}: wait for it, stop it, or choose another output.path")
     if isinstance(fs, pafs.LocalFileSystem):
-        os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
         lock = FileLock(f"{root}/{SEGMENTS}/.lock")
         try:
+            os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             raise held from None
+        except OSError as error:
+            raise ConfigError(f"output.path: cannot write into {root}: {error.strerror or error}") from None
         try:
             yield
         finally:

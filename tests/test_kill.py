@@ -21,7 +21,7 @@ from pipeline.ledger import Index, list_segments, read_index
 from tests.conftest import ask
 
 ROWS = 3000
-KILLS = int(os.environ.get("EAGLERAY_KILLS", "8"))
+KILLS = int(os.environ.get("EAGLERAY_KILLS", "6"))
 
 
 def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -64,12 +64,15 @@ def test_kill_at_random_points_loses_no_row_and_asks_nothing_durable_again(tmp_p
         run = start(data, out)
         relatives: list[psutil.Process] = []
         if left:
-            # Anywhere from Ray's start to the last part file: some of these come before the first row.
-            wait_until = time.monotonic() + rng.uniform(1.0, 12.0)
+            target = list(kills)[sum(kills.values()) % 3]
+            # A worker is killed some time after there is one; the rest anywhere from Ray's start to the last part file,
+            # sometimes before the first row.
+            while target == "worker" and run.poll() is None and not workers(family(run.pid)):
+                time.sleep(0.1)
+            wait_until = time.monotonic() + rng.uniform(0.0, 3.0 if target == "worker" else 12.0)
             while time.monotonic() < wait_until and run.poll() is None:
                 time.sleep(0.02)
             relatives = family(run.pid)
-            target = list(kills)[attempt % 3]
             if run.poll() is None and strike(target, run, relatives):
                 kills[target] += 1
                 left -= 1
@@ -98,16 +101,20 @@ def write(path: Path, rows: int) -> int:
 def strike(target: str, run: subprocess.Popen[str], relatives: list[psutil.Process]) -> bool:
     """Kills the driver, one worker, or the driver with all its processes; tells whether there was one to kill."""
     if target == "worker":
-        workers = [p for p in relatives if "ray::Worker" in title(p)]
-        for process in workers[:1]:
+        found = workers(relatives)
+        for process in found[:1]:
             process.kill()
-        return bool(workers)
+        return bool(found)
     run.kill()
     if target == "everything":
         for process in relatives:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
     return True
+
+
+def workers(relatives: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in relatives if "ray::Worker" in title(process)]
 
 
 def title(process: psutil.Process) -> str:
