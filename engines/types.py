@@ -177,7 +177,10 @@ def _check_param(name: str, value: Any) -> Any:
         low, high = _FLOAT_RANGE[name]
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
             raise invalid(f"{name} must be a number between {low} and {high}, not {value!r}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise invalid(f"{name} is too large a number") from None
     if name == "stop":
         stops = [value] if isinstance(value, str) else value
         if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
@@ -192,7 +195,7 @@ def _check_param(name: str, value: Any) -> Any:
             raise invalid(f"logit_bias must map token ids to numbers, not {value!r}")
         try:
             return {str(int(token)): float(bias) for token, bias in value.items()} or None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise invalid(f"logit_bias must map token ids to numbers, not {value!r}") from None
     if name == "response_format":
         if not isinstance(value, Mapping) or value.get("type") not in _RESPONSE_FORMATS:

@@ -148,7 +148,7 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
     if ambiguous is not None:
         name, text = ambiguous[1].lstrip("+"), ambiguous[2]
-        return f"{name}={text} is either a list, \"{name}=[{text}]\", or a text, \"{name}='{text}'\""
+        return f'{name}={text} is either a list, "{name}=[{text}]", or a text, "{name}=\'{text}\'"'
     key = re.search(r"full_key: (\S+)", text)
     cause = error.__cause__
     if key is None and cause is not None and "full_key" in str(cause):

@@ -50,6 +50,9 @@ def _run(config: Any) -> int:
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)
         return INTERRUPTED
+    except KeyboardInterrupt:  # before Ray was up: nothing was asked yet
+        console.print("[yellow]interrupted[/]")
+        return INTERRUPTED
     except ConfigError:
         raise
     except Exception:

@@ -66,6 +66,8 @@ class Crew:
             except RayTaskError as error:
                 if isinstance(error.cause, ConfigError):
                     raise ConfigError(str(error.cause)) from None
+                if isinstance(error.cause, OSError):
+                    raise Stopped(f"a worker could not read or write: {error.cause}") from None
                 raise
 
     def _died(self, replica: Replica, reason: str, status: Status) -> None:
@@ -85,14 +87,19 @@ class Crew:
         if not status.finished:
             self._add()
 
+    def drain(self) -> None:
+        """Lets all replicas finish what is in flight, and no more."""
+        for replica in self.replicas:
+            replica.actor.drain.remote()
+
     def wants(self) -> str:
         """What each replica asks for and what there is, for a run that has none yet."""
         import ray
 
-        hardware, has = self.hardware, ray.cluster_resources()
+        each, has = self.hardware, ray.cluster_resources()
         return (
-            f"no replica works yet: each asks for {hardware.cpus:g} CPUs, {hardware.gpus:g} GPUs, {hardware.memory:g} GiB; "
-            f"the whole cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs and "
+            f"no replica works yet; each asks for {each.cpus:g} CPUs, {each.gpus:g} GPUs, {each.memory:g} GiB, and may be "
+            f"loading its model; the whole cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs, "
             f"{has.get('memory', 0) / 2**30:.0f} GiB"
         )
 

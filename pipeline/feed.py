@@ -177,8 +177,9 @@ def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on
     return ray.data.read_datasource(
         Conversations(),
         override_num_blocks=max(1, len(pieces)),
-        # A fraction, so that reading goes on beside workers also with one logical CPU.
-        ray_remote_args={"num_cpus": 0.5, "max_retries": 3},
+        # No CPU is reserved: replicas may have reserved all of them, and would wait for rows for ever.
+        ray_remote_args={"num_cpus": 0, "max_retries": 3},
+        concurrency=max(2, int(ray.cluster_resources().get("CPU", 2))),
     )
 
 
@@ -257,6 +258,7 @@ class Dispatcher:
         self.crashes: Counter[bytes] = Counter()
         self.crash_reason = ""
         self.leases: dict[str, dict[int, _Out]] = {}
+        self.gone: set[str] = set()  # workers that left; a call of theirs may still be under way
         self.next_lease = 0
         self.summaries: dict[int, Summary] = {}
         self.status_ = Status()
@@ -326,6 +328,8 @@ class Dispatcher:
         `completed` are the (lease, rows) that came out of its engine since the last call. Waits while there is
         nothing, up to a second, then answers with an empty lease.
         """
+        if worker in self.gone:
+            return None
         mine = self.leases.setdefault(worker, {})
         for number, offsets in completed:
             out = mine.get(number)
@@ -334,7 +338,7 @@ class Dispatcher:
                     out.states[at] = max(out.states[at], COMPLETED)
         deadline = asyncio.get_running_loop().time() + 1.0
         while True:
-            if self.stopping:
+            if self.stopping or worker in self.gone:
                 return None
             if held == 0 and self.suspects:
                 return self._suspect(mine)
@@ -401,19 +405,28 @@ class Dispatcher:
 
         Rows that were in its engine then are suspects: tried alone, and convicted after the second death.
         """
+        if worker in self.gone:
+            return
+        self.gone.add(worker)
         for out in self.leases.pop(worker, {}).values():
             rows, back = out.rows, _Rows([], [], [])
             for at, state in enumerate(out.states):
                 if state == DURABLE:
                     continue
-                one = (rows.keys[at], rows.ids[at], rows.requests[at])
-                if crash is not None and state == LEASED:
-                    self.crashes[rows.keys[at]] += 1
-                    self.suspects.append(_Rows(*([value] for value in one)))  # type: ignore[arg-type]
+                key = rows.keys[at]
+                if state == COMPLETED:  # it came out whole, so it is not to blame
+                    self.crashes.pop(key, None)
+                elif crash is not None:
+                    self.crashes[key] += 1
+                if self.crashes.get(key):
+                    suspect = _Rows([key], [rows.ids[at]], [rows.requests[at]])
+                    # Who is convicted goes first, so that the verdict is durable before the next death.
+                    add = self.suspects.appendleft if self.crashes[key] >= CRASHES_TO_CONVICT else self.suspects.append
+                    add(suspect)
                     continue
-                back.keys.append(one[0])
-                back.ids.append(one[1])
-                back.requests.append(one[2])
+                back.keys.append(key)
+                back.ids.append(rows.ids[at])
+                back.requests.append(rows.requests[at])
             if back.keys:
                 self.ready.appendleft(back)
                 self.ready_rows += len(back.keys)

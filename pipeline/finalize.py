@@ -7,13 +7,11 @@ whole is the manifest, written last by the caller.
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from pipeline.feed import Interpreter, Item, Piece, Summary
 from pipeline.formats import passthrough_names
 from pipeline.fs import resolve, write_atomic
 from pipeline.ledger import COMPLETION_FIELDS, ERROR, Index, completion_columns, read_segment
-from pipeline.lossless import dumps, loads
+from pipeline.lossless import dumps, loads, plain
 from pipeline.schema import ColumnKinds, common_type, to_array, type_of
 from pipeline.source import parquet_schema, read_table
 from pipeline.styles import STYLES
@@ -146,9 +144,11 @@ class PartWriter:
         index: Index,
         columns: list[Column],
         optional: Sequence[str],
+        raw: bool,
         output: OutputConfig,
     ) -> None:
         self.interpreter, self.index, self.columns, self.output = interpreter, index, columns, output
+        self.raw = raw  # whether some line of the input could not be read
         self.schema = output_schema(columns, optional)
         self.own_schema = pa.schema([(c.source, c.type or pa.string()) for c in columns])
         self.fs, self.root = resolve(str(output.path))
@@ -158,7 +158,11 @@ class PartWriter:
         result = JobResult()
         size = -(-job.rows // job.parts)
         part, index, rows = job.first_part, job.index, _Rows()
+        read = 0
         for items, own in self._read(job.pieces):
+            read += len(items)
+            if read > job.rows:
+                break
             while items:
                 room = size - len(rows.ids)
                 rows.add(items[:room], own.slice(0, room))
@@ -168,6 +172,10 @@ class PartWriter:
                     if result.missing:
                         return result
                     part, index, rows = part + 1, index + size, _Rows()
+        if read != job.rows:  # never a shorter or shifted output because a read broke off
+            raise OSError(
+                f"{job.pieces[0].chunk.name} and on: {read} rows where there were {job.rows}; did the input change?"
+            )
         if rows.ids or not result.files:
             self._write(part, index, rows, result)
         return result
@@ -269,7 +277,7 @@ class PartWriter:
             columns["id"] = pa.array([rows.ids[row] for row in wrong], pa.string())
         for name in own.column_names:
             columns["input_error" if name == "error" else name] = own[name].take(take)
-        if any(rows.raw[row] is not None for row in wrong):
+        if self.raw and "raw" not in columns:
             columns["raw"] = pa.array([(rows.raw[row] or b"").decode("utf-8", "backslashreplace") or None for row in wrong])
         columns["error"] = completions["error"].take(take).cast(ERROR)
         return pa.table(columns)
@@ -316,15 +324,6 @@ def _embedded(text: str) -> Any:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     try:
-        return orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps(row, default=plain, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # an integer beyond 64 bits
-        return json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=_plain).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no bytes and no exact decimals; both become text."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, Decimal):
-        return str(value)
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=plain).encode() + b"\n"

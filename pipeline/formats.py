@@ -103,9 +103,9 @@ class RowParser:
 
     def _get(self, columns: Mapping[str, Any], role: str) -> Any:
         value = columns.get(self.columns.get(role, role))
-        if value is not None and isinstance(columns, ArrowRow) and not isinstance(value, (str, bytes)):
-            return _arrow_value(value)
-        return value
+        if value is None or type(value) is str or type(value) is bytes or type(columns) is not ArrowRow:
+            return value
+        return _arrow_value(value)
 
     def _id(self, columns: Mapping[str, Any]) -> str | None:
         for name in (self.columns["id"],) if "id" in self.columns else _IDS:
@@ -138,9 +138,10 @@ class RowParser:
             oumi = self.format == "oumi" or (self.format == "auto" and columns.get("conversation_id") is not None)
             messages = _from_oumi(_json(value, role, list), drop_ids=oumi)
         system = self._get(columns, "system") if role != "messages" or "system" in self.columns else None
-        own = any(isinstance(m, dict) and m.get("role") in ("system", "developer") for m in messages[:1])
-        if system and not own:
-            messages = [{"role": "system", "content": _text(system, "system")}, *messages]
+        if system:
+            first = messages[0] if messages else None
+            if not isinstance(first, dict) or first.get("role") not in ("system", "developer"):
+                messages = [{"role": "system", "content": _text(system, "system")}, *messages]
         return messages
 
     def _overrides(self, columns: Mapping[str, Any], ours: bool, parsed: Parsed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 from typing import Any
@@ -79,11 +80,19 @@ def _too_deep(value: Any) -> bool:
 
 
 def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
-    """Compact UTF-8 JSON of any integers."""
+    """Compact UTF-8 JSON of any integers; see `plain` for what JSON has no form of."""
     try:
-        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
+        return orjson.dumps(value, default=plain, option=orjson.OPT_SORT_KEYS if sort_keys else None)
     except TypeError:  # an integer beyond 64 bits
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys).encode()
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys, default=plain)
+        return text.encode()
+
+
+def plain(value: Any) -> Any:
+    """JSON has no bytes, exact decimals, dates or durations; all become text."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def canonical(value: Any) -> bytes:

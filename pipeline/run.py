@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import pyarrow.fs as pafs
 from rich.console import Console
 from rich.text import Text
 
-from engines.types import EaglerayError
+from engines.types import ConfigError, EaglerayError
 from pipeline.config import Config, without_secrets
 from pipeline.crew import Crew, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
@@ -74,21 +75,21 @@ def run(config: Config, console: Console) -> Outcome:
         return _dry_run(config, fs, root, interpreter, console)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(fs, root))
-        interrupts = stack.enter_context(_signals())
-        if not config.run.resume:
-            _remove(fs, root)
         started = time.time()
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(_pieces, config, console)
             stack.enter_context(_ray())
+            interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
             pieces = planned.result()
+        if not config.run.resume:
+            _remove(fs, root)
         from ray.exceptions import RayActorError
 
         index = _index(config)
         for path in index.torn:
             _warn(console, f"{path} cannot be read; its rows are asked again.")
         known = index.only(failed_too=not config.run.retry_failed)
-        asked = Status()
+        asked, missing = Status(), sys.maxsize
         for _ in range(MAX_PASSES):
             try:
                 status, summaries = _ask(config, pieces, interpreter, known, interrupts, console)
@@ -106,7 +107,10 @@ def run(config: Config, console: Console) -> Outcome:
             result = _finalize(config, fs, root, pieces, summaries, interpreter, index, interrupts, console)
             if not result.missing:
                 break
-            console.print(f"{result.missing:,} rows have no answer yet; asking them.", highlight=False)
+            if result.missing >= missing:
+                raise Stopped(f"{result.missing:,} rows have no answer though they were asked: do all nodes see {root}?")
+            missing = result.missing
+            console.print(f"{missing:,} rows have no answer yet; asking them.", highlight=False)
             known = index.only(failed_too=True)
         else:
             raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
@@ -148,6 +152,9 @@ def _read_index(path: str) -> Index:
 def _pieces(config: Config, console: Console) -> list[Piece]:
     dataset = config.dataset
     chunks = list_chunks(dataset.path, chunk_bytes=dataset.chunk_bytes, on_bad_input=dataset.on_bad_input)
+    # An output directory inside the dataset's own must not be its input the next time.
+    out = resolve(str(config.output.path))[1] + "/"
+    chunks = [chunk for chunk in chunks if not resolve(chunk.file)[1].startswith(out)]
     for chunk in chunks:
         if chunk.kind == "bad":
             _warn(console, f"{chunk.name}: {chunk.reason}; it becomes one error row.")
@@ -185,8 +192,16 @@ def _ray() -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ray.is_initialized():
         yield
-    elif os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    elif address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**quiet)
+        except (
+            ConnectionError,
+            RuntimeError,
+            ray.exceptions.RayError,
+        ) as error:  # no cluster there, a token it wants, another Ray version
+            hint = " (where it wants a token, set RAY_AUTH_MODE=token)" if "RAY_AUTH_MODE" not in os.environ else ""
+            raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {_brief(error)}{hint}") from None
         yield
     else:
         # Ray never removes what it wrote; a run a night would fill the disk. Kept where the run fails, for its logs.
@@ -257,6 +272,7 @@ def _ask(
                     why = reason or "Interrupted"
                     _warn(console, f"{why}: finishing {status.in_flight} rows in flight.")
                     ray.get(dispatcher.stop.remote())
+                    crew.drain()
                 if status.finished and not status.workers:
                     break
                 time.sleep(0.05 if status.finished else 0.2)
@@ -270,21 +286,23 @@ def _ask(
     if draining:
         if interrupts:
             raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
-        raise Stopped(f"{reason}; everything finished is kept, the same command goes on from here")
+        raise Stopped(f"{why}; everything finished is kept, the same command goes on from here")
     return status, summaries
 
 
 def _why_stop(config: Config, status: Status) -> str | None:
     """The reason to stop early, or None."""
-    failed, finished = status.failed + status.invalid, status.done + status.failed + status.invalid
+    failed, finished = status.failed + status.invalid, status.done + status.failed
     example = next(iter(status.first_errors.values()), "")
     if status.errors["auth"] and not status.done:
         return f"the provider refuses the key ({status.first_errors['auth']})"
     if config.run.max_errors is not None and failed >= config.run.max_errors:
         return f"{failed} rows failed, run.max_errors is {config.run.max_errors} (one of them: {example})"
     rate = config.run.max_error_rate
-    if rate is not None and finished >= RATE_NEEDS_ROWS and failed > rate * finished:
-        return f"{failed} of {finished} rows failed, run.max_error_rate is {rate} (one of them: {example})"
+    if rate is not None and finished >= RATE_NEEDS_ROWS and status.failed > rate * finished:
+        return f"{status.failed} of {finished} rows failed, run.max_error_rate is {rate} (one of them: {example})"
+    if rate is not None and status.read >= RATE_NEEDS_ROWS and status.invalid > rate * status.read:
+        return f"{status.invalid} of {status.read} rows cannot be read, run.max_error_rate is {rate}"
     return None
 
 
@@ -304,14 +322,16 @@ def _finalize(
 ) -> JobResult:
     """Writes data/ and errors/ on all nodes at once."""
     import ray
+    from ray.exceptions import RayTaskError
 
     if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
         fs.delete_file(f"{root}/{MANIFEST}")
     columns = plan_columns(pieces, summaries, interpreter)
     params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
     optional = [name for name, param in OPTIONAL.items() if param in params]
-    writer = ray.put(PartWriter(interpreter, index, columns, optional, config.output))
-    do = ray.remote(num_cpus=1, max_retries=3)(_do_job)
+    raw = any(summary.invalid for summary in summaries.values())
+    writer = ray.put(PartWriter(interpreter, index, columns, optional, raw, config.output))
+    do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
     waiting = [do.remote(writer, job) for job in plan_jobs(pieces, summaries)]
     total = JobResult()
     with console.status("putting the output together"):
@@ -320,7 +340,12 @@ def _finalize(
             if interrupts:
                 raise Interrupted("interrupted while putting the output together; the same command does it again")
             for ref in done:
-                result: JobResult = ray.get(ref)
+                try:
+                    result: JobResult = ray.get(ref)
+                except RayTaskError as error:
+                    if isinstance(error.cause, OSError):
+                        raise Stopped(f"putting the output together failed: {error.cause}") from None
+                    raise
                 total.rows += result.rows
                 total.failed += result.failed
                 total.missing += result.missing

@@ -67,17 +67,15 @@ def to_array(values: Sequence[Any], type: pa.DataType | None) -> pa.Array:
 
 
 def common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
-    """A type that holds both exactly, or None for JSON text."""
+    """A type that holds every value of both exactly, or None for JSON text."""
     if a is None or b is None or a == b:
         return a if a == b else None
     if pa.types.is_null(a) or pa.types.is_null(b):
         return b if pa.types.is_null(a) else a
-    if pa.types.is_integer(a) and pa.types.is_integer(b):
-        return pa.int64() if pa.uint64() not in (a, b) else None
-    if {pa.types.is_floating(a), pa.types.is_floating(b)} == {True, False} and pa.int64() in (a, b):
-        return None  # a float does not hold every 64-bit integer
-    try:
-        fields = [pa.schema([("x", a)]), pa.schema([("x", b)])]
-        return pa.unify_schemas(fields, promote_options="permissive").field("x").type
-    except pa.ArrowException:
-        return None
+    if pa.types.is_integer(a) and pa.types.is_integer(b) and pa.uint64() not in (a, b):
+        return pa.int64()
+    if {a, b} == {pa.float32(), pa.float64()}:
+        return pa.float64()
+    if {a, b} == {pa.string(), pa.large_string()}:
+        return pa.large_string()
+    return None

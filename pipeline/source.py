@@ -24,12 +24,14 @@ from engines.text import one_line
 from engines.types import ConfigError, nearest
 from pipeline.formats import ArrowRow
 from pipeline.fs import resolve, split_options
-from pipeline.lossless import loads
+from pipeline.lossless import has_long_number, loads
 
 BATCH_ROWS = 2000
 # A batch ends early at this many bytes of input, so that long rows do not pile up.
 BATCH_BYTES = 16 << 20
-BLOCK = 2 << 20
+# Small, because a read that meets damage in a compressed file loses what it had.
+BLOCK = 256 << 10
+REMOTE_BLOCK = 4 << 20
 # How much of a line that cannot be read is kept to look at.
 RAW_BYTES = 64 << 10
 OPEN_AT_ONCE = 16
@@ -190,7 +192,7 @@ def _line_starts(stream: pa.NativeFile, chunk_bytes: int) -> list[tuple[int, int
     size = stream.size()
     starts = [(0, 0)]
     lines = offset = 0
-    while size > chunk_bytes and (block := stream.read(min(BLOCK, chunk_bytes))):
+    while size > chunk_bytes and (block := stream.read(min(REMOTE_BLOCK, chunk_bytes))):
         start = offset + block.find(b"\n") + 1
         if start > offset and start - starts[-1][0] >= chunk_bytes and start < size:
             starts.append((start, lines + 1))
@@ -233,61 +235,76 @@ def read_chunk(chunk: Chunk, *, max_row_bytes: int = 32 << 20, batch_rows: int =
 
 
 def _read_lines(chunk: Chunk, limit: int, batch_rows: int) -> Iterator[list[Row]]:
-    number, at = chunk.first_row, chunk.start
-    stop = chunk.stop if chunk.stop >= 0 else sys.maxsize
+    number = chunk.first_row
     batch: list[Row] = []
     size = 0
-    error = ""
     try:
-        fs, path = resolve(chunk.file)
-        with fs.open_input_file(path) as file:
-            stream = _text_of(file, chunk)
-            while at < stop and (line := stream.readline(max(limit, RAW_BYTES) + 1)):
-                at += len(line)
-                text = line.rstrip(b"\n")
+        for lines, passed, long_number in _lines(chunk, limit):
+            for line in lines:
                 if number == 0:
-                    text = text.removeprefix(_BOM)
-                if len(text) > limit:
-                    length = len(text)
-                    while line and not line.endswith(b"\n"):  # the rest is passed over and not held
-                        line = stream.readline(BLOCK)
-                        at += len(line)
-                        length += len(line.rstrip(b"\n"))
+                    line = line.removeprefix(_BOM)
+                if len(line) > limit:
+                    length = len(line) + (passed if line is lines[-1] else 0)
                     reason = f"the line has {length:,} bytes, the limit is {limit:,}"
-                    batch.append(Row(number, None, reason, text[:RAW_BYTES]))
+                    batch.append(Row(number, None, reason, line[:RAW_BYTES]))
                     size += RAW_BYTES
-                elif text and not text.isspace():
-                    batch.append(_parse_line(number, text))
-                    size += len(text)
+                elif line and not line.isspace():
+                    batch.append(_parse_line(number, line, long_number))
+                    size += len(line)
                 number += 1
                 if len(batch) == batch_rows or size >= BATCH_BYTES:
                     yield batch
                     batch, size = [], 0
-        if at < chunk.stop:
-            error = f"the file ends at byte {at:,} of {chunk.stop:,}"
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as caught:
-        error = f"the file cannot be read: {one_line(caught)}"
-    if error:
-        batch.append(Row(number, None, f"{error}: rows from this line on are missing"))
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        reason = f"the file cannot be read: {one_line(error)}: rows from this line on are missing"
+        batch.append(Row(number, None, reason))
     if batch:
         yield batch
 
 
+def _lines(chunk: Chunk, limit: int) -> Iterator[tuple[list[bytes], int, bool]]:
+    """The lines that end in each block, how much of the last was passed over, and whether one has a long number.
+
+    A line over the limit is not held whole. Raises where the file ends too early or is damaged.
+    """
+    at, rest, block = chunk.start, b"", b"begin"
+    stop = chunk.stop if chunk.stop >= 0 else sys.maxsize
+    fs, path = resolve(chunk.file)
+    with fs.open_input_file(path) as file:
+        stream = _text_of(file, chunk)
+        while block:
+            block = stream.read1(min(BLOCK, stop - at))
+            if not block and at < chunk.stop:
+                raise EOFError(f"it ends at byte {at:,} of {chunk.stop:,}")
+            at += len(block)
+            text = rest + (block or b"\n")
+            *lines, rest = text.split(b"\n")
+            passed = 0
+            if len(rest) > max(limit, RAW_BYTES):
+                lines.append(rest)
+                while rest and not rest.endswith(b"\n"):
+                    rest = stream.readline(BLOCK)
+                    at += len(rest)
+                    passed += len(rest.rstrip(b"\n"))
+                rest = b""
+            yield lines, passed, has_long_number(text)
+
+
 def _text_of(file: pa.NativeFile, chunk: Chunk) -> Any:
-    """The chunk's text, decompressed where need be, to be read line by line; beyond `stop` it goes on."""
+    """The chunk's text, decompressed where need be; beyond `stop` it goes on."""
     head = file.read(4) if chunk.stop < 0 else b""
     file.seek(chunk.start)
+    stream = pa.BufferedInputStream(file, REMOTE_BLOCK)
     if _GZIP.match(head):
-        return gzip.GzipFile(fileobj=io.BufferedReader(file, BLOCK))
+        return gzip.GzipFile(fileobj=stream)
     if _ZSTD.match(head):  # not the package `zstandard`: it takes a file that breaks off for a whole one
-        text = pa.CompressedInputStream(pa.BufferedInputStream(file, BLOCK), "zstd")
-        return io.BufferedReader(text, RAW_BYTES)  # small, because a read that meets damage loses what it had
-    return io.BufferedReader(file, BLOCK)
+        stream = pa.CompressedInputStream(stream, "zstd")
+    return io.BufferedReader(stream, BLOCK)
 
 
-def _parse_line(number: int, text: bytes) -> Row:
+def _parse_line(number: int, text: bytes, long_number: bool) -> Row:
     try:
-        value = loads(text)
+        value = loads(text, long_number)
     except ValueError as error:
         return Row(number, None, str(error), text[:RAW_BYTES])
     if type(value) is not dict:

@@ -78,7 +78,8 @@ class Worker:
             for slot in done:
                 slot.result()
         finally:
-            flusher.cancel()
+            async with self.flushing:  # a flush under way ends first
+                flusher.cancel()
             await asyncio.gather(flusher, return_exceptions=True)
             await self._flush()
             await self.dispatcher.leave.remote(self.name)
@@ -119,6 +120,8 @@ class Worker:
             while lease.alone and self.held:
                 self.less.clear()
                 await self.less.wait()
+            if lease.alone:  # durable before the next suspect can kill this process
+                await self._flush()
 
     async def _slot(self, engine: Engine) -> None:
         """One slot of the engine: takes the next row as soon as the one before is answered."""
@@ -133,10 +136,18 @@ class Worker:
                 completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
                 completion = Completion(error=Failure.of(error), engine=engine.kind)
+            if completion.error is not None and completion.error.type == "engine_crash":
+                await self._die(completion.error.message)
             self._record(row, completion)
             self.held -= 1
             self.less.set()
             self._maybe_idle()
+
+    async def _die(self, reason: str) -> None:
+        """The engine is broken though its process lives: dying makes room for a new one, and suspects of its rows."""
+        await self._flush()
+        await self.dispatcher.leave.remote(self.name, reason)
+        os._exit(1)
 
     def _request(self, row: _Row) -> Request:
         values = loads(row.request)
@@ -185,7 +196,14 @@ class Worker:
             records, self.records = self.records, []
             places, self.places = list(self.places.items()), {}
             counts, self.counts = self.counts, Status()
-            await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
+            for wait in (0.5, 2.0, None):
+                try:
+                    await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
+                    break
+                except OSError:
+                    if wait is None:
+                        raise
+                    await asyncio.sleep(wait)
             await self.dispatcher.commit.remote(self.name, places, counts)
 
 

@@ -24,7 +24,8 @@ def test_help_lists_every_key_with_what_it_is_for(capsys: pytest.CaptureFixture[
     for name, item in known_keys().items():
         if name != "engine.kind":
             assert f"  {name}" in text
-            assert item is None or item.metadata["help"] in text
+            assert item.metadata["help"]
+            assert item.metadata["help"] in text
     assert "engine=echo | llamacpp | transformers" in text
 
 
@@ -44,9 +45,40 @@ def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[st
         ("generation.temprature=1", "did you mean 'generation.temperature'?"),
         ("generation.temperature=-1", "generation.temperature must be a number between 0.0 and inf, not -1"),
         ("generation.temperature=warm", "generation.temperature must be a number"),
-        ("engine.max_concurrency=many", "engine.max_concurrency: Value 'many'"),
+        ("engine.max_concurrency=many", "engine.max_concurrency must be a whole number or null, not many"),
+        ("engine.max_concurrency=1.5", "engine.max_concurrency must be a whole number or null, not 1.5"),
+        ("run.flush_s=null", "run.flush_s must be a number, not null"),
+        ("run.resume=maybe", "run.resume must be true or false, not maybe"),
+        ("output.path=[a,b]", "output.path must be a text or null, not [a,b]"),
+        ("engine.headers=abc", "engine.headers must be keys with values"),
+        ("engine.model.x=1", "engine.model takes a value and has no keys of its own"),
+        ("engin=echo", "there is no key 'engin' (did you mean 'engine'?)"),
+        ("model=x", "there is no key 'model' (did you mean 'engine.model'?)"),
+        ("path=x", "(did you mean 'dataset.path' or 'output.path'?)"),
+        ("ENGINE.MODEL=x", "did you mean 'engine.model'?"),
+        ("run.budget=1", "(known: drain_s, dry_run, flush_s"),
+        ("+engine.modle=x", "did you mean 'engine.model'?"),
+        ("~engine.model", "keys can only be set: engine.model=null"),
+        ("engine@x=echo", "is not of the form key=value"),
+        ("hardware=labtop", "there is no hardware 'labtop' (did you mean 'laptop'?)"),
+        ("engine.kind=ecko", "engine.kind=ecko is not known (did you mean 'echo'?)"),
+        ("engine.timeout_s=0", "engine.timeout_s must be above 0, not 0.0"),
+        ("engine.requests_per_minute=-1", "engine.requests_per_minute must be above 0"),
+        ("engine.price.input=-1", "engine.price.input must be at least 0"),
+        ("hardware.cpus=-1", "hardware.cpus must be at least 0"),
+        ("hardware.gpus=1.5", "hardware.gpus above 1 must be a whole number, not 1.5"),
+        ("hardware.replicas={mim:3}", "there is no key 'hardware.replicas.mim' (did you mean 'min'?)"),
+        ("dataset.columns.promt=q", "there is no role 'promt' (did you mean 'prompt'?)"),
+        ("dataset.template={usr: x}", "there is no role 'usr' (did you mean 'user'?)"),
+        ("dataset.on_bad_input=explode", "dataset.on_bad_input=explode is not known"),
+        ("dataset.path=5", "dataset.path must be a text or a list of them, not 5"),
+        ("dataset.path=a,b", 'either a list, "dataset.path=[a,b]"'),
+        ("dataset.path=in.json", "did you mean 'in.jsonl'?"),
+        ("dataset.limit=0", "dataset.limit must be at least 1, not 0"),
+        ("engine.model=${oc.env:NO_SUCH_VARIABLE}", "'NO_SUCH_VARIABLE' not found"),
+        ("engine.headers.X Y=c", "cannot read 'engine.headers.X Y=c'"),
         ("engine.max_concurrency=0", "engine.max_concurrency must be at least 1, not 0"),
-        ("engine.price.inpt=1", "'inpt'"),
+        ("engine.price.inpt=1", "did you mean 'engine.price.input'?"),
         ("output.format=csv", "output.format=csv is not known (known: jsonl, parquet)"),
         ("output.style=oumi", "output.style=oumi needs output.format=jsonl"),
         ("hardware.replicas=0", "hardware.replicas must be a number of at least 1"),
@@ -98,6 +130,79 @@ def test_open_keys_need_no_plus_and_values_may_hold_anything() -> None:
     assert config.dataset.path == "s3://b/in/*.parquet"
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a b", "a=b", "a,b c: d", "it's", 'say "hi"', "{{ q }}, {{ r }}", "a\nb", "C:\\dir\\x", "back\\", "\\'x", "日本語 😀",
+     "a#b;c|d&e", "[0-9]*?", "[x", "(x)", "$HOME", "a@b:c", "~x", "s3://b/a b/*.parquet", "1e5", "007", "true",
+     "Hi, {{ name }}!\nIt's \"x\" \\ done"],
+)  # fmt: skip
+def test_a_text_arrives_as_it_was_typed(text: str) -> None:
+    assert compose([*GOOD, f"engine.model={text}"]).engine.model == text
+
+
+def test_a_sign_before_a_key_changes_nothing() -> None:
+    config = compose([*GOOD, "+engine.model=a", "++run.flush_s=3", "+engine.kwargs.x=1", "+engine.kwargs.x=2"])
+    assert (config.engine.model, config.run.flush_s, config.engine.kwargs) == ("a", 3.0, {"x": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind: echo\nmodle: x\n", "there is no key 'engine.modle' (did you mean 'engine.model'?)"),
+        ("kind: echo\nmax_concurrency: many\n", "engine.max_concurrency must be a whole number"),
+        ("kind: [echo\n", "is not YAML"),
+        ("- a\n", "In 'engine/mine'"),
+        ("model: x\n", "engine.kind is missing (known: echo"),
+    ],
+)
+def test_what_is_wrong_in_a_users_own_file_is_said_in_one_line(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "mine.yaml").write_text(text)
+    assert infer.main(["engine=mine", *GOOD[1:], "--config-dir", str(tmp_path), "run.dry_run=true"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_directory_that_cannot_be_written_is_a_configuration_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "in.jsonl"
+    data.write_text('{"prompt": "x"}\n')
+    assert infer.main(["engine=echo", f"dataset.path={data}", f"output.path={data}/out"]) == 2
+    assert f"output.path: cannot write into {data}/out: Not a directory" in capsys.readouterr().err
+
+
+def test_a_secret_that_was_interpolated_is_not_printed_nor_written(
+    local_ray: None,
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    secret, typed = "sk-very-secret-0123456789", "typed-on-the-command-line"
+    monkeypatch.setenv("MY_API_KEY", secret)
+    headers = [
+        "engine.headers.x-auth=Bearer ${oc.env:MY_API_KEY}", f"engine.headers.authorization={typed}",
+        "engine.headers.accept=text", f"engine.extra_body.nested.token={typed}", "generation.max_tokens=7",
+    ]  # fmt: skip
+    out = tmp_path / "out"
+    argv = ["engine=echo", *headers, f"dataset.path={write_jsonl([ask('x')])}", f"output.path={out}"]
+    assert compose(argv).engine.headers["x-auth"] == f"Bearer {secret}"
+    assert infer.main([*argv, "--cfg", "job"]) == 0
+    assert infer.main(argv) == 0
+    printed = capsys.readouterr()
+    written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    for hidden in (secret, typed):
+        assert hidden not in printed.out + printed.err
+        assert hidden.encode() not in written
+    assert "x-auth: Bearer ***" in printed.out
+    assert "max_tokens: 7" in printed.out
+    assert "accept: text" in printed.out
+
+
 def test_a_users_own_engine_file_is_an_option(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "slow.yaml").write_text("kind: echo\nmodel: slow\nkwargs: {latency_s: 1.0}\n")
@@ -125,6 +230,34 @@ def test_secrets_reach_no_file_and_no_message(
     files = [path for path in out.rglob("*") if path.is_file()]
     assert len(files) >= 4
     assert not any(secret.encode() in path.read_bytes() for path in files)
+
+
+def test_the_exit_status_tells_rows_that_failed_from_none(
+    local_ray: None, tmp_path: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl([ask(f"{i}") for i in range(30)])
+    base = ["engine=echo", f"dataset.path={data}", f"output.path={tmp_path}/out"]
+    assert infer.main([*base, "engine.kwargs.failure_rate=0.5"]) == 3
+    assert infer.main(base) == 0
+    assert "30 of 30 rows answered" in capsys.readouterr().err
+    assert infer.main([*base, "engine.kwargs.latencys=1", "run.resume=false"]) == 2
+    assert "did you mean 'latency_s'?" in capsys.readouterr().err
+
+
+def test_cfg_takes_job_only_and_flags_need_values(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, said in ((["--cfg", "all"], "--cfg job"), (["--cfg"], "--cfg needs a value"), (["--config-dir"], "needs")):
+        assert infer.main([*GOOD, *argv]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_printed_configuration_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    assert infer.main([*GOOD, "engine.kwargs.a.b=[1,2]", "generation.stop=[x]", "--cfg=job"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["engine"]["kwargs"] == {"a": {"b": [1, 2]}}
+    assert printed["generation"]["stop"] == ["x"]
+    assert printed["run"]["flush_s"] == 2.0
 
 
 def test_the_command_and_the_module_say_the_same() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pipeline.fs import resolve
 from pipeline.ledger import Index, list_segments, read_index
@@ -59,7 +60,7 @@ def test_kill_at_random_points_loses_no_row_and_asks_nothing_durable_again(tmp_p
     rows = write(data, ROWS)
     kills = {"driver": 0, "worker": 0, "everything": 0}
     left = KILLS
-    for attempt in range(10 * KILLS):
+    for _ in range(10 * KILLS):
         known, segments = durable(out)
         run = start(data, out)
         relatives: list[psutil.Process] = []
@@ -123,14 +124,18 @@ def title(process: psutil.Process) -> str:
     return ""
 
 
-def test_ctrl_c_drains_says_how_to_go_on_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_drain_say_how_to_go_on_and_resume(tmp_path: Path, number: signal.Signals) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
     write(data, ROWS)
     run = start(data, out)
     deadline = time.monotonic() + 60
     while not durable(out)[1] and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # as a terminal does
+    else:
+        run.send_signal(number)  # as `ray job stop` does
     _, printed = run.communicate(timeout=60)
     assert run.returncode == 130, printed
     assert "finishing" in printed

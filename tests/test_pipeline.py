@@ -293,3 +293,24 @@ def test_several_answers_and_replicas(infer: Infer, write_jsonl: Write) -> None:
     infer(write_jsonl([ask(f"{i}") for i in range(50)]), "generation.n=2", "hardware.replicas=2")
     row = infer.rows()[9]
     assert [c["message"]["content"] for c in json.loads(row["choices"])] == ["9", "9"]
+
+
+def test_replicas_that_reserve_every_cpu_do_not_starve_reading(infer: Infer, write_jsonl: Write) -> None:
+    assert infer(write_jsonl([ask(f"{i}") for i in range(50)]), "hardware.cpus=2").exit_status == 0
+
+
+def test_an_output_inside_the_dataset_directory_is_not_read_as_input(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask("a"), "{"])
+    infer(path.parent)
+    infer(path.parent)
+    assert len(infer.rows()) == 2
+
+
+def test_columns_of_different_types_in_two_files_become_json_text(infer: Infer, tmp_path: Path) -> None:
+    import decimal
+
+    (tmp_path / "in").mkdir()
+    for name, value in (("a", decimal.Decimal("1.10")), ("b", b"\xff"), ("c", 2**60)):
+        pq.write_table(pa.table({"prompt": [name], "x": [value]}), tmp_path / "in" / f"{name}.parquet")
+    infer(tmp_path / "in")
+    assert infer.table()["x"].to_pylist() == ['"1.10"', '"/w=="', str(2**60)]

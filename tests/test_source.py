@@ -406,7 +406,7 @@ def test_a_file_that_vanishes_or_shrinks_after_listing_is_an_error_row(tmp_path:
     path.write_text('{"a": 1}\n')
     first, last = (row for batch in read_chunk(chunk) for row in batch)
     assert (first.columns, last.row) == ({"a": 1}, 1)
-    assert last.error == "the file ends at byte 9 of 18: rows from this line on are missing"
+    assert last.error == "the file cannot be read: it ends at byte 9 of 18: rows from this line on are missing"
     path.unlink()
     ((row,),) = read_chunk(chunk)
     assert row.row == 0 and row.error.startswith("the file cannot be read: ")
