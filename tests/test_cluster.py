@@ -195,10 +195,10 @@ def test_a_cluster_that_is_up_is_joined_and_one_or_two_logical_cpus_are_enough(c
     data, out = write(tmp_path / "in.jsonl", 1000), tmp_path / "out"
     with standing_cluster(cpus) as env:
         # The replicas reserve every CPU there is: reading must not wait for one.
-        printed = finish(start(data, out, env, "hardware.cpus=1", f"hardware.replicas={cpus}", "dataset.chunk_bytes=2000"))
-        assert "1,000 of 1,000 rows answered" in " ".join(printed.split())
+        greedy = ("dataset.chunk_bytes=2000", "hardware.cpus=1", f"hardware.replicas={cpus}")
+        assert "1,000 of 1,000 rows answered" in " ".join(finish(start(data, out, env, *greedy)).split())
         assert check(out, 1000)["this_run"]["asked"] == 1000
-        assert "Nothing new to ask" in finish(start(data, out, env, "hardware.cpus=1", f"hardware.replicas={cpus}"))
+        assert "Nothing new to ask" in finish(start(data, out, env, "dataset.chunk_bytes=2000"))
         write(data, 1100)
         finish(start(data, out, env))
         assert check(out, 1100)["this_run"]["asked"] == 100
@@ -306,8 +306,8 @@ def test_a_run_that_started_its_own_ray_leaves_no_process_and_no_file(tmp_path: 
         until(lambda: durable(out) > 0, run)
         relatives = family(run.pid)
         assert relatives
-        assert os.listdir(scratch)
+        assert list(Path(scratch).iterdir())
         finish(run)
         assert psutil.wait_procs(relatives, timeout=30)[1] == []
-        assert os.listdir(scratch) == []
+        assert not list(Path(scratch).iterdir())
     check(out, 2000)
