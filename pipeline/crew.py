@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ from engines.types import ConfigError, EaglerayError
 from pipeline.config import HardwareConfig
 from pipeline.feed import Status
 from pipeline.worker import WorkerConfig
+
+# How long Ray may take to tell whether a replica that cannot be reached died with its node.
+VERDICT_S = 90.0
 
 
 class Stopped(EaglerayError):
@@ -19,7 +23,8 @@ class Stopped(EaglerayError):
 class Replica:
     name: str
     actor: Any
-    run: Any  # the reference of its `run`
+    run: Any  # the reference of its `run`, or of a question whether it lives
+    lost_at: float | None = None  # since when it cannot be reached
 
 
 class Crew:
@@ -53,7 +58,7 @@ class Crew:
     def tend(self, status: Status) -> None:
         """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
         ended, _ = ray.wait([r.run for r in self.replicas], num_returns=len(self.replicas), timeout=0) \
             if self.replicas else ([], [])  # fmt: skip
@@ -61,6 +66,16 @@ class Crew:
             self.replicas.remove(replica)
             try:
                 ray.get(replica.run)
+                if replica.lost_at is not None:  # it lives, but the call that was its work is gone
+                    self._lost(replica, status)
+            except ActorUnavailableError:
+                # The connection broke. Its process died, which may be a row's fault, or its node; Ray knows which soon.
+                replica.lost_at = replica.lost_at or time.monotonic()
+                if time.monotonic() > replica.lost_at + VERDICT_S:
+                    self._lost(replica, status)
+                else:
+                    replica.run = replica.actor.__ray_ready__.remote()
+                    self.replicas.append(replica)
             except RayActorError as error:
                 self._died(replica, str(error), status)
             except RayTaskError as error:
@@ -69,6 +84,12 @@ class Crew:
                 if isinstance(error.cause, OSError):
                     raise Stopped(f"a worker could not read or write: {error.cause}") from None
                 raise
+
+    def _lost(self, replica: Replica, status: Status) -> None:
+        import ray
+
+        ray.kill(replica.actor)
+        self._died(replica, "node has died", status)
 
     def _died(self, replica: Replica, reason: str, status: Status) -> None:
         import ray
