@@ -63,7 +63,6 @@ def test_no_module_imports_what_lies_above_it(package: str) -> None:
         ("import sys; sys.argv = ['eagleray', '--help']; import jobs.cli; jobs.cli.main()", f"{HEAVY} numpy"),
         ("import jobs.infer; jobs.infer.main(['--help'])", f"{HEAVY} numpy"),
         ("import jobs.infer; jobs.infer.main(['engine=ecko'])", "torch transformers llama_cpp vllm ray pyarrow"),
-
     ],
 )
 def test_light_imports_stay_light(statement: str, absent: str) -> None:
