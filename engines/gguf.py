@@ -15,8 +15,8 @@ from typing import Any
 from filelock import FileLock
 
 # llama.cpp's threads meet at hundreds of barriers a token, where libgomp spins. On a core that something else wants too
-# (Ray, a second engine) they spin while the one they wait for is not running: under 14 tok/s became 40 with one busy
-# process beside 2 threads, at a cost of 2% alone. Read when libgomp is loaded, so before llama_cpp is.
+# (Ray, a second engine) they spin while the one they wait for is not running, and most of the speed is gone. Read when
+# libgomp is loaded, so before llama_cpp is.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

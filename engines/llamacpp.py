@@ -95,7 +95,7 @@ from engines.types import (
 )
 
 DEFAULT_CONTEXT = 4096
-# Measured on 2 cores with SmolLM2 in F16: 147 tok/s with 16, 156 with 24, 143 with 32; each takes `n_ctx` tokens of cache.
+# Each takes `n_ctx` tokens of cache; a CPU gains little from more.
 DEFAULT_SEQUENCES = 16
 # The default number of sequences shrinks until the KV cache fits this; who names a number gets it.
 CACHE_BUDGET_BYTES = 4 << 30
@@ -302,7 +302,7 @@ class LlamaCppEngine(Engine):
         log.install(kwargs.get("verbose", False))
         L.llama_backend_init()
         path = resolve_model(self.config, kwargs.get("filename"))
-        # The packaged model comes as Q4_1: as F16 it is faster in batches (249 against 213 tok/s) and answers better.
+        # The packaged model comes as Q4_1: as F16 it is faster in batches and answers better.
         kind = kwargs.get("requantize", "f16" if self.config.model in (None, PACKAGED) else None)
         if kind is not None:
             path = requantized(path, kind)
@@ -362,8 +362,7 @@ class LlamaCppEngine(Engine):
         params = L.llama_context_default_params()
         params.n_threads = params.n_threads_batch = physical_cores()
         params.no_perf = True
-        # One cache for each sequence: with a unified one every token's attention runs over the tokens of all
-        # (16 sequences: 249 against 184 tok/s).
+        # One cache for each sequence: with a unified one every token's attention runs over the tokens of all.
         params.kv_unified = False
         if kwargs.get("n_gpu_layers", 0) == 0 and "type_v" not in kwargs:
             params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slower on CPU for many short sequences

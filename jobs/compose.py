@@ -39,6 +39,9 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
 
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a directory")
+    for group in GROUPS if config_dir is not None else ():
+        if clash := set(options(group)) & {path.stem for path in Path(str(config_dir), group).glob("*.yaml")}:
+            raise ConfigError(f"{config_dir}/{group}/{min(clash)}.yaml has the name of a packaged file; name it otherwise")
     ConfigStore.instance().store(name="schema", node=Config)
     given = [_readable(_checked(override, config_dir)) for override in overrides]
     if config_dir is not None:

@@ -79,6 +79,7 @@ class Crew:
             except RayActorError as error:
                 self._died(replica, str(error), status)
             except RayTaskError as error:
+                ray.get(self.dispatcher.leave.remote(replica.name))
                 if isinstance(error.cause, ConfigError):
                     raise ConfigError(str(error.cause)) from None
                 if isinstance(error.cause, OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ import pyarrow.fs as pafs
 from rich.console import Console
 from rich.text import Text
 
+from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
 from pipeline.config import Config, without_secrets
 from pipeline.crew import Crew, Stopped
@@ -46,6 +48,8 @@ OK, BUG, WRONG, WITH_FAILURES, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 MAX_PASSES = 5
 # An engine may take minutes to load; that none has found room yet is worth a word before that.
 PATIENCE_S = 20.0
+# A drain has `run.drain_s`, and this long to write and leave.
+GRACE_S = 20.0
 # `max_error_rate` says nothing about the first few rows.
 RATE_NEEDS_ROWS = 100
 
@@ -94,7 +98,7 @@ def run(config: Config, console: Console) -> Outcome:
             try:
                 status, summaries = _ask(config, pieces, interpreter, known, interrupts, console)
             except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
-                _warn(console, f"The dispatcher died; going on from the ledger. {_brief(error)}")
+                _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
                 known = _index(config).only(failed_too=not config.run.retry_failed)
                 continue
             asked.done += status.done
@@ -123,10 +127,6 @@ def run(config: Config, console: Console) -> Outcome:
 def _warn(console: Console, text: str) -> None:
     """Prints a warning; as Text, because a row's own words may be in it and must not be obeyed as markup."""
     console.print(Text(text, "yellow"))
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _exit_status(manifest: dict[str, Any]) -> int:
@@ -201,15 +201,23 @@ def _ray() -> Iterator[None]:
             ray.exceptions.RayError,
         ) as error:  # no cluster there, a token it wants, another Ray version
             hint = " (where it wants a token, set RAY_AUTH_MODE=token)" if "RAY_AUTH_MODE" not in os.environ else ""
-            raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {_brief(error)}{hint}") from None
+            raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}") from None
         yield
     else:
-        # Ray never removes what it wrote; a run a night would fill the disk. Kept where the run fails, for its logs.
+        # Ray never removes what it wrote; a run a night would fill the disk. Kept after a bug of ours, for its logs.
         scratch = tempfile.mkdtemp(prefix="eagleray-")
-        ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
-        yield
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+        keep = True
+        try:
+            ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
+            yield
+            keep = False
+        except EaglerayError:
+            keep = False
+            raise
+        finally:
+            ray.shutdown()
+            if not keep:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -253,7 +261,9 @@ def _ask(
     )
     crew = Crew(ray.remote(Worker), worker, config.hardware, dispatcher, config.run.max_engine_deaths)
     ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
-    draining = told = False
+    told = False
+    failure: EaglerayError | None = None  # of a replica; the others still commit what they have
+    why, ends_by = "", math.inf
     began = time.monotonic()
     try:
         crew.start()
@@ -261,19 +271,22 @@ def _ask(
             while True:
                 status: Status = ray.get(dispatcher.status.remote())
                 progress.show(status)
-                crew.tend(status)
+                try:
+                    crew.tend(status)
+                except EaglerayError as error:
+                    failure = failure or error
                 told = told or status.workers > 0
                 if not told and time.monotonic() - began > PATIENCE_S:
                     told = True
                     _warn(console, crew.wants())
-                reason = _why_stop(config, status)
-                if (interrupts or reason) and not draining:
-                    draining = True
-                    why = reason or "Interrupted"
-                    _warn(console, f"{why}: finishing {status.in_flight} rows in flight.")
+                reason = _why_stop(config, status) or ("Interrupted" if interrupts else failure and str(failure))
+                if reason and not why:
+                    why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
+                    if status.in_flight:
+                        _warn(console, f"{why}: finishing {status.in_flight} rows in flight.")
                     ray.get(dispatcher.stop.remote())
                     crew.drain()
-                if status.finished and not status.workers:
+                if (status.finished and not status.workers) or time.monotonic() > ends_by:
                     break
                 time.sleep(0.05 if status.finished else 0.2)
         status = ray.get(dispatcher.status.remote())
@@ -283,7 +296,9 @@ def _ask(
         ray.kill(dispatcher)
     if status.broken is not None:
         raise Stopped(f"reading the input failed: {status.broken}")
-    if draining:
+    if failure is not None:
+        raise failure
+    if why:
         if interrupts:
             raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
         raise Stopped(f"{why}; everything finished is kept, the same command goes on from here")

@@ -195,15 +195,18 @@ class Worker:
                 return
             records, self.records = self.records, []
             places, self.places = list(self.places.items()), {}
-            counts, self.counts = self.counts, Status()
             for wait in (0.5, 2.0, None):
                 try:
                     await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
                     break
                 except OSError:
-                    if wait is None:
+                    if wait is None:  # whoever flushes next may have more luck
+                        self.records = records + self.records
+                        for lease, offsets in places:
+                            self.places.setdefault(lease, []).extend(offsets)
                         raise
                     await asyncio.sleep(wait)
+            counts, self.counts = self.counts, Status()
             await self.dispatcher.commit.remote(self.name, places, counts)
 
 

@@ -210,6 +210,9 @@ def test_a_users_own_engine_file_is_an_option(tmp_path: Path) -> None:
     assert (config.engine.kind, config.engine.kwargs) == ("echo", {"latency_s": 1.0})
     with pytest.raises(ConfigError, match="did you mean 'slow'"):
         compose(["engine=slo"], str(tmp_path))
+    (tmp_path / "engine" / "echo.yaml").write_text("kind: echo\n")
+    with pytest.raises(ConfigError, match="echo.yaml has the name of a packaged file"):
+        compose(["engine=echo"], str(tmp_path))
 
 
 def test_secrets_reach_no_file_and_no_message(
