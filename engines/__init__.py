@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engines.base import REGISTRY, Capabilities, Engine, EngineConfig, Price, load_engine
+from engines.base import HTTP_ENGINES, REGISTRY, Capabilities, Engine, EngineConfig, Price, load_engine
 from engines.types import (
     Choice,
     Completion,
@@ -53,6 +53,8 @@ __all__ = [
     "TransformersEngine",
     "Usage",
     "load_engine",
+    *HTTP_ENGINES.values(),
+    "BedrockEngine",
 ]
 
 
@@ -60,6 +62,6 @@ def __getattr__(name: str) -> Any:
     from engines.base import engine_class
 
     for kind, (target, _, _) in REGISTRY.items():
-        if target.endswith(f":{name}"):
+        if HTTP_ENGINES.get(kind, target.partition(":")[2]) == name:
             return engine_class(kind)
     raise AttributeError(f"module 'engines' has no attribute '{name}'")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 import importlib
+import importlib.resources
 import importlib.util
 import threading
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
 from engines.types import (
@@ -66,6 +70,12 @@ class EngineConfig:
     output_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
     max_retries: int = key(5, "how often a failed request is tried again")
     timeout_s: float = key(600.0, "how long one request may take")
+    provider: dict[str, Any] = key({}, "what is particular to a remote provider; see engines/remote/provider.py")
+    unsupported: str = key("error", "a parameter the engine does not have: error refuses the row, drop leaves it out")
+    prompt_caching: bool = key(False, "mark system prompt and tools for the provider's prompt cache")
+    connect_timeout_s: float = key(10.0, "how long connecting may take")
+    read_timeout_s: float | None = key(None, "how long a server may be silent within one answer")
+    fallback: Any = key([], "engines that get a row this one failed for good: names, or mappings of the keys here")
     price: Price = field(default_factory=Price, metadata={"help": "input, cached_input, output: US$ per million tokens"})
 
     # The keywords that change what is asked or which numbers answer; the others change only how fast.
@@ -96,7 +106,9 @@ class EngineConfig:
             "model": self.model,
             "adapter": self.adapter,
             "revision": self.revision,
-            "base_url": self.base_url,
+            "wire": self.provider.get("wire"),
+            # More endpoints of one service answer the same: the first names it.
+            "base_url": self.base_url[0] if isinstance(self.base_url, list) and self.base_url else self.base_url,
             "extra_body": self.extra_body or None,
             "kwargs": {k: v for k, v in self.kwargs.items() if k in self.ANSWER_KWARGS} or None,
         }
@@ -115,13 +127,8 @@ class Capabilities:
 
     def refuse(self, request: Request, config: EngineConfig) -> EngineError | None:
         """The reason why this request cannot be served, naming the field; None where it can."""
-        generation = request.generation
-        for name in self.unsupported:
-            if getattr(generation, name) is not None:
-                return invalid(f"engine={config.kind} does not support generation.{name}")
-        response_format = generation.response_format
-        if response_format is not None and response_format["type"] not in self.response_formats:
-            return invalid(f"engine={config.kind} does not support response_format of type {response_format['type']}")
+        if reason := self.lacks(request.generation):
+            return invalid(f"engine={config.kind} does not support {reason[1]} (engine.unsupported=drop leaves it out)")
         if not self.row_model and request.model not in (None, config.model):
             return invalid(f"engine={config.kind} serves {config.model!r} only; this row asks for {request.model!r}")
         if not self.row_adapter and request.adapter not in (None, config.adapter):
@@ -133,36 +140,82 @@ class Capabilities:
                     return invalid(f"engine={config.kind} takes text only; messages[{i}] has another kind of content")
         return None
 
+    def lacks(self, generation: GenerationParams) -> tuple[str, str] | None:
+        """The first parameter that is set and not supported: its name, and what to call it. None where all are."""
+        for name in self.unsupported:
+            value = getattr(generation, name)
+            if value is not None and not (name == "n" and value == 1):
+                return name, f"generation.{name}"
+        response_format = generation.response_format
+        if response_format is not None and response_format["type"] not in self.response_formats:
+            return "response_format", f"generation.response_format of type {response_format['type']}"
+        return None
+
+
+# Makes the place where an engine asks for its share of a key's limits.
+SourceOf = Callable[[EngineConfig], Any]
 
 # kind -> (module:Class, the module that must be importable, the extra that installs it)
 REGISTRY: dict[str, tuple[str, str | None, str]] = {
     "echo": ("engines.echo:EchoEngine", None, ""),
     "llamacpp": ("engines.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
     "transformers": ("engines.transformers:TransformersEngine", "transformers", "transformers"),
+    "bedrock": ("engines.remote.bedrock:BedrockEngine", "boto3", "bedrock"),
 }
+
+# The engines behind HTTP: the name of each one's class. What they are is in conf/engine/<kind>.yaml.
+HTTP_ENGINES = {
+    "openai": "OpenAIEngine",
+    "anthropic": "AnthropicEngine",
+    "gemini": "GeminiEngine",
+    "vertex": "VertexEngine",
+    "together": "TogetherEngine",
+    "lambda": "LambdaEngine",
+    "deepseek": "DeepSeekEngine",
+    "fireworks": "FireworksEngine",
+    "openrouter": "OpenRouterEngine",
+    "sambanova": "SambaNovaEngine",
+    "parasail": "ParasailEngine",
+    "remote_vllm": "RemoteVLLMEngine",
+    "sglang": "SGLangEngine",
+    "cerebras": "CerebrasEngine",
+    "huggingface": "HuggingFaceEngine",
+    "openai_compatible": "OpenAICompatibleEngine",
+}
+_HTTP_ENGINE = ("engines.remote.engine:RemoteEngine", None, "")
+REGISTRY |= dict.fromkeys(HTTP_ENGINES, _HTTP_ENGINE)
 
 # These hold one model: the model names in an OpenAI batch file's lines do not apply to them.
 SINGLE_MODEL_KINDS = frozenset(("llamacpp", "transformers", "vllm"))
 
 
-def engine_class(kind: str) -> type[Engine]:
-    """The class of an engine, imported now. Raises `ConfigError` for an unknown kind or a missing package."""
-    if kind not in REGISTRY:
+def engine_class(kind: str, provider: Mapping[str, Any] | None = None) -> type[Engine]:
+    """The class of an engine, imported now. Raises `ConfigError` for an unknown kind or a missing package.
+
+    Any kind with a `provider` section is a remote engine: that is all it takes to add one.
+    """
+    if kind not in REGISTRY and not provider:
         raise ConfigError(f"there is no engine '{kind}'{nearest(kind, REGISTRY)}")
-    target, needs, extra = REGISTRY[kind]
+    target, needs, extra = REGISTRY.get(kind, _HTTP_ENGINE)
     if needs and importlib.util.find_spec(needs) is None:
         raise ConfigError(f"engine={kind} needs the package '{needs}': run pip install 'eagleray[{extra}]'")
     module, name = target.split(":")
     loaded = getattr(importlib.import_module(module), name)
     assert issubclass(loaded, Engine)
+    if kind in HTTP_ENGINES:
+        return type(HTTP_ENGINES[kind], (loaded,), {"kind": kind})
     return loaded
 
 
 def load_engine(kind: str | EngineConfig, **keys: Any) -> Engine:
     """An engine, loaded and ready: `load_engine("llamacpp", model=…, kwargs={…})`. Raises `ConfigError`."""
-    if isinstance(kind, EngineConfig):
-        return engine_class(kind.kind)(kind)
-    return engine_class(kind)(**keys)
+    config = kind if isinstance(kind, EngineConfig) else config_from_keys(kind, keys)
+    loaded = engine_class(config.kind, config.provider)
+    if not config.fallback:
+        return loaded(config)
+    from engines.fallback import FallbackEngine
+
+    return FallbackEngine(config)
 
 
 class Engine(ABC):
@@ -173,9 +226,12 @@ class Engine(ABC):
 
     kind: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
+    max_outage_s: float = 900.0  # how long a remote engine's server may be silent
+    outage: str | None = None  # set where it was for longer: rows then fail for no fault of theirs
 
     def __init__(self, config: EngineConfig | None = None, /, **keys: Any) -> None:
         self.config = config if config is not None else config_from_keys(self.kind, keys)
+        self._dropped: set[str] = set()
         self._load()
 
     def _load(self) -> None:
@@ -194,17 +250,47 @@ class Engine(ABC):
         """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs."""
         started = time.perf_counter()
         try:
-            refused = self.capabilities.refuse(request, self.config)
-            if refused:
+            capabilities = self.capabilities_for(request)
+            if self.config.unsupported == "drop":
+                request = self._without_unsupported(request, capabilities)
+            if refused := capabilities.refuse(request, self.config):
                 raise refused
             completion = await self._generate(request)
         except EngineError as error:
-            completion = Completion(error=Failure.of(error))
+            completion = Completion(error=Failure.of(error), attempts=error.attempts)
         completion.latency_s = time.perf_counter() - started
         completion.engine = self.kind
         if completion.model is None:
             completion.model = request.model or self.config.model
         return completion
+
+    def capabilities_for(self, request: Request) -> Capabilities:
+        """What can be asked of the model this request goes to."""
+        return self.capabilities
+
+    def check(self, generation: GenerationParams) -> None:
+        """Raises `ConfigError` where no row could be asked with these parameters."""
+        request = Request([], generation)
+        lack = self.capabilities_for(request).lacks(generation)
+        if lack and self.config.unsupported != "drop":
+            raise ConfigError(
+                f"{lack[1]} is not supported by engine={self.config.kind} model={self.config.model} "
+                "(engine.unsupported=drop leaves it out)"
+            )
+
+    def _without_unsupported(self, request: Request, capabilities: Capabilities) -> Request:
+        while lack := capabilities.lacks(request.generation):
+            if lack[1] not in self._dropped:
+                self._dropped.add(lack[1])
+                warnings.warn(f"engine={self.config.kind} does not support {lack[1]}: left out", stacklevel=2)
+            request = replace(request, generation=replace(request.generation, **{lack[0]: None}))
+        return request
+
+    def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
+        """Called by the pipeline: where the limits of the whole cluster are kept, and how long to wait for a server."""
+
+    def drain(self) -> None:
+        """Requests that only wait (to be asked again, for their turn) end as `cancelled`; those in flight go on."""
 
     def infer(
         self,
@@ -251,15 +337,28 @@ class Engine(ABC):
 
 
 def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
-    """Keywords to configuration; an unknown one is refused with the nearest right name."""
+    """The packaged keys of an engine with `keys` laid over; an unknown one is refused with the nearest right name."""
     known = {f.name for f in fields(EngineConfig)} - {"kind"}
     for name in keys:
         if name not in known:
             raise ConfigError(f"engine '{kind}' has no key '{name}'{nearest(name, known)}; engine keywords go in kwargs")
-    values = dict(keys)
+    values = {**packaged(kind), **keys, "kind": kind}
     if isinstance(values.get("price"), Mapping):
         values["price"] = Price(**values["price"])
-    return EngineConfig(kind=kind, **values)
+    return EngineConfig(**values)
+
+
+@functools.cache
+def _packaged(kind: str) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    file = importlib.resources.files("conf") / "engine" / f"{kind}.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def packaged(kind: str) -> dict[str, Any]:
+    """The keys in `conf/engine/<kind>.yaml`; none where there is no such file."""
+    return copy.deepcopy(_packaged(kind))
 
 
 _CONVERSATION_KEYS = frozenset(f.name for f in fields(Conversation))

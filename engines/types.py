@@ -83,6 +83,8 @@ class EngineError(EaglerayError):
         self.type: ErrorType = type
         self.status = status
         self.retryable = retryable
+        self.retry_after: float | None = None  # seconds a provider asks to wait
+        self.attempts = 1
 
     def __reduce__(self) -> Any:
         return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable)

@@ -1,0 +1,71 @@
+"""`engine.fallback`: what one engine failed for good, or refused to answer, goes to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from engines.base import Engine, EngineConfig, SourceOf, load_engine
+from engines.types import Completion, ConfigError, GenerationParams, Request
+
+
+class FallbackEngine(Engine):
+    """Engines in a row. A completion's `engine` and `model` tell which one answered."""
+
+    def _load(self) -> None:
+        self.kind = self.config.kind  # type: ignore[misc]
+        self.engines = [load_engine(dataclasses.replace(self.config, fallback=[]))]
+        given = self.config.fallback if isinstance(self.config.fallback, list) else [self.config.fallback]
+        try:
+            self.engines += [load_engine(_config(entry)) for entry in given]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def concurrency(self) -> int:
+        return self.engines[0].concurrency
+
+    def check(self, generation: GenerationParams) -> None:
+        for engine in self.engines:
+            engine.check(generation)
+
+    def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
+        for engine in self.engines:
+            engine.attach(source_of, max_outage_s)
+
+    def drain(self) -> None:
+        for engine in self.engines:
+            engine.drain()
+
+    async def _generate(self, request: Request) -> Completion:
+        raise AssertionError("generate() never comes here")
+
+    async def generate(self, request: Request) -> Completion:
+        attempts, latency = 0, 0.0
+        for engine in self.engines:
+            completion = await engine.generate(request)
+            attempts, latency = attempts + completion.attempts, latency + completion.latency_s
+            refused = completion.finish_reason == "content_filter"
+            if (completion.error is None and not refused) or (completion.error and completion.error.type == "cancelled"):
+                break
+            # The row's own model and adapter are names of the first engine.
+            request = dataclasses.replace(request, model=None, adapter=None)
+        self.outage = self.engines[-1].outage
+        completion.attempts, completion.latency_s = attempts, latency
+        return completion
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+
+
+def _config(entry: Any) -> EngineConfig:
+    from engines.base import config_from_keys
+
+    if isinstance(entry, str):
+        return config_from_keys(entry, {})
+    if isinstance(entry, Mapping) and isinstance(entry.get("engine"), str):
+        return config_from_keys(entry["engine"], {k: v for k, v in entry.items() if k != "engine"})
+    raise ConfigError(f"engine.fallback takes names of engines, or mappings with 'engine' and its keys, not {entry!r}")

@@ -1,0 +1,112 @@
+"""`engine=bedrock`: Amazon Bedrock's Converse API through boto3, whose blocking calls run in a pool of threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from engines.adaptive import Endpoint, Endpoints
+from engines.remote import chat, converse
+from engines.remote.auth import Auth
+from engines.remote.engine import RemoteEngine
+from engines.remote.errors import failure
+from engines.types import Completion, ConfigError, EngineError, ErrorType, Request
+
+
+class BedrockEngine(RemoteEngine):
+    """Credentials come from AWS's own chain, the region from AWS_REGION or its configuration. One client a process."""
+
+    kind = "bedrock"
+
+    def _connect(self) -> None:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        config = self.config
+        self.wire = converse
+        self.auth = Auth({})
+        urls = config.base_url if isinstance(config.base_url, list) else [config.base_url]
+        if len(urls) > 1:
+            raise ConfigError("engine=bedrock takes one engine.base_url")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        settings = Config(
+            retries={"total_max_attempts": 1},  # ours decide
+            max_pool_connections=self.max_concurrency,
+            connect_timeout=min(config.connect_timeout_s, config.timeout_s),
+            read_timeout=config.read_timeout_s or config.timeout_s,
+        )
+        try:
+            session = boto3.Session(region_name=region)
+            if session.region_name is None:
+                raise ConfigError("engine=bedrock needs a region: export AWS_REGION=us-east-1 (or another one)")
+            self.client: Any = session.client("bedrock-runtime", endpoint_url=urls[0], config=settings)
+        except BotoCoreError as error:
+            raise ConfigError(f"engine=bedrock: {' '.join(str(error).split())}") from None
+        self.endpoints = Endpoints([self.client.meta.endpoint_url])
+        self.headers: dict[str, str] = {}
+        self.threads = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="bedrock")
+
+    def encode(self, body: dict[str, Any]) -> tuple[Any, int]:
+        return body, len(str(body["messages"])) + len(str(body.get("system", "")))
+
+    async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
+        loop = asyncio.get_running_loop()
+        payload = await loop.run_in_executor(self.threads, self._converse, content)
+        completion = converse.completion(payload, self.provider)
+        completion.model = content["modelId"]
+        return completion
+
+    def _converse(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Raises `EngineError`."""
+        from botocore import exceptions
+
+        try:
+            answer: dict[str, Any] = self.client.converse(**content)
+            return answer
+        except exceptions.ClientError as error:
+            raise _failure(error.response) from None
+        except exceptions.ParamValidationError as error:
+            raise EngineError("bad_request", " ".join(str(error).split())[:500]) from None
+        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.TokenRetrievalError) as error:
+            raise EngineError("auth", f"AWS: {error}") from None
+        except (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError) as error:
+            raise EngineError("timeout", f"no answer in time: {error}", retryable=True) from None
+        except exceptions.ResponseParserError as error:
+            raise chat.bad_response("the answer cannot be read", error) from None
+        except (exceptions.BotoCoreError, OSError) as error:
+            raise EngineError("connection", " ".join(str(error).split())[:300], retryable=True) from None
+
+    def close(self) -> None:
+        if hasattr(self, "client"):
+            self.threads.shutdown(wait=False, cancel_futures=True)
+            self.client.close()
+
+
+# What Bedrock means where its status is not telling enough.
+_TYPES: dict[str, ErrorType] = {
+    "ThrottlingException": "rate_limit",
+    "TooManyRequestsException": "rate_limit",
+    "ServiceQuotaExceededException": "rate_limit",
+    "ModelTimeoutException": "timeout",
+    "ModelErrorException": "server",
+    "ModelNotReadyException": "server",
+    "AccessDeniedException": "auth",
+    "UnrecognizedClientException": "auth",
+    "ExpiredTokenException": "auth",
+}
+
+
+def _failure(response: dict[str, Any]) -> EngineError:
+    import orjson
+
+    said, about = response.get("Error") or {}, response.get("ResponseMetadata") or {}
+    status = int(about.get("HTTPStatusCode") or 500)
+    body = orjson.dumps({"error": {"code": str(said.get("Code")), "message": str(said.get("Message") or said.get("Code"))}})
+    error = failure(status, body, about.get("HTTPHeaders") or {})
+    if kind := _TYPES.get(str(said.get("Code"))):
+        error.type = kind
+        error.retryable = kind in ("rate_limit", "timeout", "server")
+    return error

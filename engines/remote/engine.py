@@ -1,0 +1,277 @@
+"""The engine of every provider that speaks HTTP: one request is limits, a slot, an endpoint, and retries around them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import random
+import secrets
+import time
+import uuid
+from types import ModuleType
+from typing import Any
+
+import httpx
+import orjson
+
+from engines.adaptive import Endpoint, Endpoints, RetryBudget, Slots
+from engines.base import Capabilities, Engine, SourceOf, run_sync
+from engines.limits import Limits
+from engines.remote import chat, messages
+from engines.remote.auth import Auth
+from engines.remote.errors import OVERLOAD, broken, failure, observed
+from engines.remote.http import Transport
+from engines.remote.provider import Provider, endpoints, merge
+from engines.types import Completion, ConfigError, EngineError, Request
+
+WIRES: dict[str, ModuleType] = {"chat": chat, "messages": messages}
+
+# Full jitter: a wait is drawn between 0 and twice as much each time, up to the most.
+BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
+# Bytes of a request's body for each token of input, before the provider has told better.
+BYTES_PER_TOKEN = 4.0
+# The longest that one answer's Retry-After holds up all the others; its own row waits as long as it says.
+MOST_PAUSE_S = 60.0
+# What an answer is reserved with where the request does not bound it and none has come yet; tokens.
+FIRST_OUTPUT = 512.0
+
+
+class RemoteEngine(Engine):
+    """A provider's API. What it is, and how it differs from its wire, is in `config.provider`."""
+
+    kind = "openai_compatible"
+
+    def _load(self) -> None:
+        config = self.config
+        self.kind = config.kind  # type: ignore[misc]
+        self.provider = Provider.of(config)
+        self.models: dict[str | None, tuple[Provider, Capabilities]] = {}
+        self.limits = Limits(config)
+        self.retries = RetryBudget()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.run_id = secrets.token_hex(4)
+        self.bytes_per_token, self.mean_output = BYTES_PER_TOKEN, FIRST_OUTPUT
+        if config.model is None:
+            raise ConfigError(f"engine={config.kind} needs engine.model: the provider's name of a model")
+        self._connect()
+
+    def _connect(self) -> None:
+        config = self.config
+        self.wire = WIRES[self.provider.wire]
+        self.auth = Auth.of(config, self.provider)
+        self.endpoints = Endpoints(endpoints(config, self.provider))
+        self.headers = {"content-type": "application/json", **self.provider.headers, **config.headers}
+        self.transport = Transport(
+            timeout_s=config.timeout_s,
+            connect_timeout_s=min(config.connect_timeout_s, config.timeout_s),
+            read_timeout_s=config.read_timeout_s,
+            connections=self.max_concurrency,
+        )
+
+    def _bind(self) -> None:
+        """What waits belongs to one event loop; `infer` may be called from one after another."""
+        loop = asyncio.get_running_loop()
+        if loop is not self.loop:
+            self.loop = loop
+            self.slots, self.stopping = Slots(self.max_concurrency), asyncio.Event()
+            self.endpoints.changed, self.auth.lock = asyncio.Event(), asyncio.Lock()
+            self.limits.lines.clear()
+
+    @property
+    def max_concurrency(self) -> int:
+        """The most requests in flight."""
+        return self.config.max_concurrency or 64
+
+    @property
+    def concurrency(self) -> int:
+        # Twice: rows that wait for another try, or for their turn under a limit, hold no slot.
+        return 2 * self.max_concurrency
+
+    def for_model(self, request: Request) -> tuple[Provider, Capabilities]:
+        model = request.model or self.config.model
+        if model not in self.models:
+            provider = self.provider.for_model(model)
+            if not self.config.prompt_caching:
+                provider = dataclasses.replace(provider, prompt_caching=False)
+            self.models[model] = provider, provider.capabilities()
+        return self.models[model]
+
+    def capabilities_for(self, request: Request) -> Capabilities:
+        return self.for_model(request)[1]
+
+    def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
+        self.limits.source = source_of(self.config)
+        self.max_outage_s = max_outage_s
+
+    def drain(self) -> None:
+        if self.loop is not None:
+            self.stopping.set()
+
+    def close(self) -> None:
+        if hasattr(self, "transport"):
+            run_sync(self.transport.aclose())
+
+    # -- one request --------------------------------------------------------------------------------------------------
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """The JSON that is sent for a request. Raises `EngineError("invalid_input")`."""
+        provider, _ = self.for_model(request)
+        if provider.defaults:
+            given = request.generation.given()
+            absent = {name: value for name, value in provider.defaults.items() if name not in given}
+            request = Request(
+                request.messages, request.generation.override(absent), request.model, request.adapter, request.key
+            )
+        model = request.model or self.config.model
+        if provider.adapter_as_model:
+            model = request.adapter or self.config.adapter or model
+        body: dict[str, Any] = self.wire.body(request, model, provider)
+        if self.config.extra_body:
+            merge(body, self.config.extra_body)
+        return body
+
+    def encode(self, body: dict[str, Any]) -> tuple[Any, int]:
+        """What is sent, and its size in bytes. Whole numbers of any size survive."""
+        try:
+            content = orjson.dumps(body)
+        except TypeError:
+            content = json.dumps(body, ensure_ascii=False).encode()
+        return content, len(content)
+
+    async def _generate(self, request: Request) -> Completion:
+        self._bind()
+        content, size = self.encode(self.body(request))
+        model = request.model or self.config.model or ""
+        cost = size / self.bytes_per_token, float(request.generation.max_tokens or self.mean_output)
+        headers = self.headers
+        if self.provider.idempotency_header:  # a new one in another run: a failure there must not be replayed here
+            headers = {**headers, self.provider.idempotency_header: f"{self.run_id}-{request.key or uuid.uuid4().hex}"}
+        began, tries, counted = time.monotonic(), 0, 0
+        while True:
+            tries += 1
+            try:
+                completion = await self._try(request, model, headers, content, cost)
+                completion.attempts = tries
+                return completion
+            except EngineError as error:
+                error.attempts = tries
+                if not error.retryable:
+                    raise
+                down = self.endpoints.down_s
+                if down > self.max_outage_s:
+                    self.outage = f"engine={self.kind} has not answered for {down:.0f} s ({error})"
+                    raise
+                # A row's tries count only while the server answers others, and "too many requests" is not its fault;
+                # but one that alone is refused for so long must come to an end as well.
+                counted += not down and error.type != "rate_limit"
+                if counted > self.config.max_retries or time.monotonic() - began > 2 * self.max_outage_s:
+                    raise
+                wait = random.uniform(0, min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** min(tries, 16)))
+                await self._pause(max(wait + self.retries.wait_s(), error.retry_after or 0.0))
+
+    async def _pause(self, seconds: float) -> None:
+        """Waits, holding no slot; when the run ends, the row goes back instead."""
+        try:
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+        except TimeoutError:
+            return
+        raise cancelled()
+
+    async def _try(
+        self, request: Request, model: str, headers: dict[str, str], content: Any, cost: tuple[float, float]
+    ) -> Completion:
+        """One try, in a slot. Raises `EngineError`."""
+        endpoint = await self._admitted()
+        sent = time.monotonic()
+        try:
+            await self.limits.take(model, cost)
+            if self.stopping.is_set():
+                raise cancelled()
+            sent = time.monotonic()
+            completion = await self._ask(endpoint, request, headers, content)
+        except EngineError as error:
+            self._failed(endpoint, model, error, sent)
+            if error.type not in ("timeout", "connection"):  # of those, nobody knows what was used
+                self.limits.settle(model, *cost)
+            raise
+        except asyncio.CancelledError:
+            endpoint.probing = False
+            raise
+        finally:
+            endpoint.outstanding -= 1
+            self.slots.release()
+        self.endpoints.answered(endpoint)
+        self.slots.answered()
+        self.retries.answered()
+        if self.limits.counts_tokens and (used := completion.usage).input:
+            self.limits.settle(model, cost[0] - used.input, cost[1] - used.output)
+            self.bytes_per_token += 0.05 * (cost[0] * self.bytes_per_token / used.input - self.bytes_per_token)
+            self.mean_output += 0.05 * (used.output - self.mean_output)
+        return completion
+
+    async def _admitted(self) -> Endpoint:
+        """A slot, and where to send. While there is nowhere, no slot is held."""
+        while True:
+            await self.slots.take()
+            endpoint = self.endpoints.pick()
+            if endpoint is not None:
+                return endpoint
+            self.slots.release()
+            if self.stopping.is_set():
+                raise cancelled()
+            if (down := self.endpoints.down_s) > self.max_outage_s:
+                raise EngineError("connection", f"no endpoint has answered for {down:.0f} s", retryable=True)
+            await self.endpoints.wait()
+
+    def _failed(self, endpoint: Endpoint, model: str, error: EngineError, sent: float) -> None:
+        if error.type == "cancelled":
+            endpoint.probing = False
+            return
+        if error.status in OVERLOAD:
+            self.slots.overloaded(sent)
+            if error.retry_after:
+                self.limits.tell(model, min(error.retry_after, MOST_PAUSE_S), {})
+        if error.retryable:
+            self.endpoints.failed(endpoint, error.retry_after)
+        else:  # the server works; it is the row that it does not want
+            self.endpoints.answered(endpoint)
+            self.retries.answered()
+
+    async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
+        """Sends and reads. Raises `EngineError`."""
+        try:
+            reply = await self.transport.send("POST", endpoint.url, {**headers, **await self.auth.headers()}, content)
+        except httpx.HTTPError as error:
+            raise self._clean(broken(error)) from None
+        if (told := observed(reply.headers)) is not None:
+            self.limits.tell(request.model or self.config.model or "", told.pause_s, told.limits)
+        if not 200 <= reply.status < 300:
+            refused = failure(reply.status, reply.content, reply.headers)
+            if reply.status == 401 and self.auth.refused():
+                refused.retryable = True
+            raise self._clean(refused)
+        try:
+            payload = orjson.loads(reply.content)
+        except ValueError:
+            payload = None
+        if not isinstance(payload, dict):
+            raise self._clean(chat.bad_response("the answer is not a JSON object", reply.content[:200]))
+        inner = payload.get("error")
+        if inner and not payload.get("choices"):  # some say with a 200 that it went wrong
+            code = inner.get("code") if isinstance(inner, dict) else None
+            raise self._clean(failure(code if isinstance(code, int) and code >= 400 else 502, reply.content, reply.headers))
+        try:
+            completion: Completion = self.wire.completion(payload, self.for_model(request)[0])
+        except EngineError as error:
+            raise self._clean(error) from None
+        return completion
+
+    def _clean(self, error: EngineError) -> EngineError:
+        error.args = (self.auth.clean(str(error)),)
+        return error
+
+
+def cancelled() -> EngineError:
+    """The run ends before this row was answered: it is nobody's failure, and goes back."""
+    return EngineError("cancelled", "the run ended before this row was answered")

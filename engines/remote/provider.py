@@ -1,0 +1,177 @@
+"""What is particular to a provider, as data: the `provider` section of its file in `conf/engine`.
+
+    provider:
+      wire: chat                                   # chat | messages | converse
+      rename: {max_tokens: max_completion_tokens}  # our name of a parameter: where it goes in the body, dots for depth
+      unsupported: [top_k]                         # parameters the API does not take: refused before anything is sent
+      models:                                      # the same keys for some models only, laid over the above
+        - match: ^o[134]
+          unsupported: [temperature]
+
+A provider that speaks OpenAI's chat completions needs `wire: chat` and no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from engines.base import Capabilities, EngineConfig
+from engines.types import GENERATION_FIELDS, ConfigError, nearest
+
+WIRE_PATHS = {"chat": "/chat/completions", "messages": "/messages", "converse": ""}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider's declared differences from its wire."""
+
+    wire: str = "chat"
+    auth: str = "bearer"  # bearer | x-api-key | google | aws | optional (bearer, where a key is given)
+    headers: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)  # {name} in base_url -> the variable that holds it
+    defaults: dict[str, Any] = field(default_factory=dict)  # generation parameters the API cannot do without
+    rename: dict[str, str] = field(default_factory=dict)
+    unsupported: list[str] = field(default_factory=list)
+    formats: dict[str, str] = field(default_factory=dict)  # further types of response_format: where they go in the body
+    no_formats: list[str] = field(default_factory=list)  # of json_object and json_schema, those the API does not take
+    images: bool = True
+    inline_refs: bool = False  # schemas may hold no $ref
+    developer_role: bool = False  # the API knows the role `developer`; else it goes as `system`
+    adapter_as_model: bool = False  # an adapter is asked for by its name as the model
+    prompt_caching: bool = False  # caches only what is marked
+    idempotency_header: str | None = None
+    models: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Provider:
+        """Checked; raises `ConfigError` with the nearest right name."""
+        provider = cls(**_checked(config.provider, "engine.provider"))
+        if provider.wire not in WIRE_PATHS:
+            raise ConfigError(f"engine.provider.wire={provider.wire} is not known{nearest(provider.wire, WIRE_PATHS)}")
+        for rule in provider.models:
+            if not isinstance(rule, Mapping) or "match" not in rule:
+                raise ConfigError("engine.provider.models: each needs a 'match', a regular expression of model names")
+            _checked({name: value for name, value in rule.items() if name != "match"}, "engine.provider.models")
+        return provider
+
+    def for_model(self, model: str | None) -> Provider:
+        """With the rules for this model laid over: lists are joined, mappings merged, anything else replaced."""
+        found = self
+        for rule in self.models:
+            if model and re.search(rule["match"], model):
+                changes: dict[str, Any] = {}
+                for name, value in rule.items():
+                    before = getattr(found, name, None)
+                    if isinstance(value, Mapping):
+                        changes[name] = {**(before or {}), **value}
+                    elif isinstance(value, list):
+                        changes[name] = [*(before or []), *value]
+                    elif name != "match":
+                        changes[name] = value
+                found = dataclasses.replace(found, **changes)
+        return found
+
+    def capabilities(self) -> Capabilities:
+        standard = {"json_object", "json_schema"} - set(self.no_formats)
+        return Capabilities(
+            unsupported=frozenset(self.unsupported),
+            response_formats=frozenset(standard | set(self.formats)),
+            images=self.images,
+            row_model=True,
+            row_adapter=self.adapter_as_model,
+        )
+
+    def place(self, body: dict[str, Any], name: str, value: Any) -> None:
+        """Puts a parameter where this provider wants it."""
+        put(body, self.rename.get(name, name), value)
+
+
+def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(Provider)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"there is no key '{where}.{name}'{nearest(str(name), known)}")
+    for name in ("rename", "unsupported", "defaults"):
+        for param in values.get(name) or ():
+            if param not in GENERATION_FIELDS:
+                raise ConfigError(f"{where}.{name}: there is no parameter '{param}'{nearest(param, GENERATION_FIELDS)}")
+    return dict(values)
+
+
+def put(body: dict[str, Any], path: str, value: Any) -> None:
+    """`put(body, "a.b", 1)` is `body["a"]["b"] = 1`, with what is on the way made."""
+    *above, last = path.split(".")
+    for name in above:
+        body = body.setdefault(name, {})
+    body[last] = value
+
+
+def merge(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    """Lays `extra` over `body`, mappings inside mappings included."""
+    for name, value in extra.items():
+        if isinstance(value, Mapping) and isinstance(body.get(name), dict):
+            merge(body[name], value)
+        else:
+            body[name] = value
+
+
+def endpoints(config: EngineConfig, provider: Provider) -> list[str]:
+    """The full URLs requests go to. A host, a URL up to `/v1` and the full path are all understood."""
+    given = config.base_url
+    if not given:
+        raise ConfigError(f"engine={config.kind} needs engine.base_url: the URL of the server")
+    urls = given if isinstance(given, list) else [given]
+    return [_endpoint(str(url), provider, config.kind) for url in urls]
+
+
+def _endpoint(url: str, provider: Provider, kind: str) -> str:
+    for name, variable in provider.environment.items():
+        if f"{{{name}}}" in url:
+            value = os.environ.get(variable)
+            if not value:
+                raise ConfigError(f"engine={kind} needs the environment variable {variable} ({name} in its URL)")
+            url = url.replace(f"{{{name}}}", value)
+    url = url.strip().rstrip("/")
+    if "://" not in url:
+        local = re.match(r"(localhost|127\.|0\.0\.0\.0|10\.|192\.168\.|\[::1\]|[^./]+:\d)", url)
+        url = f"{'http' if local else 'https'}://{url}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"engine.base_url={url} is not the URL of a server")
+    path = WIRE_PATHS[provider.wire]
+    if path and parts.path.endswith(path):
+        return url
+    return f"{url}/v1{path}" if path and not parts.path else f"{url}{path}"
+
+
+def inline_refs(schema: Any) -> Any:
+    """A JSON schema with every local `$ref` replaced by what it points to. Raises `ValueError` where that has no end."""
+
+    def resolve(node: Any, above: tuple[str, ...]) -> Any:
+        if isinstance(node, list):
+            return [resolve(item, above) for item in node]
+        if not isinstance(node, dict):
+            return node
+        ref = node.get("$ref")
+        if isinstance(ref, str) and ref.startswith("#"):
+            if ref in above:
+                raise ValueError(f"the schema refers to itself at {ref}, which this provider does not take")
+            target: Any = schema
+            try:
+                for name in ref.lstrip("#/").split("/") if ref != "#" else ():
+                    name = name.replace("~1", "/").replace("~0", "~")
+                    target = target[int(name)] if isinstance(target, list) else target[name]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise ValueError(f"the schema has nothing at {ref}") from None
+            beside = {name: resolve(value, above) for name, value in node.items() if name != "$ref"}
+            found = resolve(target, (*above, ref))
+            return {**found, **beside} if isinstance(found, dict) else found
+        return {name: resolve(value, above) for name, value in node.items() if name not in ("$defs", "definitions")}
+
+    return resolve(schema, ())
