@@ -20,7 +20,7 @@ from typing import Any
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--only", default="llamacpp,pipeline")
+    parser.add_argument("--only", default="llamacpp,pipeline,remote")
     parser.add_argument("--sizes", default="100000,1000000")
     args = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
@@ -35,6 +35,10 @@ def main() -> None:
         from bench import pipeline
 
         results["pipeline"] = pipeline.run([int(size) for size in args.sizes.split(",")])
+    if "remote" in args.only:
+        from bench import remote
+
+        results["remote"] = remote.run()
     path.write_text(json.dumps(results, indent=2) + "\n")
     table = markdown(results)
     args.out.with_suffix(".md").write_text(table)
@@ -73,6 +77,30 @@ def markdown(results: dict[str, Any]) -> str:
             ("stragglers: share of the possible rate", f"{found['stragglers']['ratio']:.3f}", "≥ 0.95"),
             ("`eagleray --help`, s", f"{found['cold_start']['help_s']}", "< 0.5"),
             ("ten echo rows end to end, s", f"{found['cold_start']['ten_rows_s']}", "< 10"),
+        ]
+    if found := results.get("remote"):
+        fast, slow, faults = found["no_latency"], found["latency"], found["faults"]
+        rows += [
+            ("remote, 64 in flight, no latency: requests/s, engine alone", f"{fast['req_per_s']:,}", ""),
+            ("… against a bare aiohttp loop", f"{fast['ratio']:.2f}", "≥ 0.5"),
+            ("… against Oumi 0.9's best (3,511)", f"{fast['against_oumi']:.2f}", "≥ 2"),
+            ("remote, the whole command, one worker: rows/s", f"{found['whole']['rows_per_s']:,}", "≥ 3,000"),
+            ("remote, 512 in flight, 200 ms: requests/s, engine alone", f"{slow['req_per_s']:,}", ""),
+            ("… share of the possible 2,560", f"{slow['of_possible']:.3f}", "≥ 0.92"),
+        ]
+        for workers in (1, 4):
+            limit = found[f"limited_{workers}"]
+            sent = f"{limit['most_in_60_s']:,}"
+            rows.append((f"limit of {limit['per_minute']:,}/min, {workers} worker(s): most in any 60 s", sent, "≤ limit"))
+            rows.append(("… share of the limit used", f"{limit['used']:.3f}", "≥ 0.97"))
+        rows += [
+            ("limiter: leases/s, 4 workers", f"{found['leases']['leases_per_s']:,}", "≥ 10,000"),
+            (
+                "2% faults, 20,000 rows: lost / twice / failed",
+                f"{faults['lost']} / {faults['twice']} / {faults['failed']}",
+                "0",
+            ),
+            ("… extra requests", f"{100 * faults['extra']:.2f}%", "< 3%"),
         ]
     lines = [f"{results['date']}, {results['machine']['cpus']} CPUs, Python {results['machine']['python']}", ""]
     lines += ["| what | measured | goal |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]

@@ -72,13 +72,13 @@ def _kind(process: psutil.Process, root: psutil.Process) -> str | None:
     return None
 
 
-def infer(data: Path, out: Path, *overrides: str) -> dict[str, Any]:
+def infer(data: Path, out: Path, *overrides: str, engine: str = "echo") -> dict[str, Any]:
     """Runs the command; seconds of wall and CPU (of all its processes) and the memory."""
     command = [
         sys.executable,
         "-m",
         "jobs.infer",
-        "engine=echo",
+        f"engine={engine}",
         f"dataset.path={data}",
         f"output.path={out}",
         *overrides,

@@ -348,6 +348,38 @@ def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig(**values)
 
 
+def secret_variables(config: EngineConfig) -> set[str]:
+    """The environment variables a remote engine and its fallbacks may need."""
+    names = {config.api_key_env or "", *(config.provider.get("environment") or {}).values()}
+    names.update(_CLOUD_VARIABLES.get(str(config.provider.get("auth")), ()))
+    for entry in fallbacks(config):
+        names |= secret_variables(entry)
+    return names - {""}
+
+
+_CLOUD_VARIABLES = {
+    "aws": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    "google": ("GOOGLE_APPLICATION_CREDENTIALS",),
+}
+
+
+def fallbacks(config: EngineConfig) -> list[EngineConfig]:
+    """The engines of `engine.fallback`. Raises `ConfigError`."""
+    found = []
+    for entry in config.fallback if isinstance(config.fallback, list) else [config.fallback]:
+        kind, keys = (entry, {}) if isinstance(entry, str) else (None, {})
+        if isinstance(entry, Mapping):
+            kind, keys = entry.get("engine"), {name: value for name, value in entry.items() if name != "engine"}
+        if not isinstance(kind, str):
+            raise ConfigError(
+                f"engine.fallback takes names of engines, or mappings with 'engine' and its keys, not {entry!r}"
+            )
+        if kind not in REGISTRY and not keys.get("provider"):
+            raise ConfigError(f"engine.fallback: there is no engine '{kind}'{nearest(kind, REGISTRY)}")
+        found.append(config_from_keys(kind, keys))
+    return found
+
+
 @functools.cache
 def _packaged(kind: str) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]

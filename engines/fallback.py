@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from engines.base import Engine, EngineConfig, SourceOf, load_engine
-from engines.types import Completion, ConfigError, GenerationParams, Request
+from engines.base import Engine, SourceOf, fallbacks, load_engine
+from engines.types import Completion, GenerationParams, Request
 
 
 class FallbackEngine(Engine):
@@ -16,9 +14,9 @@ class FallbackEngine(Engine):
     def _load(self) -> None:
         self.kind = self.config.kind  # type: ignore[misc]
         self.engines = [load_engine(dataclasses.replace(self.config, fallback=[]))]
-        given = self.config.fallback if isinstance(self.config.fallback, list) else [self.config.fallback]
         try:
-            self.engines += [load_engine(_config(entry)) for entry in given]
+            for config in fallbacks(self.config):
+                self.engines.append(load_engine(config))
         except BaseException:
             self.close()
             raise
@@ -59,13 +57,3 @@ class FallbackEngine(Engine):
     def close(self) -> None:
         for engine in self.engines:
             engine.close()
-
-
-def _config(entry: Any) -> EngineConfig:
-    from engines.base import config_from_keys
-
-    if isinstance(entry, str):
-        return config_from_keys(entry, {})
-    if isinstance(entry, Mapping) and isinstance(entry.get("engine"), str):
-        return config_from_keys(entry["engine"], {k: v for k, v in entry.items() if k != "engine"})
-    raise ConfigError(f"engine.fallback takes names of engines, or mappings with 'engine' and its keys, not {entry!r}")

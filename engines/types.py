@@ -72,6 +72,10 @@ class ConfigError(EaglerayError):
     """The configuration is wrong (exit status 2)."""
 
 
+class Outage(EaglerayError):
+    """A server has not answered for longer than the run wants to wait; what is done is kept (exit status 4)."""
+
+
 class EngineError(EaglerayError):
     """One request failed; becomes that row's `error`, never a crash.
 

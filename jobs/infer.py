@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+import textwrap
 import traceback
 from typing import Any
 
@@ -107,7 +108,11 @@ def help_text() -> str:
         "  eagleray infer dataset.path=IN output.path=OUT [group=option …] [key=value …]",
         "",
         "Groups:",
-        *(f"  {group}={' | '.join(options(group))}" for group in GROUPS if len(options(group)) > 1),
+        *(
+            textwrap.fill(f"{group}={' | '.join(options(group))}", 110, initial_indent="  ", subsequent_indent="    ")
+            for group in GROUPS
+            if len(options(group)) > 1
+        ),
         "",
         "Keys:",
     ]

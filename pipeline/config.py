@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from engines.base import REGISTRY, EngineConfig, key
+from engines.base import REGISTRY, EngineConfig, fallbacks, key
 from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, nearest
 
 
@@ -40,6 +40,7 @@ class RunConfig:
     max_errors: int | None = key(None, "stop early after so many failed rows")
     flush_s: float = key(2.0, "a completion is durable after at most so many seconds")
     drain_s: float = key(30.0, "on Ctrl-C or SIGTERM, rows in flight get so many seconds to finish")
+    max_outage_s: float = key(900.0, "stop, resumably, when no server has answered for so many seconds")
     max_engine_deaths: int = key(5, "stop when engines died so often in a row without finishing a row")
     dry_run: bool = key(False, "read, check and count the input, ask nothing, write nothing")
     progress_s: float = key(10.0, "seconds between progress lines where there is no terminal")
@@ -99,7 +100,10 @@ class Config:
             raise ConfigError("output.path is missing: name a directory for the results")
         if not self.engine.kind:
             raise ConfigError(f"engine.kind is missing{nearest('', REGISTRY)}")
-        _one_of("engine.kind", self.engine.kind, tuple(REGISTRY))
+        if not self.engine.provider:  # with one, any name will do
+            _one_of("engine.kind", self.engine.kind, tuple(REGISTRY))
+        fallbacks(self.engine)
+        _one_of("engine.unsupported", self.engine.unsupported, ("error", "drop"))
         _one_of("dataset.on_bad_input", self.dataset.on_bad_input, ("quarantine", "fail"))
         _one_of("output.format", self.output.format, ("parquet", "jsonl"))
         _one_of("output.style", self.output.style, ("eagleray", "openai_batch", "oumi"))
@@ -109,7 +113,14 @@ class Config:
         _at_least("dataset.max_row_bytes", self.dataset.max_row_bytes, 1)
         _at_least("dataset.chunk_bytes", self.dataset.chunk_bytes, 1)
         _at_least("engine.max_concurrency", self.engine.max_concurrency, 1)
-        for name in ("requests_per_minute", "input_tokens_per_minute", "output_tokens_per_minute", "timeout_s"):
+        for name in (
+            "requests_per_minute",
+            "input_tokens_per_minute",
+            "output_tokens_per_minute",
+            "timeout_s",
+            "connect_timeout_s",
+            "read_timeout_s",
+        ):
             _above_zero(f"engine.{name}", getattr(self.engine, name))
         _at_least("engine.max_retries", self.engine.max_retries, 0)
         for name in ("input", "cached_input", "output"):
@@ -120,6 +131,7 @@ class Config:
             if name != "memory" and value > 1 and value != int(value):
                 raise ConfigError(f"hardware.{name} above 1 must be a whole number, not {value}")
         _at_least("run.flush_s", self.run.flush_s, 0.05)
+        _above_zero("run.max_outage_s", self.run.max_outage_s)
         _at_least("run.drain_s", self.run.drain_s, 0)
         _at_least("run.max_errors", self.run.max_errors, 1)
         _at_least("run.max_engine_deaths", self.run.max_engine_deaths, 0)
@@ -147,7 +159,14 @@ def _above_zero(name: str, value: float | None) -> None:
 
 
 # Keys whose own keys are the user's.
-OPEN_KEYS = ("engine.kwargs", "engine.headers", "engine.extra_body", "dataset.columns", "hardware.label_selector")
+OPEN_KEYS = (
+    "engine.kwargs",
+    "engine.headers",
+    "engine.extra_body",
+    "engine.provider",
+    "dataset.columns",
+    "hardware.label_selector",
+)
 
 
 GENERATION_HELP = {

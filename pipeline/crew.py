@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from engines.types import ConfigError, EaglerayError
+from engines.base import secret_variables
+from engines.types import ConfigError, EaglerayError, Outage
 from pipeline.config import HardwareConfig
 from pipeline.feed import Status
-from pipeline.worker import WorkerConfig
+from pipeline.worker import Secrets, WorkerConfig
 
 # How long Ray may take to tell whether a replica that cannot be reached died with its node.
 VERDICT_S = 90.0
@@ -38,6 +40,7 @@ class Crew:
         if hardware.label_selector:
             options["label_selector"] = {str(k): str(v) for k, v in hardware.label_selector.items()}
         self.worker = worker.options(scheduling_strategy="SPREAD", **options)
+        self.secrets = Secrets({name: os.environ[name] for name in secret_variables(config.engine) if name in os.environ})
         self.replicas: list[Replica] = []
         self.started = 0
         self.deaths = 0  # in a row, with no row finished between
@@ -53,7 +56,7 @@ class Crew:
         self.started += 1
         name = f"w{self.started}"
         actor = self.worker.remote(self.config, name, self.dispatcher)
-        self.replicas.append(Replica(name, actor, actor.run.remote()))
+        self.replicas.append(Replica(name, actor, actor.run.remote(self.secrets)))
 
     def tend(self, status: Status) -> None:
         """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
@@ -82,6 +85,8 @@ class Crew:
                 ray.get(self.dispatcher.leave.remote(replica.name))
                 if isinstance(error.cause, ConfigError):
                     raise ConfigError(str(error.cause)) from None
+                if isinstance(error.cause, Outage):
+                    raise Stopped(str(error.cause)) from None
                 if isinstance(error.cause, OSError):
                     raise Stopped(f"a worker could not read or write: {error.cause}") from None
                 raise

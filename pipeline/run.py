@@ -35,6 +35,7 @@ from pipeline.formats import RowParser
 from pipeline.fs import exists, resolve, write_atomic
 from pipeline.keys import Keyer
 from pipeline.ledger import SEGMENTS, Index, list_segments, read_index
+from pipeline.limiter import limiter
 from pipeline.lock import run_lock
 from pipeline.lossless import canonical
 from pipeline.progress import RunProgress
@@ -50,6 +51,8 @@ MAX_PASSES = 5
 PATIENCE_S = 20.0
 # A drain has `run.drain_s`, and this long to write and leave.
 GRACE_S = 20.0
+# A key that worked may be out of money, or expired: so many refusals in a row end the run.
+REFUSALS_TO_STOP = 20
 # `max_error_rate` says nothing about the first few rows.
 RATE_NEEDS_ROWS = 100
 
@@ -257,11 +260,15 @@ def _ask(
         output_path=str(config.output.path),
         flush_s=config.run.flush_s,
         drain_s=config.run.drain_s,
+        max_outage_s=config.run.max_outage_s,
         cpus=config.hardware.cpus,
     )
     crew = Crew(ray.remote(Worker), worker, config.hardware, dispatcher, config.run.max_engine_deaths)
     ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
+    # Held here: Ray ends an actor with whoever made it.
+    limits = limiter(config.engine) if config.engine.provider else None
     told = False
+    finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
     failure: EaglerayError | None = None  # of a replica; the others still commit what they have
     why, ends_by = "", math.inf
     began = time.monotonic()
@@ -279,7 +286,11 @@ def _ask(
                 if not told and time.monotonic() - began > PATIENCE_S:
                     told = True
                     _warn(console, crew.wants())
-                reason = _why_stop(config, status) or ("Interrupted" if interrupts else failure and str(failure))
+                if status.done > finished:
+                    finished, refused = status.done, status.errors["auth"]
+                reason = _why_stop(config, status, status.errors["auth"] - refused) or (
+                    "Interrupted" if interrupts else failure and str(failure)
+                )
                 if reason and not why:
                     why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
                     if status.in_flight:
@@ -294,6 +305,7 @@ def _ask(
     finally:
         crew.dismiss()
         ray.kill(dispatcher)
+        del limits
     if status.broken is not None:
         raise Stopped(f"reading the input failed: {status.broken}")
     if failure is not None:
@@ -305,11 +317,11 @@ def _ask(
     return status, summaries
 
 
-def _why_stop(config: Config, status: Status) -> str | None:
-    """The reason to stop early, or None."""
+def _why_stop(config: Config, status: Status, refused: int) -> str | None:
+    """The reason to stop early, or None. `refused` rows failed for the key, with none done between."""
     failed, finished = status.failed + status.invalid, status.done + status.failed
     example = next(iter(status.first_errors.values()), "")
-    if status.errors["auth"] and not status.done:
+    if refused >= (REFUSALS_TO_STOP if status.done else 1):
         return f"the provider refuses the key ({status.first_errors['auth']})"
     if config.run.max_errors is not None and failed >= config.run.max_errors:
         return f"{failed} rows failed, run.max_errors is {config.run.max_errors} (one of them: {example})"

@@ -7,14 +7,15 @@ import contextlib
 import os
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engines.base import Engine, EngineConfig, load_engine
-from engines.types import Completion, EngineError, Failure, GenerationParams, Request
+from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
 from pipeline.feed import Lease, Status
 from pipeline.fs import resolve
 from pipeline.ledger import Record, write_segment
+from pipeline.limiter import source_of
 from pipeline.lossless import loads
 
 
@@ -25,7 +26,16 @@ class WorkerConfig:
     output_path: str
     flush_s: float
     drain_s: float
+    max_outage_s: float
     cpus: float  # 0: the whole machine's
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """Environment variables that the driver has and a worker on another node may lack. Sent in a call, which Ray keeps
+    nowhere, never in an actor's constructor or a runtime environment, which its metadata show."""
+
+    values: dict[str, str] = field(repr=False)
 
 
 @dataclass(slots=True)
@@ -57,15 +67,20 @@ class Worker:
         self.idle = asyncio.Event()  # nothing held, nothing to come: a good moment to flush
         self.flushing = asyncio.Lock()
         self.puller: asyncio.Task[None] | None = None
+        self.engine: Engine | None = None
 
-    async def run(self) -> None:
-        """Loads the engine and works. Raises `ConfigError` where the engine cannot be loaded."""
+    async def run(self, secrets: Secrets) -> None:
+        """Loads the engine and works. Raises `ConfigError` where it cannot be loaded, `Outage` where its server is gone."""
+        for name, value in secrets.values.items():
+            os.environ.setdefault(name, value)
         # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
         if self.config.cpus >= 1:
             os.environ["OMP_NUM_THREADS"] = str(int(self.config.cpus))
         else:
             os.environ.pop("OMP_NUM_THREADS", None)
-        engine = await asyncio.to_thread(load_engine, self.config.engine)
+        engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
+        engine.check(self.config.generation)
+        engine.attach(source_of, self.config.max_outage_s)
         slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
@@ -89,6 +104,8 @@ class Worker:
         """Takes no more rows, gives back those not yet admitted, finishes those in flight within `drain_s`."""
         if self.puller is not None:
             self.puller.cancel()
+        if self.engine is not None:
+            self.engine.drain()
 
     async def _end(self) -> None:
         self.ended = True
@@ -138,7 +155,10 @@ class Worker:
                 completion = Completion(error=Failure.of(error), engine=engine.kind)
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
-            self._record(row, completion)
+            if engine.outage is not None and completion.error is not None and completion.error.retryable:
+                raise Outage(engine.outage)
+            if completion.error is None or completion.error.type != "cancelled":  # those go back to the dispatcher
+                self._record(row, completion)
             self.held -= 1
             self.less.set()
             self._maybe_idle()

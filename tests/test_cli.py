@@ -26,7 +26,7 @@ def test_help_lists_every_key_with_what_it_is_for(capsys: pytest.CaptureFixture[
             assert f"  {name}" in text
             assert item.metadata["help"]
             assert item.metadata["help"] in text
-    assert "engine=echo | llamacpp | transformers" in text
+    assert "engine=anthropic | bedrock" in text
 
 
 def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +152,7 @@ def test_a_sign_before_a_key_changes_nothing() -> None:
         ("kind: echo\nmax_concurrency: many\n", "engine.max_concurrency must be a whole number"),
         ("kind: [echo\n", "is not YAML"),
         ("- a\n", "In 'engine/mine'"),
-        ("model: x\n", "engine.kind is missing (known: echo"),
+        ("model: x\n", "engine.kind is missing (known: anthropic"),
     ],
 )
 def test_what_is_wrong_in_a_users_own_file_is_said_in_one_line(
