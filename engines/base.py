@@ -258,7 +258,8 @@ class Engine(ABC):
             completion = await self._generate(request)
         except EngineError as error:
             completion = Completion(error=Failure.of(error), attempts=error.attempts)
-        completion.latency_s = time.perf_counter() - started
+        if not completion.latency_s:  # a remote engine tells how long the answer itself took, without the waits before it
+            completion.latency_s = time.perf_counter() - started
         completion.engine = self.kind
         if completion.model is None:
             completion.model = request.model or self.config.model

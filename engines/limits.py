@@ -205,6 +205,11 @@ class Limits:
                     except TimeoutError:
                         pass
         except Exception as error:
+            self.dismiss(error)
+
+    def dismiss(self, error: Exception) -> None:
+        """Ends the waiting of all who wait, with this error."""
+        for line in self.lines.values():
             while line.waiting:
                 _, turn = line.waiting.popleft()
                 if not turn.done():

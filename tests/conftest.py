@@ -27,14 +27,14 @@ def local_ray() -> Iterator[None]:
 
 
 class Infer:
-    """`infer(dataset, "key=value", …)` runs the main job with engine=echo and keeps what it printed."""
+    """`infer(dataset, "key=value", …)` runs the main job, with engine=echo if not told otherwise; keeps what it printed."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.printed = ""
 
-    def __call__(self, dataset: Any, *overrides: str) -> Outcome:
-        base = ["engine=echo", f"dataset.path={dataset}", f"output.path={self.out}", "run.flush_s=0.2"]
+    def __call__(self, dataset: Any, *overrides: str, engine: str = "echo") -> Outcome:
+        base = [f"engine={engine}", f"dataset.path={dataset}", f"output.path={self.out}", "run.flush_s=0.2"]
         console = Console(file=io.StringIO(), width=200)
         try:
             return run(compose([*base, *overrides]), console)

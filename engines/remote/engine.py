@@ -23,7 +23,7 @@ from engines.remote.auth import Auth
 from engines.remote.errors import OVERLOAD, broken, failure, observed
 from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
-from engines.types import Completion, ConfigError, EngineError, Request
+from engines.types import Completion, ConfigError, EngineError, Request, nearest
 
 WIRES: dict[str, ModuleType] = {"chat": chat, "messages": messages}
 
@@ -54,6 +54,12 @@ class RemoteEngine(Engine):
         self.bytes_per_token, self.mean_output = BYTES_PER_TOKEN, FIRST_OUTPUT
         if config.model is None:
             raise ConfigError(f"engine={config.kind} needs engine.model: the provider's name of a model")
+        for name in config.kwargs:
+            if name not in self.provider.kwargs:
+                raise ConfigError(
+                    f"engine.kwargs.{name} is not known to engine={config.kind}{nearest(name, self.provider.kwargs)}; "
+                    "engine.extra_body adds fields to the requests"
+                )
         self._connect()
 
     def _connect(self) -> None:
@@ -107,6 +113,7 @@ class RemoteEngine(Engine):
     def drain(self) -> None:
         if self.loop is not None:
             self.stopping.set()
+            self.limits.dismiss(cancelled())
 
     def close(self) -> None:
         if hasattr(self, "transport"):
@@ -124,8 +131,8 @@ class RemoteEngine(Engine):
                 request.messages, request.generation.override(absent), request.model, request.adapter, request.key
             )
         model = request.model or self.config.model
-        if provider.adapter_as_model:
-            model = request.adapter or self.config.adapter or model
+        if provider.adapter_model and (adapter := request.adapter or self.config.adapter):
+            model = provider.adapter_model.format(adapter=adapter, model=model)
         body: dict[str, Any] = self.wire.body(request, model, provider)
         if self.config.extra_body:
             merge(body, self.config.extra_body)
@@ -201,6 +208,7 @@ class RemoteEngine(Engine):
         finally:
             endpoint.outstanding -= 1
             self.slots.release()
+        completion.latency_s = time.monotonic() - sent
         self.endpoints.answered(endpoint)
         self.slots.answered()
         self.retries.answered()

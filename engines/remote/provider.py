@@ -43,9 +43,10 @@ class Provider:
     images: bool = True
     inline_refs: bool = False  # schemas may hold no $ref
     developer_role: bool = False  # the API knows the role `developer`; else it goes as `system`
-    adapter_as_model: bool = False  # an adapter is asked for by its name as the model
+    adapter_model: str | None = None  # the model that asks for an adapter: "{adapter}" or "{model}:{adapter}"
     prompt_caching: bool = False  # caches only what is marked
     idempotency_header: str | None = None
+    kwargs: list[str] = field(default_factory=list)  # the keys under engine.kwargs
     models: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -84,7 +85,7 @@ class Provider:
             response_formats=frozenset(standard | set(self.formats)),
             images=self.images,
             row_model=True,
-            row_adapter=self.adapter_as_model,
+            row_adapter=self.adapter_model is not None,
         )
 
     def place(self, body: dict[str, Any], name: str, value: Any) -> None:
