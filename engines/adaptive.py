@@ -75,6 +75,7 @@ class Endpoint:
     probe_at: float = 0.0
     probe_wait_s: float = PROBE_FIRST_S
     probing: bool = False
+    last_error: str = ""
 
     @property
     def open(self) -> bool:
@@ -127,7 +128,8 @@ class Endpoints:
             endpoint.probe_wait_s = PROBE_FIRST_S
             self.changed.set()
 
-    def failed(self, endpoint: Endpoint, retry_after: float | None) -> None:
+    def failed(self, endpoint: Endpoint, error: str, retry_after: float | None) -> None:
+        endpoint.last_error = error
         now = time.monotonic()
         endpoint.failures += 1
         endpoint.failing_since = endpoint.failing_since or now

@@ -61,7 +61,7 @@ class BedrockEngine(RemoteEngine):
 
     def _converse(self, content: dict[str, Any]) -> dict[str, Any]:
         """Raises `EngineError`."""
-        from botocore import exceptions
+        from botocore import exceptions, parsers
 
         try:
             answer: dict[str, Any] = self.client.converse(**content)
@@ -74,7 +74,7 @@ class BedrockEngine(RemoteEngine):
             raise EngineError("auth", f"AWS: {error}") from None
         except (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError) as error:
             raise EngineError("timeout", f"no answer in time: {error}", retryable=True) from None
-        except exceptions.ResponseParserError as error:
+        except (parsers.ResponseParserError, UnicodeDecodeError) as error:
             raise chat.bad_response("the answer cannot be read", error) from None
         except (exceptions.BotoCoreError, OSError) as error:
             raise EngineError("connection", " ".join(str(error).split())[:300], retryable=True) from None

@@ -228,8 +228,8 @@ class RemoteEngine(Engine):
             self.slots.release()
             if self.stopping.is_set():
                 raise cancelled()
-            if (down := self.endpoints.down_s) > self.max_outage_s:
-                raise EngineError("connection", f"no endpoint has answered for {down:.0f} s", retryable=True)
+            if self.endpoints.down_s > self.max_outage_s:
+                raise EngineError("connection", self.endpoints.all[0].last_error, retryable=True)
             await self.endpoints.wait()
 
     def _failed(self, endpoint: Endpoint, model: str, error: EngineError, sent: float) -> None:
@@ -241,7 +241,7 @@ class RemoteEngine(Engine):
             if error.retry_after:
                 self.limits.tell(model, min(error.retry_after, MOST_PAUSE_S), {})
         if error.retryable:
-            self.endpoints.failed(endpoint, error.retry_after)
+            self.endpoints.failed(endpoint, str(error), error.retry_after)
         else:  # the server works; it is the row that it does not want
             self.endpoints.answered(endpoint)
             self.retries.answered()
