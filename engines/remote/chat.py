@@ -31,7 +31,7 @@ _PLAIN = (
     "presence_penalty", "repetition_penalty", "logit_bias", "tool_choice", "reasoning_effort",
 )  # fmt: skip
 
-_FINISH: dict[Any, FinishReason] = {
+_FINISH: dict[str, FinishReason] = {
     "length": "length",
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
@@ -123,7 +123,7 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
         thought = message.get("reasoning_content") or message.get("reasoning")
         if isinstance(thought, str) and reasoning is None:
             reasoning = thought
-        finish: FinishReason = _FINISH.get(item.get("finish_reason"), "tool_calls" if calls else "stop")
+        finish: FinishReason = _FINISH.get(str(item.get("finish_reason")), "tool_calls" if calls else "stop")
         refusal = message.get("refusal")
         if isinstance(refusal, str) and refusal and not text and not calls:
             raise EngineError("content_filter", f"the model refused: {refusal[:500]}")
@@ -174,7 +174,7 @@ def _usage(found: Any) -> Usage:
 
 def count(value: Any) -> int:
     """A number of tokens; 0 for what is none."""
-    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else 0
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**62 else 0
 
 
 def bad_response(what: str, payload: Any) -> EngineError:

@@ -31,7 +31,7 @@ from engines.types import (
 _PLAIN = {"max_tokens": "inferenceConfig.maxTokens", "temperature": "inferenceConfig.temperature",
           "top_p": "inferenceConfig.topP", "stop": "inferenceConfig.stopSequences",
           "top_k": "additionalModelRequestFields.top_k"}  # fmt: skip
-_FINISH: dict[Any, FinishReason] = {
+_FINISH: dict[str, FinishReason] = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
@@ -126,15 +126,18 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
     thoughts: list[str] = []
     calls: list[ToolCall] = []
     for block in blocks:
+        if not isinstance(block, dict):
+            continue
+        use, thought = block.get("toolUse"), block.get("reasoningContent")
         if isinstance(block.get("text"), str):
             texts.append(block["text"])
-        elif use := block.get("toolUse"):
+        elif isinstance(use, dict):
             function = {"name": str(use.get("name")), "arguments": orjson.dumps(use.get("input") or {}).decode()}
             calls.append({"id": str(use.get("toolUseId")), "type": "function", "function": function})  # type: ignore[typeddict-item]
-        elif thought := block.get("reasoningContent"):
-            thoughts.append(str((thought.get("reasoningText") or {}).get("text") or ""))
+        elif isinstance(thought, dict) and isinstance(inner := thought.get("reasoningText"), dict):
+            thoughts.append(str(inner.get("text") or ""))
     reason = payload.get("stopReason")
-    if _FINISH.get(reason) == "content_filter" and not texts:
+    if _FINISH.get(str(reason)) == "content_filter" and not texts:
         raise EngineError("content_filter", f"Bedrock withheld the answer ({reason})")
     if reason is None and not blocks:
         raise bad_response("the answer is empty", payload)
@@ -143,7 +146,7 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
     cached = count(usage.get("cacheReadInputTokens"))
     read = count(usage.get("inputTokens")) + cached + count(usage.get("cacheWriteInputTokens"))
     return Completion(
-        [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(reason, "stop"))],
+        [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(str(reason), "stop"))],
         Usage(read, cached, count(usage.get("outputTokens"))),
         reasoning="\n".join(thoughts) or None,
     )

@@ -27,7 +27,7 @@ from engines.types import (
 _PLAIN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
           "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}  # fmt: skip
 _CACHE = {"type": "ephemeral"}
-_FINISH: dict[Any, FinishReason] = {
+_FINISH: dict[str, FinishReason] = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
@@ -185,7 +185,7 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
     read = count(usage.get("input_tokens")) + cached + count(usage.get("cache_creation_input_tokens"))
     model = payload.get("model")
     return Completion(
-        [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(reason, "stop"))],
+        [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(str(reason), "stop"))],
         Usage(read, cached, count(usage.get("output_tokens"))),
         model if isinstance(model, str) else None,
         reasoning="\n".join(thoughts) or None,

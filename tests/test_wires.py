@@ -1,0 +1,479 @@
+"""The three wires: bodies against the official SDKs' own types and Bedrock's service model, answers read leniently."""
+
+from __future__ import annotations
+
+import base64
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+from anthropic.types import Message as AnthropicMessage
+from anthropic.types.message_create_params import MessageCreateParamsNonStreaming as AnthropicBody
+from botocore.validate import ParamValidator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as OpenAIBody
+from pydantic import TypeAdapter
+
+import engines
+from engines import Completion, EngineError, load_engine
+from engines.base import HTTP_ENGINES, EngineConfig, config_from_keys, packaged, to_request
+from engines.remote import chat, converse, messages
+from engines.remote.provider import Provider, endpoints, inline_refs
+from engines.types import ConfigError, GenerationParams, Request
+from jobs.compose import compose
+
+PNG, JPEG = b"\x89PNG\r\n\x1a\n" + bytes(8), b"\xff\xd8\xff\xe0" + bytes(8)
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": SCHEMA}}
+PARSED = {"chat": chat, "messages": messages, "converse": converse}
+KEY = "sk-some-key-0123456789"
+
+
+def call(id: str, **arguments: Any) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": "weather", "arguments": json.dumps(arguments)}}
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def data_url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# What people have in their datasets: name -> (messages, generation).
+CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "one turn": ([{"role": "user", "content": "hi"}], {"max_tokens": 9, "temperature": 0.5, "stop": ["x"]}),
+    "system prompts anywhere": (
+        [{"role": "system", "content": "first"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+         {"role": "developer", "content": "second"}, {"role": "user", "content": "c"}], {}),
+    "neighbours of one role": (
+        [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]},
+         {"role": "assistant", "content": "c"}, {"role": "assistant", "content": "d"},
+         {"role": "user", "content": "e"}], {}),
+    "parallel tool calls": (
+        [{"role": "user", "content": "a"},
+         {"role": "assistant", "content": None, "tool_calls": [call("1", n=1), call("2", n=2)]},
+         {"role": "tool", "tool_call_id": "1", "content": "sun"},
+         {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "rain"}]},
+         {"role": "user", "content": "so?"}], {"tools": [TOOL], "tool_choice": "auto"}),
+    "a tool that must be called": (
+        [{"role": "user", "content": "a"}],
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}}),
+    "some tool must be called": ([{"role": "user", "content": "a"}], {"tools": [TOOL], "tool_choice": "required"}),
+    "no tool may be called": ([{"role": "user", "content": "a"}], {"tools": [TOOL], "tool_choice": "none"}),
+    "images": (
+        [{"role": "user", "content": [image(data_url(PNG, "jpeg")), {"type": "text", "text": "and"},
+                                      image(data_url(JPEG, "png"))]}], {}),
+    "a schema": (
+        [{"role": "user", "content": "a"}],
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}}),
+    "a schema without a name": (
+        [{"role": "user", "content": "a"}], {"response_format": {"type": "json_schema", "schema": SCHEMA}}),
+    "effort": ([{"role": "user", "content": "a"}], {"reasoning_effort": "low"}),
+}  # fmt: skip
+OPENAI_CASES = {
+    "samples": ([{"role": "user", "content": "a"}], {"n": 3, "logprobs": 4, "seed": 1, "logit_bias": {"5": 2}, "top_p": 0.5,
+                                                     "presence_penalty": 0.1, "frequency_penalty": 0.2}),
+    "json": ([{"role": "user", "content": "a"}], {"response_format": {"type": "json_object"}}),
+    "an image on the web": ([{"role": "user", "content": [image("https://x.example/a.png")]}], {}),
+}  # fmt: skip
+
+
+def request(case: tuple[list[dict[str, Any]], dict[str, Any]]) -> Request:
+    return to_request({"messages": case[0]}, GenerationParams.parse(case[1]))
+
+
+def provider(kind: str, model: str | None = None, caching: bool = False) -> Provider:
+    found = Provider.of(config_from_keys(kind, {"model": model}))
+    if not caching:
+        found = Provider(**{**found.__dict__, "prompt_caching": False})
+    return found.for_model(model)
+
+
+def plain(value: Any) -> Any:
+    """Pydantic checks an iterable when it is read."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        return [plain(item) for item in value]
+    return value
+
+
+def conforms(type: Any, body: dict[str, Any]) -> None:
+    """`body` is one of `type`, and has nothing that the type does not know (pydantic leaves that out)."""
+    assert plain(TypeAdapter(type).validate_python(body)) == body
+
+
+# -- bodies -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*CASES, *OPENAI_CASES])
+@pytest.mark.parametrize("model", ["gpt-4o-mini", "gpt-5"])
+def test_bodies_are_openais(name: str, model: str) -> None:
+    asked = request({**CASES, **OPENAI_CASES}[name])
+    found = provider("openai", model)
+    if found.capabilities().lacks(asked.generation):
+        pytest.skip(f"{model} does not take it; refused before this")
+    conforms(OpenAIBody, chat.body(asked, model, found))
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_bodies_are_anthropics(name: str, caching: bool) -> None:
+    messages_, generation = CASES[name]
+    asked = request((messages_, {"max_tokens": 100, **{k: v for k, v in generation.items() if k != "temperature"}}))
+    conforms(AnthropicBody, messages.body(asked, "claude-sonnet-5", provider("anthropic", None, caching)))
+
+
+def test_anthropic_takes_an_image_on_the_web() -> None:
+    asked = request(([{"role": "user", "content": [image("https://x.example/a.png")]}], {"max_tokens": 5}))
+    conforms(AnthropicBody, messages.body(asked, "m", provider("anthropic")))
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_bodies_are_bedrocks(name: str, caching: bool) -> None:
+    shape = botocore.session.get_session().get_service_model("bedrock-runtime").operation_model("Converse").input_shape
+    body = converse.body(request(CASES[name]), "amazon.nova-lite-v1:0", provider("bedrock", None, caching))
+    report = ParamValidator().validate(body, shape)
+    assert not report.has_errors(), report.generate_report()
+
+
+def test_nothing_of_a_conversation_is_lost_on_any_wire() -> None:
+    system, user = CASES["system prompts anywhere"], CASES["parallel tool calls"]
+    found = messages.body(request(system), "m", provider("anthropic"))
+    assert [block["text"] for block in found["system"]] == ["first", "second"]
+    assert [turn["role"] for turn in found["messages"]] == ["user", "assistant", "user"]
+    turns = messages.body(request(user), "m", provider("anthropic"))["messages"]
+    assert [block["input"] for block in turns[1]["content"]] == [{"n": 1}, {"n": 2}]
+    assert [block["type"] for block in turns[2]["content"]] == ["tool_result", "tool_result", "text"]
+    found = converse.body(request(system), "m", provider("bedrock"))
+    assert [block["text"] for block in found["system"]] == ["first", "second"]
+    turns = converse.body(request(user), "m", provider("bedrock"))["messages"]
+    assert [block["toolUse"]["input"] for block in turns[1]["content"]] == [{"n": 1}, {"n": 2}]
+    assert [next(iter(block)) for block in turns[2]["content"]] == ["toolResult", "toolResult", "text"]
+    found = chat.body(request(system), "m", provider("openai"))
+    assert found["messages"] == system[0]  # as they came
+    assert [m["role"] for m in chat.body(request(system), "m", provider("together"))["messages"]].count("system") == 2
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+turns = st.tuples(st.sampled_from(["system", "user", "assistant"]), texts)
+
+
+@given(st.lists(turns, min_size=1, max_size=8))
+def test_every_text_reaches_every_wire_in_its_order(said: list[tuple[str, str]]) -> None:
+    said = [*said, ("user", "end")]
+    asked = request(([{"role": role, "content": text} for role, text in said], {"max_tokens": 5}))
+    system = [text for role, text in said if role == "system"]
+    others = [text for role, text in said if role != "system"]
+    for wire, kind in ((messages, "anthropic"), (converse, "bedrock")):
+        body = wire.body(asked, "m", provider(kind))
+        assert [block["text"] for block in body.get("system", [])] == system
+        assert [block["text"] for turn in body["messages"] for block in turn["content"]] == others
+        roles = [turn["role"] for turn in body["messages"]]
+        assert all(a != b for a, b in pairwise(roles))
+    assert [(m["role"], m["content"]) for m in chat.body(asked, "m", provider("openai"))["messages"]] == said
+
+
+@pytest.mark.parametrize("form", ["path", "file", "data"])
+def test_images_are_named_by_their_bytes(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "a picture.jpg"
+    file.write_bytes(PNG)
+    url = {"path": str(file), "file": file.as_uri(), "data": data_url(PNG, "jpeg")}[form]
+    asked = request(([{"role": "user", "content": [image(url)]}], {"max_tokens": 5}))
+    part = chat.body(asked, "m", provider("openai"))["messages"][0]["content"][0]
+    assert part["image_url"]["url"] == data_url(PNG, "png")
+    source = messages.body(asked, "m", provider("anthropic"))["messages"][0]["content"][0]["source"]
+    assert (source["media_type"], base64.b64decode(source["data"])) == ("image/png", PNG)
+    block = converse.body(asked, "m", provider("bedrock"))["messages"][0]["content"][0]["image"]
+    assert block == {"format": "png", "source": {"bytes": PNG}}
+
+
+@pytest.mark.parametrize(
+    ("messages_", "said"),
+    [([{"role": "user", "content": [image("/no/such.png")]}], "cannot be read"),
+     ([{"role": "user", "content": [image(__file__)]}], "is not a PNG, JPEG, GIF or WebP"),
+     ([{"role": "user", "content": [image("data:image/png;base64,%%")]}], "not valid base64"),
+     ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "'video' cannot be sent"),
+     ([{"role": "system", "content": "alone"}], "not a system prompt"),
+     ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "needs a tool_call_id"),
+     ([{"role": "assistant", "content": None, "tool_calls": [
+         {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}],
+      "arguments that are a JSON object")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["anthropic", "bedrock"])
+def test_what_cannot_be_said_on_a_wire_is_refused(kind: str, messages_: list[dict[str, Any]], said: str) -> None:
+    wire = messages if kind == "anthropic" else converse
+    with pytest.raises(EngineError, match=said) as refused:
+        wire.body(request((messages_, {"max_tokens": 5})), "m", provider(kind))
+    assert refused.value.type == "invalid_input"
+
+
+def test_prompt_caching_marks_the_system_prompt_where_it_must_be_marked() -> None:
+    asked = request(CASES["system prompts anywhere"])
+    assert messages.body(asked, "m", provider("anthropic", None, True))["system"][-1]["cache_control"]
+    assert "cache_control" not in json.dumps(messages.body(asked, "m", provider("anthropic")))
+    assert {"cachePoint": {"type": "default"}} in converse.body(asked, "m", provider("bedrock", None, True))["system"]
+    assert chat.body(asked, "m", provider("openai", None, True)) == chat.body(asked, "m", provider("openai"))
+
+
+def test_schemas_have_no_references_where_they_may_have_none() -> None:
+    schema = {"$defs": {"A": {"type": "object", "properties": {"b": {"$ref": "#/$defs/B"}}}, "B": {"type": "integer"}},
+              "properties": {"a": {"$ref": "#/$defs/A", "description": "d"}}}  # fmt: skip
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    generation = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}, "tools": [tool]}
+    body = chat.body(request(([{"role": "user", "content": "a"}], generation)), "m", provider("gemini"))
+    assert "$ref" not in json.dumps(body)
+    inlined = {"properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}, "description": "d"}}}
+    assert body["tools"][0]["function"]["parameters"] == inlined
+    with pytest.raises(ValueError, match="refers to itself"):
+        inline_refs({"$defs": {"T": {"items": {"$ref": "#/$defs/T"}}}, "items": {"$ref": "#/$defs/T"}})
+    with pytest.raises(ValueError, match="has nothing at #/x"):
+        inline_refs({"items": {"$ref": "#/x"}})
+
+
+# -- answers ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_of_openais_own_type_is_read_whole() -> None:
+    token = {"token": "hi", "logprob": -0.1, "bytes": None, "top_logprobs": []}
+    message = {"role": "assistant", "content": None, "tool_calls": [call("1", n=1)], "reasoning_content": "hm"}
+    payload = ChatCompletion.model_validate({
+        "id": "c", "object": "chat.completion", "created": 1, "model": "gpt-4o-2024", "choices": [
+            {"index": 0, "finish_reason": "tool_calls", "message": message},
+            {"index": 1, "finish_reason": "length", "message": {"role": "assistant", "content": "hi"},
+             "logprobs": {"content": [token], "refusal": None}}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14,
+                  "prompt_tokens_details": {"cached_tokens": 4}}}).model_dump()  # fmt: skip
+    found = chat.completion(payload, Provider())
+    assert found.tool_calls == [call("1", n=1)]
+    assert (found.finish_reason, found.choices[1].finish_reason, found.reasoning) == ("tool_calls", "length", "hm")
+    assert found.choices[1].logprobs == [token]
+    assert (found.usage.input, found.usage.cached_input, found.usage.output) == (9, 4, 5)
+    assert found.model == "gpt-4o-2024"
+
+
+def anthropic_answer(content: list[dict[str, Any]], reason: str) -> Completion:
+    payload = AnthropicMessage.model_validate({
+        "id": "m", "type": "message", "role": "assistant", "model": "claude", "content": content, "stop_reason": reason,
+        "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 5, "cache_read_input_tokens": 7,
+                                         "cache_creation_input_tokens": 2}}).model_dump()  # fmt: skip
+    return messages.completion(payload, Provider())
+
+
+def test_an_answer_of_anthropics_own_type_is_read_whole() -> None:
+    found = anthropic_answer(
+        [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "one"},
+         {"type": "text", "text": " two"}, {"type": "tool_use", "id": "1", "name": "weather", "input": {"n": 1}}],
+        "tool_use",
+    )  # fmt: skip
+    assert (found.text, found.reasoning, found.finish_reason) == ("one two", "hm", "tool_calls")
+    assert found.tool_calls is not None
+    assert json.loads(found.tool_calls[0]["function"]["arguments"]) == {"n": 1}
+    assert (found.usage.input, found.usage.cached_input, found.usage.output) == (12, 7, 5)
+
+
+def test_thinking_alone_is_an_answer_and_is_not_bought_again() -> None:
+    found = anthropic_answer([{"type": "thinking", "thinking": "hm", "signature": "s"}], "max_tokens")
+    assert (found.text, found.reasoning, found.finish_reason, found.error) == (None, "hm", "length", None)
+    payload = {"choices": [{"message": {"content": None, "reasoning": "hm"}, "finish_reason": "stop"}]}
+    assert chat.completion(payload, Provider()).reasoning == "hm"
+
+
+def test_an_answer_of_bedrocks_is_read_whole() -> None:
+    blocks = [{"reasoningContent": {"reasoningText": {"text": "hm"}}}, {"text": "one"},
+              {"toolUse": {"toolUseId": "1", "name": "weather", "input": {"n": 1}}}]  # fmt: skip
+    usage = {"inputTokens": 3, "outputTokens": 5, "totalTokens": 8, "cacheReadInputTokens": 7}
+    payload = {"output": {"message": {"role": "assistant", "content": blocks}}, "stopReason": "tool_use", "usage": usage}
+    found = converse.completion(payload, Provider())
+    assert (found.text, found.reasoning, found.finish_reason) == ("one", "hm", "tool_calls")
+    assert (found.usage.input, found.usage.cached_input, found.usage.output) == (10, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "finish"),
+    [({"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "finish_reason": "eos"}, "ab", "stop"),
+     ({"message": {"content": "a"}, "finish_reason": None}, "a", "stop"),
+     ({"message": {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}}, "", "tool_calls"),
+     ({"message": {"content": None}, "finish_reason": "length"}, None, "length")],
+)  # fmt: skip
+def test_odd_answers_are_read(choice: dict[str, Any], text: str | None, finish: str) -> None:
+    found = chat.completion({"choices": [choice], "usage": {"prompt_tokens": "many"}}, Provider())
+    assert (found.text, found.finish_reason) == (text, finish)
+    assert found.usage.input == 0
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([
+        "choices", "message", "content", "tool_calls", "function", "name", "arguments", "finish_reason", "usage", "refusal",
+        "prompt_tokens", "output", "type", "text", "thinking", "input", "id", "stop_reason", "stopReason", "toolUse",
+        "reasoningContent", "reasoningText", "logprobs", "model", "input_tokens", "prompt_tokens_details", "inputTokens"]),
+        inner, max_size=4),
+    max_leaves=25,
+)  # fmt: skip
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(["choices", "content", "output", "usage", "stop_reason"]), json_values))
+def test_whatever_comes_back_is_an_answer_or_a_typed_error(payload: dict[str, Any]) -> None:
+    for wire in PARSED.values():
+        try:
+            assert wire.completion(payload, Provider()).choices
+        except EngineError as error:
+            assert error.type in ("bad_response", "content_filter")
+
+
+# -- providers ----------------------------------------------------------------------------------------------------------
+
+URLS = {
+    "openai": "https://api.openai.com/v1/chat/completions",
+    "anthropic": "https://api.anthropic.com/v1/messages",
+    "gemini": "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions",
+    "vertex": "https://us-east5-aiplatform.googleapis.com/v1beta1/projects/p1/locations/us-east5/endpoints/openapi"
+    "/chat/completions",
+    "together": "https://api.together.xyz/v1/chat/completions",
+    "lambda": "https://api.lambda.ai/v1/chat/completions",
+    "deepseek": "https://api.deepseek.com/v1/chat/completions",
+    "fireworks": "https://api.fireworks.ai/inference/v1/chat/completions",
+    "openrouter": "https://openrouter.ai/api/v1/chat/completions",
+    "sambanova": "https://api.sambanova.ai/v1/chat/completions",
+    "parasail": "https://api.parasail.io/v1/chat/completions",
+    "cerebras": "https://api.cerebras.ai/v1/chat/completions",
+    "huggingface": "https://router.huggingface.co/v1/chat/completions",
+}
+SERVERS = ("remote_vllm", "sglang", "openai_compatible")
+
+
+def test_every_provider_is_tested_here() -> None:
+    assert set(HTTP_ENGINES) == set(URLS) | set(SERVERS)
+
+
+@pytest.mark.parametrize("kind", URLS)
+def test_a_provider_is_where_it_says_and_wants_its_key(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_from_keys(kind, {"model": "m"})
+    monkeypatch.setenv("REGION", "us-east5")
+    monkeypatch.setenv("PROJECT_ID", "p1")
+    assert endpoints(config, Provider.of(config)) == [URLS[kind]]
+    if kind == "vertex":
+        return  # its credentials are tested with a server that gives tokens
+    assert config.api_key_env is not None
+    monkeypatch.delenv(config.api_key_env, raising=False)
+    with pytest.raises(ConfigError, match=config.api_key_env):
+        load_engine(kind, model="m")
+    monkeypatch.setenv(config.api_key_env, KEY)
+    with load_engine(kind, model="m") as engine:
+        wanted = {"x-api-key": KEY} if kind == "anthropic" else {"authorization": f"Bearer {KEY}"}
+        assert engine.auth.fixed == wanted  # type: ignore[attr-defined]
+        assert type(engine).__name__ == HTTP_ENGINES[kind]
+
+
+@pytest.mark.parametrize("kind", [*URLS, *SERVERS, "bedrock"])
+def test_a_provider_refuses_what_it_lacks_before_anything_is_sent(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Provider.of(config_from_keys(kind, {"model": "m"}))
+    everything = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "stop": ["x"], "seed": 1,
+                  "stop_token_ids": [1], "n": 2, "frequency_penalty": 0.1, "presence_penalty": 0.1, "logprobs": 2,
+                  "repetition_penalty": 1.1, "logit_bias": {"1": 1}, "reasoning_effort": "low"}  # fmt: skip
+    for name, value in everything.items():
+        asked = Request([{"role": "user", "content": "a"}], GenerationParams.parse({name: value}))
+        refused = found.capabilities().refuse(asked, EngineConfig(kind, model="m"))
+        if name in found.unsupported:
+            assert refused is not None
+            assert f"generation.{name}" in str(refused)
+        else:  # then it is in the body
+            assert refused is None
+            body = PARSED[found.wire].body(asked, "m", found)
+            assert len(body) > len(PARSED[found.wire].body(Request(asked.messages), "m", found)), name
+
+
+def test_reasoning_models_have_rules_of_their_own() -> None:
+    for model, lacks in (("o3-mini", True), ("gpt-5.2", True), ("gpt-4o", False), ("gpt-5-chat-latest", False)):
+        assert ("temperature" in provider("openai", model).unsupported) is lacks, model
+    body = chat.body(request(([{"role": "user", "content": "a"}], {"max_tokens": 5})), "o1", provider("openai", "o1"))
+    assert (body["max_completion_tokens"], "max_tokens" in body) == (5, False)
+    for model, lacks in (("claude-opus-4-7", True), ("claude-sonnet-5", True), ("claude-3-5-sonnet-latest", False),
+                         ("claude-sonnet-4-5", False), ("claude-haiku-4-5", False)):  # fmt: skip
+        assert ("temperature" in provider("anthropic", model).unsupported) is lacks, model
+
+
+def test_unsupported_drop_leaves_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with load_engine("openai", model="o3", unsupported="drop") as engine:
+        asked = Request([{"role": "user", "content": "a"}], GenerationParams(temperature=0.5, top_k=3, max_tokens=5))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            left = engine._without_unsupported(asked, engine.capabilities_for(asked))
+            engine._without_unsupported(asked, engine.capabilities_for(asked))
+        assert left.generation.given() == {"max_tokens": 5}
+        assert sorted(str(warning.message).split(" ")[4] for warning in told) == [
+            "generation.temperature:",
+            "generation.top_k:",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("given", "full"),
+    [("localhost:8000", "http://localhost:8000/v1/chat/completions"),
+     ("http://localhost:6864", "http://localhost:6864/v1/chat/completions"),
+     ("http://localhost:6864/v1/", "http://localhost:6864/v1/chat/completions"),
+     ("https://x.example/api/v1/chat/completions", "https://x.example/api/v1/chat/completions"),
+     ("api.x.example", "https://api.x.example/v1/chat/completions"), ("gpu1:8000", "http://gpu1:8000/v1/chat/completions"),
+     ("10.0.0.7:80/v1", "http://10.0.0.7:80/v1/chat/completions")],
+)  # fmt: skip
+def test_a_url_may_be_a_host_or_end_anywhere(given: str, full: str) -> None:
+    config = config_from_keys("openai_compatible", {"base_url": given})
+    assert endpoints(config, Provider.of(config)) == [full]
+
+
+def test_an_adapter_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, name in (("remote_vllm", "lora"), ("sglang", "base:lora")):
+        with load_engine(kind, model="base", base_url="localhost:1", adapter="lora") as engine:
+            assert engine.body(Request([{"role": "user", "content": "a"}]))["model"] == name  # type: ignore[attr-defined]
+
+
+def test_engines_are_classes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in (*HTTP_ENGINES.values(), "BedrockEngine"):
+        assert getattr(engines, name).__name__ == name
+    with engines.OpenAIEngine(model="gpt-4o") as engine:
+        assert engine.kind == "openai"
+
+
+def test_a_provider_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path("docs/providers.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "acme.yaml").write_text(text)
+    config = compose(["engine=acme", "engine.model=acme-think-1", "dataset.path=x", "output.path=y"], str(tmp_path))
+    config.check()
+    monkeypatch.setenv("ACME_API_KEY", KEY)
+    with load_engine(config.engine) as engine:
+        asked = Request([{"role": "user", "content": "a"}], GenerationParams(max_tokens=5))
+        assert engine.body(asked)["max_completion_tokens"] == 5  # type: ignore[attr-defined]
+        assert "temperature" in engine.capabilities_for(asked).unsupported
+        assert engine.endpoints.urls == ["https://api.acme.example/v1/chat/completions"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [({"wire": "chats"}, "did you mean 'chat'"), ({"unsuported": ["n"]}, "did you mean 'unsupported'"),
+     ({"rename": {"max_token": "x"}}, "did you mean 'max_tokens'"), ({"models": [{"unsupported": []}]}, "needs a 'match'")],
+)  # fmt: skip
+def test_a_mistake_in_a_provider_is_said_with_the_nearest_name(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_engine("acme", model="m", base_url="localhost:1", provider=section)
+
+
+def test_packaged_files_hold_known_keys_only() -> None:
+    for path in Path("conf/engine").glob("*.yaml"):
+        keys = packaged(path.stem)
+        assert keys["kind"] == path.stem
+        Provider.of(config_from_keys(path.stem, {}))
