@@ -364,9 +364,12 @@ def test_those_who_wait_are_served_in_their_order() -> None:
 
 @pytest.mark.parametrize(
     ("headers", "pause", "limits"),
-    [({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 60.0, {}),
-     ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}, 0.12, {}),
-     ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1m2.5s"}, 60.0, {}),
+    [({"x-ratelimit-limit-requests": "9", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"},
+      60.0, {"requests": 9}),
+     ({"x-ratelimit-limit-tokens": "9", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}, 0.12,
+      {"input_tokens": 9}),
+     ({"x-ratelimit-limit-tokens": "", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1m2.5s"}, 60.0,
+      {}),
      ({"x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "3"}, 0.0, {"requests": 500}),
      ({"anthropic-ratelimit-output-tokens-limit": "8000"}, 0.0, {"output_tokens": 8000}),
      ({"x-ratelimit-limit-requests": "many", "x-ratelimit-reset-requests": "soon"}, None, None)],

@@ -135,8 +135,11 @@ def observed(headers: Mapping[str, str]) -> Observed | None:
     limits: dict[str, float] = {}
     pause = 0.0
     for limit, remaining, reset, name in _HEADERS:
-        if found := _number(headers.get(limit)):
-            limits[name] = found
+        found = headers.get(limit)
+        if found is None:  # on every response of most servers: no further look
+            continue
+        if number := _number(found):
+            limits[name] = number
         if _number(headers.get(remaining)) == 0:
             pause = max(pause, _duration(headers.get(reset)))
     return Observed(limits, min(pause, 60.0)) if limits or pause else None
