@@ -1,6 +1,6 @@
 """`make bench`: every figure the project claims, measured here and now, as JSON and as a Markdown table.
 
-    python -m bench [--out bench/results] [--only llamacpp,pipeline] [--sizes 100000,1000000]
+    python -m bench [--out bench/results] [--only llamacpp,pipeline,remote] [--only remote.faults] [--sizes 100000,1000000]
 
 The GSM8K questions are taken from $EAGLERAY_GSM8K or ../shared/data/gsm8k_test.jsonl, where they are; a small set of
 the bench's own otherwise.
@@ -38,7 +38,8 @@ def main() -> None:
     if "remote" in args.only:
         from bench import remote
 
-        results["remote"] = remote.run()
+        step = args.only.partition("remote.")[2].partition(",")[0]
+        results["remote"] = {**results.get("remote", {}), **remote.run(step)}
     path.write_text(json.dumps(results, indent=2) + "\n")
     table = markdown(results)
     args.out.with_suffix(".md").write_text(table)

@@ -229,5 +229,6 @@ class Limits:
         known = all(line.next.learned.get(name) == limit for name, limit in learned.items())
         line.next.pause_s = max(line.next.pause_s, pause_s)
         line.next.learned.update(learned)
+        self.counts_tokens |= "input_tokens" in learned or "output_tokens" in learned
         if pause_s or not known:
             line.news.set()

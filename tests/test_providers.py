@@ -508,7 +508,7 @@ def test_bedrock_sends_every_image_and_retries_by_our_rules_only(server: Provide
     ("keys", "said"),
     [({"base_url": None}, "needs engine.base_url"), ({"model": None}, "needs engine.model"),
      ({"base_url": "ftp://x"}, "is not the URL of a server"), ({"kwargs": {"n_ctx": 1}}, "engine.kwargs.n_ctx"),
-     ({"fallback": ["opnai"]}, "did you mean 'openai'")],
+     ({"fallback": ["opnai"]}, "did you mean 'openai'"), ({"headers": {"x-a": "b\nsecret"}}, "the header 'x-a' or")],
 )  # fmt: skip
 def test_a_configuration_that_cannot_work_is_said(load: Load, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):

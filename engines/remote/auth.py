@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.base import EngineConfig
 from engines.remote.provider import Provider
-from engines.types import ConfigError
+from engines.types import ConfigError, EngineError, ErrorType
 
 # A token is renewed so long before it expires: requests under way must still be covered.
 RENEW_BEFORE_S = 300.0
@@ -100,9 +100,17 @@ class GoogleAuth(Auth):
         return expiry is None or expiry.timestamp() - _utc_offset(expiry) - time.time() > RENEW_BEFORE_S
 
     def _fetch(self) -> None:
+        """Raises `EngineError`."""
+        from google.auth import exceptions
         from google.auth.transport import requests
 
-        self.credentials.refresh(requests.Request())
+        try:
+            self.credentials.refresh(requests.Request())
+        except exceptions.GoogleAuthError as error:
+            passing = isinstance(error, exceptions.TransportError) or error.retryable
+            kind: ErrorType = "connection" if passing else "auth"
+            said = " ".join(str(error).split())[:300]
+            raise EngineError(kind, f"Google gives no token: {said}", retryable=passing) from None
         self.secret = self.credentials.token
         self.fixed = {"authorization": f"Bearer {self.secret}"}
         self.fetched_at = time.monotonic()

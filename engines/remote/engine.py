@@ -74,6 +74,7 @@ class RemoteEngine(Engine):
             read_timeout_s=config.read_timeout_s,
             connections=self.max_concurrency,
         )
+        self.transport.check(self.endpoints.urls[0], {**self.headers, **self.auth.fixed})
 
     def _bind(self) -> None:
         """What waits belongs to one event loop; `infer` may be called from one after another."""
@@ -192,14 +193,15 @@ class RemoteEngine(Engine):
         endpoint = await self._admitted()
         sent = time.monotonic()
         try:
-            await self.limits.take(model, cost)
+            if not self.stopping.is_set():
+                await self.limits.take(model, cost)
             if self.stopping.is_set():
                 raise cancelled()
             sent = time.monotonic()
             completion = await self._ask(endpoint, request, headers, content)
         except EngineError as error:
             self._failed(endpoint, model, error, sent)
-            if error.type not in ("timeout", "connection"):  # of those, nobody knows what was used
+            if error.type not in ("timeout", "connection", "cancelled"):  # of those, nobody knows what was used
                 self.limits.settle(model, *cost)
             raise
         except asyncio.CancelledError:

@@ -7,7 +7,10 @@ HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, a CA bundle from SSL_CERT_FILE.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +62,7 @@ class Transport(httpx.AsyncBaseTransport):
             .pool_idle_timeout(timedelta(seconds=50))  # below the 60 s after which most load balancers close
             .pool_max_idle_per_host(connections)
         )
+        _exit_quietly()
         if read_timeout_s is not None:
             builder = builder.read_timeout(timedelta(seconds=read_timeout_s))
         if bundle := os.environ.get("SSL_CERT_FILE"):
@@ -88,8 +92,23 @@ class Transport(httpx.AsyncBaseTransport):
         except exceptions.PyreqwestError as error:
             raise _translated(error) from None
 
+    def check(self, url: str, headers: Mapping[str, str]) -> None:
+        """Raises `ConfigError` for headers that HTTP does not allow; their values, which may be secrets, are not said."""
+        for name, value in headers.items():
+            try:
+                self.client.post(url).headers({name: value})
+            except ValueError:
+                raise ConfigError(f"the header {name!r} or its value is not valid in HTTP") from None
+
     async def aclose(self) -> None:
         await self.client.close()
+
+
+@functools.cache
+def _exit_quietly() -> None:
+    """Its thread may still be letting go of the last response when the interpreter ends, and would abort the process:
+    give it the GIL for a moment before."""
+    atexit.register(time.sleep, 0.05)
 
 
 def _translated(error: exceptions.PyreqwestError) -> httpx.RequestError:
