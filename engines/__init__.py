@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engines.echo import EchoEngine
     from engines.llamacpp import LlamaCppEngine
     from engines.transformers import TransformersEngine
+    from engines.vllm import VLLMEngine
 
 __all__ = [
     "Capabilities",
@@ -52,6 +53,7 @@ __all__ = [
     "ToolCall",
     "TransformersEngine",
     "Usage",
+    "VLLMEngine",
     "load_engine",
     *HTTP_ENGINES.values(),
     "BedrockEngine",

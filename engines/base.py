@@ -82,6 +82,7 @@ class EngineConfig:
     ANSWER_KWARGS: ClassVar[tuple[str, ...]] = (
         "chat_template",
         "chat_template_kwargs",
+        "default_chat_template_kwargs",
         "filename",
         "requantize",
         "lora_scale",
@@ -97,6 +98,13 @@ class EngineConfig:
         "load_in_8bit",
         "quantization",
         "quantization_config",
+        "kv_cache_dtype",
+        "hf_overrides",
+        "tokenizer",
+        "generation_config",
+        "override_generation_config",
+        "reasoning_parser",
+        "tool_call_parser",
     )
 
     def identity(self) -> dict[str, Any]:
@@ -160,6 +168,7 @@ REGISTRY: dict[str, tuple[str, str | None, str]] = {
     "echo": ("engines.echo:EchoEngine", None, ""),
     "llamacpp": ("engines.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
     "transformers": ("engines.transformers:TransformersEngine", "transformers", "transformers"),
+    "vllm": ("engines.vllm:VLLMEngine", "vllm", "vllm"),
     "bedrock": ("engines.remote.bedrock:BedrockEngine", "boto3", "bedrock"),
 }
 

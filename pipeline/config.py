@@ -48,15 +48,19 @@ class RunConfig:
 
 @dataclass(slots=True)
 class HardwareConfig:
-    replicas: Any = key(1, "engines to run: a number, or {min: 1, max: 8} where those above min may never be placed")
+    replicas: Any = key(1, "engines to run: a number, {min: 1, max: 8}, or auto: as many as the profile's GPUs hold")
     cpus: float = key(0.0, "logical CPUs each replica reserves; 0 reserves none and may use all of its node")
-    gpus: float = key(0.0, "GPUs each replica reserves")
+    gpus: float | None = key(0.0, "GPUs each replica reserves; null: tensor × pipeline parallel size, so mostly 1")
     memory: float = key(0.0, "GiB of memory each replica reserves")
     label_selector: dict[str, Any] = key({}, "Ray node labels a replica needs")
+    nodes: int = key(1, "nodes with GPUs that replicas=auto counts on")
+    gpus_per_node: int = key(0, "GPUs of each of these nodes; 0: not known")
 
-    def bounds(self) -> tuple[int, int]:
-        """The least and the most replicas."""
+    def bounds(self) -> tuple[int, int] | None:
+        """The least and the most replicas; None where the GPUs tell."""
         given = self.replicas
+        if given == "auto":
+            return None
         if isinstance(given, Mapping):
             for name in given:
                 if name not in ("min", "max"):
@@ -66,7 +70,9 @@ class HardwareConfig:
             low = high = given
         for value in (low, high):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"hardware.replicas must be a number of at least 1 or {{min: 1, max: 8}}, not {given!r}")
+                raise ConfigError(
+                    f"hardware.replicas must be auto, a number of at least 1, or {{min: 1, max: 8}}, not {given!r}"
+                )
         if low > high:
             raise ConfigError(f"hardware.replicas has a min of {low} above its max of {high}")
         return low, high
@@ -128,8 +134,10 @@ class Config:
         for name in ("cpus", "gpus", "memory"):
             value = getattr(self.hardware, name)
             _at_least(f"hardware.{name}", value, 0)
-            if name != "memory" and value > 1 and value != int(value):
+            if name != "memory" and value is not None and value > 1 and value != int(value):
                 raise ConfigError(f"hardware.{name} above 1 must be a whole number, not {value}")
+        _at_least("hardware.nodes", self.hardware.nodes, 1)
+        _at_least("hardware.gpus_per_node", self.hardware.gpus_per_node, 0)
         _at_least("run.flush_s", self.run.flush_s, 0.05)
         _above_zero("run.max_outage_s", self.run.max_outage_s)
         _at_least("run.drain_s", self.run.drain_s, 0)

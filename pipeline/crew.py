@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines.base import secret_variables
-from engines.types import ConfigError, EaglerayError, Outage
-from pipeline.config import HardwareConfig
+from engines.types import ConfigError, EaglerayError, EngineError, Outage
 from pipeline.feed import Status
+from pipeline.placement import Placement, end, start
 from pipeline.worker import Secrets, WorkerConfig
 
 # How long Ray may take to tell whether a replica that cannot be reached died with its node.
@@ -25,6 +25,7 @@ class Stopped(EaglerayError):
 class Replica:
     name: str
     actor: Any
+    group: Any  # its placement group; None where it has but one node
     run: Any  # the reference of its `run`, or of a question whether it lives
     lost_at: float | None = None  # since when it cannot be reached
 
@@ -32,14 +33,9 @@ class Replica:
 class Crew:
     """All replicas; `tend` is called every so often and does the rest."""
 
-    def __init__(self, worker: Any, config: WorkerConfig, hardware: HardwareConfig, dispatcher: Any, deaths: int) -> None:
-        self.config, self.hardware, self.dispatcher, self.allowed_deaths = config, hardware, dispatcher, deaths
-        options: dict[str, Any] = {"num_cpus": hardware.cpus, "num_gpus": hardware.gpus, "max_restarts": 0}
-        if hardware.memory:
-            options["memory"] = int(hardware.memory * 2**30)
-        if hardware.label_selector:
-            options["label_selector"] = {str(k): str(v) for k, v in hardware.label_selector.items()}
-        self.worker = worker.options(scheduling_strategy="SPREAD", **options)
+    def __init__(self, worker: Any, config: WorkerConfig, placed: Placement, dispatcher: Any, deaths: int) -> None:
+        self.worker, self.config, self.placed = worker, config, placed
+        self.dispatcher, self.allowed_deaths = dispatcher, deaths
         self.secrets = Secrets({name: os.environ[name] for name in secret_variables(config.engine) if name in os.environ})
         self.replicas: list[Replica] = []
         self.started = 0
@@ -48,15 +44,14 @@ class Crew:
 
     def start(self) -> None:
         """Asks for all replicas. Those that find no room yet wait for it, while the others work."""
-        _, high = self.hardware.bounds()
-        for _ in range(high):
+        for _ in range(self.placed.high):
             self._add()
 
     def _add(self) -> None:
         self.started += 1
         name = f"w{self.started}"
-        actor = self.worker.remote(self.config, name, self.dispatcher)
-        self.replicas.append(Replica(name, actor, actor.run.remote(self.secrets)))
+        actor, group = start(self.worker, self.placed, self.config, name, self.dispatcher)
+        self.replicas.append(Replica(name, actor, group, actor.run.remote(self.secrets)))
 
     def tend(self, status: Status) -> None:
         """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
@@ -71,6 +66,8 @@ class Crew:
                 ray.get(replica.run)
                 if replica.lost_at is not None:  # it lives, but the call that was its work is gone
                     self._lost(replica, status)
+                else:
+                    end(replica.actor, replica.group)
             except ActorUnavailableError:
                 # The connection broke. Its process died, which may be a row's fault, or its node; Ray knows which soon.
                 replica.lost_at = replica.lost_at or time.monotonic()
@@ -82,6 +79,10 @@ class Crew:
             except RayActorError as error:
                 self._died(replica, str(error), status)
             except RayTaskError as error:
+                if isinstance(error.cause, EngineError):  # raised while loading: another try may have more luck
+                    self._died(replica, str(error.cause), status)
+                    continue
+                end(replica.actor, replica.group)
                 ray.get(self.dispatcher.leave.remote(replica.name))
                 if isinstance(error.cause, ConfigError):
                     raise ConfigError(str(error.cause)) from None
@@ -92,14 +93,12 @@ class Crew:
                 raise
 
     def _lost(self, replica: Replica, status: Status) -> None:
-        import ray
-
-        ray.kill(replica.actor)
         self._died(replica, "node has died", status)
 
     def _died(self, replica: Replica, reason: str, status: Status) -> None:
         import ray
 
+        end(replica.actor, replica.group)
         # Ray says no more structured word than this sentence about a lost node, which is not its rows' fault.
         node_lost = "node has died" in reason or "node was terminated" in reason
         reason = "its node was lost" if node_lost else " ".join(reason.split())[:300]
@@ -119,19 +118,7 @@ class Crew:
         for replica in self.replicas:
             replica.actor.drain.remote()
 
-    def wants(self) -> str:
-        """What each replica asks for and what there is, for a run that has none yet."""
-        import ray
-
-        each, has = self.hardware, ray.cluster_resources()
-        return (
-            f"no replica works yet; each asks for {each.cpus:g} CPUs, {each.gpus:g} GPUs, {each.memory:g} GiB, and may be "
-            f"loading its model; the whole cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs, "
-            f"{has.get('memory', 0) / 2**30:.0f} GiB"
-        )
-
     def dismiss(self) -> None:
-        import ray
-
+        """Ends all replicas and gives their places back."""
         for replica in self.replicas:
-            ray.kill(replica.actor)
+            end(replica.actor, replica.group)

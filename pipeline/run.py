@@ -38,6 +38,7 @@ from pipeline.ledger import SEGMENTS, Index, list_segments, read_index
 from pipeline.limiter import limiter
 from pipeline.lock import run_lock
 from pipeline.lossless import canonical
+from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
 from pipeline.source import list_chunks, read_chunk
 from pipeline.worker import Worker, WorkerConfig
@@ -72,6 +73,7 @@ class Outcome:
 def run(config: Config, console: Console) -> Outcome:
     """Runs the main job. Raises `ConfigError`, `Stopped` or `Interrupted`; any other exception is a bug."""
     config.check()
+    placed = placement(config.hardware, config.engine)
     fs, root = resolve(str(config.output.path))
     interpreter = Interpreter(
         RowParser(config.dataset.format, config.dataset.columns, config.dataset.template),
@@ -85,9 +87,10 @@ def run(config: Config, console: Console) -> Outcome:
         started = time.time()
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(_pieces, config, console)
-            stack.enter_context(_ray())
+            own = stack.enter_context(_ray())
             interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
             pieces = planned.result()
+        _look_for_room(placed, own, console)
         if not config.run.resume:
             _remove(fs, root)
         from ray.exceptions import RayActorError
@@ -99,7 +102,7 @@ def run(config: Config, console: Console) -> Outcome:
         asked, missing = Status(), sys.maxsize
         for _ in range(MAX_PASSES):
             try:
-                status, summaries = _ask(config, pieces, interpreter, known, interrupts, console)
+                status, summaries = _ask(config, placed, pieces, interpreter, known, interrupts, console)
             except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                 _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
                 known = _index(config).only(failed_too=not config.run.retry_failed)
@@ -188,13 +191,14 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
 
 
 @contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone."""
+def _ray() -> Iterator[bool]:
+    """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone: then
+    yields True."""
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ray.is_initialized():
-        yield
+        yield False
     elif address := os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(**quiet)
@@ -205,14 +209,14 @@ def _ray() -> Iterator[None]:
         ) as error:  # no cluster there, a token it wants, another Ray version
             hint = " (where it wants a token, set RAY_AUTH_MODE=token)" if "RAY_AUTH_MODE" not in os.environ else ""
             raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}") from None
-        yield
+        yield False
     else:
         # Ray never removes what it wrote; a run a night would fill the disk. Kept after a bug of ours, for its logs.
         scratch = tempfile.mkdtemp(prefix="eagleray-")
         keep = True
         try:
             ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
-            yield
+            yield True
             keep = False
         except EaglerayError:
             keep = False
@@ -221,6 +225,18 @@ def _ray() -> Iterator[None]:
             ray.shutdown()
             if not keep:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
+    """Says what is missing for the replicas. Raises `ConfigError` where none has room and no node can join."""
+    import ray
+
+    nodes = ray.nodes()
+    missing = lack(placed, nodes)
+    if missing and own and not room(placed, nodes):
+        raise ConfigError(f"{missing} (see hardware=…)")
+    if missing:
+        _warn(console, f"{missing[0].upper()}{missing[1:]}; the rest wait for nodes to join.")
 
 
 @contextlib.contextmanager
@@ -245,7 +261,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _ask(
-    config: Config, pieces: list[Piece], interpreter: Interpreter, known: Index, interrupts: list[int], console: Console
+    config: Config,
+    placed: Placement,
+    pieces: list[Piece],
+    interpreter: Interpreter,
+    known: Index,
+    interrupts: list[int],
+    console: Console,
 ) -> tuple[Status, dict[int, Summary]]:
     """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
     import ray
@@ -255,7 +277,7 @@ def _ask(
     done = [ray.put(known)]
     dispatcher = ray.remote(Dispatcher).options(num_cpus=0).remote(pieces, interpreter, done, fail)
     worker = WorkerConfig(
-        engine=config.engine,
+        engine=spread(config.engine, placed),
         generation=config.params(),
         output_path=str(config.output.path),
         flush_s=config.run.flush_s,
@@ -263,7 +285,7 @@ def _ask(
         max_outage_s=config.run.max_outage_s,
         cpus=config.hardware.cpus,
     )
-    crew = Crew(ray.remote(Worker), worker, config.hardware, dispatcher, config.run.max_engine_deaths)
+    crew = Crew(ray.remote(Worker), worker, placed, dispatcher, config.run.max_engine_deaths)
     ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
     # Held here: Ray ends an actor with whoever made it.
     limits = limiter(config.engine) if config.engine.provider else None
@@ -285,7 +307,7 @@ def _ask(
                 told = told or status.workers > 0
                 if not told and time.monotonic() - began > PATIENCE_S:
                     told = True
-                    _warn(console, crew.wants())
+                    _warn(console, f"No replica works yet: each asks for {placed.wish()}, and may be loading its model.")
                 if status.done > finished:
                     finished, refused = status.done, status.errors["auth"]
                 reason = _why_stop(config, status, status.errors["auth"] - refused) or (

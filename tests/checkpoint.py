@@ -35,9 +35,9 @@ def checkpoint_dir() -> Path:
     return _made_once(f"smollm2-135m-v{_VERSION}", _write_checkpoint)
 
 
-def adapter_dir() -> Path:
+def adapter_dir(seed: int = 0) -> Path:
     """A rank-8 LoRA adapter with random weights, large enough to change the answers and small enough to keep words."""
-    return _made_once(f"smollm2-135m-lora-v{_VERSION}", _write_adapter)
+    return _made_once(f"smollm2-135m-lora-{seed}-v{_VERSION}", lambda path: _write_adapter(path, seed))
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +48,11 @@ def smollm2_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_adapter() -> Path:
     return adapter_dir()
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapters() -> list[Path]:
+    return [adapter_dir(seed) for seed in range(4)]
 
 
 def _made_once(name: str, write: Callable[[Path], None]) -> Path:
@@ -86,7 +91,7 @@ def _write_checkpoint(path: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(path)
 
 
-def _write_adapter(path: Path) -> None:
+def _write_adapter(path: Path, seed: int) -> None:
     import peft
     import torch
     import transformers
@@ -94,7 +99,7 @@ def _write_adapter(path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint_dir(), dtype=torch.float32)
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, lora)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_" in name:  # peft starts B at zero, which changes nothing
