@@ -22,10 +22,20 @@ from pipeline.formats import Parsed, RowParser
 from pipeline.keys import Keyer
 from pipeline.ledger import Index, SeenKeys
 from pipeline.lossless import dumps
+from pipeline.ready import Ask, Ready, prefix_of
 from pipeline.schema import ColumnKinds
 from pipeline.source import Chunk, Row, read_chunk
 
-ROWS_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), ("request", pa.binary())])
+# The columns of `Ask`.
+ROWS_SCHEMA = pa.schema(
+    [
+        ("key", pa.binary(32)),
+        ("id", pa.string()),
+        ("request", pa.binary()),
+        ("prefix", pa.int64()),
+        ("max_tokens", pa.int64()),
+    ]
+)
 
 # A row that was in an engine when its process died is tried again alone; after this many deaths it is the culprit.
 CRASHES_TO_CONVICT = 2
@@ -125,14 +135,16 @@ def read_piece(
 
 
 def _table(items: list[Item]) -> pa.Table:
+    asks = [_ask(item.key, item.id, item.parsed) for item in items if item.key and item.parsed]
+    columns = zip(*asks, strict=True)
     return pa.Table.from_arrays(
-        [
-            pa.array([item.key for item in items], pa.binary(32)),
-            pa.array([item.id for item in items], pa.string()),
-            pa.array([_request(item.parsed) for item in items if item.parsed], pa.binary()),
-        ],
-        schema=ROWS_SCHEMA,
+        [pa.array(column, kind) for column, kind in zip(columns, ROWS_SCHEMA.types, strict=True)], schema=ROWS_SCHEMA
     )
+
+
+def _ask(key: bytes, id: str, parsed: Parsed) -> Ask:
+    limit = parsed.generation.get("max_tokens")
+    return Ask(key, id, _request(parsed), prefix_of(parsed), limit if isinstance(limit, int) and limit < 1 << 62 else 0)
 
 
 def _request(parsed: Parsed) -> bytes:
@@ -200,18 +212,6 @@ class Lease:
         return len(self.keys)
 
 
-@dataclass(slots=True)
-class _Rows:
-    keys: list[bytes]
-    ids: list[str]
-    requests: list[bytes]
-
-    def take(self, n: int) -> _Rows:
-        head = _Rows(self.keys[:n], self.ids[:n], self.requests[:n])
-        self.keys, self.ids, self.requests = self.keys[n:], self.ids[n:], self.requests[n:]
-        return head
-
-
 LEASED, COMPLETED, DURABLE = 0, 1, 2
 
 
@@ -219,7 +219,7 @@ LEASED, COMPLETED, DURABLE = 0, 1, 2
 class _Out:
     """A lease as its dispatcher sees it."""
 
-    rows: _Rows
+    rows: list[Ask]
     states: bytearray  # LEASED, COMPLETED or DURABLE for each row
     durable: int = 0
 
@@ -252,9 +252,8 @@ class Dispatcher:
     def __init__(self, pieces: list[Piece], interpreter: Interpreter, done: list[Any], fail_on_bad_input: bool) -> None:
         self.pieces, self.interpreter, self.done = pieces, interpreter, done[0]
         self.fail_on_bad_input = fail_on_bad_input
-        self.ready: deque[_Rows] = deque()
-        self.ready_rows = 0
-        self.suspects: deque[_Rows] = deque()
+        self.ready = Ready()
+        self.suspects: deque[Ask] = deque()
         self.crashes: Counter[bytes] = Counter()
         self.crash_reason = ""
         self.leases: dict[str, dict[int, _Out]] = {}
@@ -281,7 +280,7 @@ class Dispatcher:
                     if not len(table):
                         continue
                     fresh = table.filter(pa.array(seen.add(table["key"])))
-                    rows = _Rows(*(fresh[name].to_pylist() for name in ROWS_SCHEMA.names))
+                    rows = list(map(Ask, *(fresh[name].to_pylist() for name in ROWS_SCHEMA.names)))
                     asyncio.run_coroutine_threadsafe(self._add(rows, len(table) - len(fresh)), loop).result()
                     self.room.wait()
                     if self.stopping:
@@ -292,17 +291,16 @@ class Dispatcher:
 
         threading.Thread(target=feed, name="feed", daemon=True).start()
 
-    async def _add(self, rows: _Rows, duplicates: int) -> None:
+    async def _add(self, rows: list[Ask], duplicates: int) -> None:
         self.status_.duplicates += duplicates
-        if rows.keys:
-            self.ready.append(rows)
-            self.ready_rows += len(rows.keys)
-            if self.ready_rows >= self.buffer_rows:
-                self.room.clear()
+        self.ready.add(rows)
+        if len(self.ready) >= self.buffer_rows:
+            self.room.clear()
         await self._notify()
 
     async def _fed(self, failure: Exception | None) -> None:
         self.status_.fed = True
+        self.ready.longest_first()
         if failure is not None:
             self.stopping = True
             cause: Any = failure
@@ -343,7 +341,7 @@ class Dispatcher:
             if held == 0 and self.suspects:
                 return self._suspect(mine)
             if self.ready:
-                return self._lease(mine, want)
+                return self._lease(worker, mine, want)
             if self._over():
                 return None
             left = deadline - asyncio.get_running_loop().time()
@@ -355,29 +353,26 @@ class Dispatcher:
                 except TimeoutError:
                     pass
 
-    def _lease(self, mine: dict[int, _Out], want: int) -> Lease:
-        head = self.ready[0]
-        rows = head.take(want)
-        if not head.keys:
-            self.ready.popleft()
-        self.ready_rows -= len(rows.keys)
-        if self.ready_rows < self.buffer_rows:
+    def _lease(self, worker: str, mine: dict[int, _Out], want: int) -> Lease:
+        rows = self.ready.take(worker, want)
+        if len(self.ready) < self.buffer_rows:
             self.room.set()
         return self._lend(mine, rows, last=self.status_.fed and not self.ready)
 
     def _suspect(self, mine: dict[int, _Out]) -> Lease:
-        rows = self.suspects.popleft()
-        lease = self._lend(mine, rows, last=self.status_.fed and not self.ready and not self.suspects)
-        deaths = self.crashes[rows.keys[0]]
-        lease.alone, lease.deaths = True, deaths
-        if deaths >= CRASHES_TO_CONVICT:
-            lease.convicted = f"the engine's process died {deaths} times with this row in it ({self.crash_reason})"
+        row = self.suspects.popleft()
+        lease = self._lend(mine, [row], last=self.status_.fed and not self.ready and not self.suspects)
+        lease.alone, lease.deaths = True, self.crashes[row.key]
+        if lease.deaths >= CRASHES_TO_CONVICT:
+            lease.convicted = f"the engine's process died {lease.deaths} times with this row in it ({self.crash_reason})"
         return lease
 
-    def _lend(self, mine: dict[int, _Out], rows: _Rows, last: bool) -> Lease:
+    def _lend(self, mine: dict[int, _Out], rows: list[Ask], last: bool) -> Lease:
         self.next_lease += 1
-        mine[self.next_lease] = _Out(rows, bytearray(len(rows.keys)))
-        return Lease(self.next_lease, rows.keys, rows.ids, rows.requests, last=last)
+        mine[self.next_lease] = _Out(rows, bytearray(len(rows)))
+        return Lease(
+            self.next_lease, [row.key for row in rows], [row.id for row in rows], [row.request for row in rows], last=last
+        )
 
     async def commit(self, worker: str, durable: list[tuple[int, list[int]]], counts: Status) -> None:
         """`worker` has made these rows durable; `counts` adds to the run's figures."""
@@ -408,28 +403,24 @@ class Dispatcher:
         if worker in self.gone:
             return
         self.gone.add(worker)
+        self.ready.leave(worker)
         for out in self.leases.pop(worker, {}).values():
-            rows, back = out.rows, _Rows([], [], [])
-            for at, state in enumerate(out.states):
+            back: list[Ask] = []
+            for row, state in zip(out.rows, out.states, strict=True):
                 if state == DURABLE:
                     continue
-                key = rows.keys[at]
                 if state == COMPLETED:  # it came out whole, so it is not to blame
-                    self.crashes.pop(key, None)
+                    self.crashes.pop(row.key, None)
                 elif crash is not None:
-                    self.crashes[key] += 1
-                if self.crashes.get(key):
-                    suspect = _Rows([key], [rows.ids[at]], [rows.requests[at]])
+                    self.crashes[row.key] += 1
+                if not self.crashes.get(row.key):
+                    back.append(row)
+                elif self.crashes[row.key] >= CRASHES_TO_CONVICT:
                     # Who is convicted goes first, so that the verdict is durable before the next death.
-                    add = self.suspects.appendleft if self.crashes[key] >= CRASHES_TO_CONVICT else self.suspects.append
-                    add(suspect)
-                    continue
-                back.keys.append(key)
-                back.ids.append(rows.ids[at])
-                back.requests.append(rows.requests[at])
-            if back.keys:
-                self.ready.appendleft(back)
-                self.ready_rows += len(back.keys)
+                    self.suspects.appendleft(row)
+                else:
+                    self.suspects.append(row)
+            self.ready.put_back(back)
         if crash is not None:
             self.crash_reason = crash
             self.status_.crashes += 1

@@ -81,7 +81,7 @@ def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[st
         ("engine.price.inpt=1", "did you mean 'engine.price.input'?"),
         ("output.format=csv", "output.format=csv is not known (known: jsonl, parquet)"),
         ("output.style=oumi", "output.style=oumi needs output.format=jsonl"),
-        ("hardware.replicas=0", "hardware.replicas must be a number of at least 1"),
+        ("hardware.replicas=0", "hardware.replicas must be auto, a number of at least 1"),
         ("hardware.replicas={min:3,max:2}", "a min of 3 above its max of 2"),
         ("run.flush_s=0", "run.flush_s must be at least 0.05, not 0.0"),
         ("run.max_error_rate=2", "run.max_error_rate must be between 0 and 1, not 2.0"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from pipeline.feed import Dispatcher, Status, _Rows
+from pipeline.feed import Dispatcher, Status
+from pipeline.formats import Parsed
+from pipeline.ready import Ask, Ready, prefix_of
 
 
 def dispatcher(rows: int) -> Dispatcher:
@@ -12,8 +14,7 @@ def dispatcher(rows: int) -> Dispatcher:
     made.buffer_rows = 1000
     made.status_.fed = True
     names = [f"r{i}" for i in range(rows)]
-    made.ready.append(_Rows([name.encode() for name in names], names, [b"" for _ in names]))
-    made.ready_rows = rows
+    made.ready.add(Ask(name.encode(), name, b"", 0, 0) for name in names)
     return made
 
 
@@ -42,7 +43,7 @@ def test_rows_that_came_out_are_not_suspected_and_the_second_death_convicts() ->
         await asyncio.sleep(0.05)
         await d.leave("w1", "killed")
         await waiting
-        assert [rows.ids for rows in d.suspects] == [["r1"], ["r2"]]
+        assert [row.id for row in d.suspects] == ["r1", "r2"]
         busy = await d.pull("w2", 3, 1, [])
         assert busy is not None and busy.ids == ["r0"]  # who holds a row gets no suspect
         alone = await d.pull("w3", 3, 0, [])
@@ -78,3 +79,54 @@ def test_the_run_is_over_when_everything_is_durable() -> None:
         assert await d.pull("w1", 2, 0, []) is None
 
     asyncio.run(scene())
+
+
+def asks(*rows: tuple[int, int]) -> list[Ask]:
+    """Rows of (prefix, max_tokens), named by their place."""
+    return [Ask(b"", f"{i}", b"", prefix, tokens) for i, (prefix, tokens) in enumerate(rows)]
+
+
+def ids(rows: list[Ask]) -> str:
+    return "".join(row.id for row in rows)
+
+
+def test_rows_of_a_prefix_go_to_one_worker_and_nobody_waits() -> None:
+    ready = Ready()
+    ready.add(asks((1, 0), (2, 0), (1, 0), (2, 0), (1, 0), (3, 0), (1, 0)))
+    assert ids(ready.take("a", 2)) == "02"
+    assert ids(ready.take("b", 1)) == "1"
+    assert ids(ready.take("a", 1)) == "4"
+    ready.add(asks((2, 0)))
+    assert ids(ready.take("b", 3)) == "305"  # its own first, the late one too, then what waited longest
+    assert len(ready) == 1
+    assert ids(ready.take("c", 5)) == "6"  # everything is somebody's: it helps
+    assert ready.take("a", 1) == []
+
+
+def test_rows_given_back_are_the_next_and_a_worker_that_left_owns_nothing() -> None:
+    ready = Ready()
+    ready.add(asks((1, 0), (2, 0), (2, 0)))
+    held = ready.take("a", 1)
+    ready.leave("a")
+    ready.put_back(held)
+    assert ids(ready.take("b", 3)) == "012"
+    assert not ready.owners or list(ready.owners) == [2]
+
+
+def test_at_the_end_the_longest_go_first() -> None:
+    ready = Ready()
+    ready.add(asks((1, 5), (2, 0), (1, 9), (3, 7), (2, 8)))
+    ready.longest_first()
+    assert ids(ready.take("a", 5)) == "20413"
+
+
+def test_prompts_that_begin_alike_have_one_prefix() -> None:
+    def parsed(text: object, **more: str) -> Parsed:
+        return Parsed([{"role": "system", "content": text}, {"role": "user", "content": "?"}], **more)  # type: ignore[arg-type, typeddict-item]
+
+    system = "You are a careful judge. " * 20
+    assert prefix_of(parsed(system + "one")) == prefix_of(parsed(system + "two")) >= 0
+    assert prefix_of(parsed(system)) != prefix_of(parsed(system, adapter="poet"))
+    assert prefix_of(parsed("a")) != prefix_of(parsed("b"))
+    assert prefix_of(parsed([{"type": "text", "text": "a"}])) != prefix_of(parsed(None))
+    assert prefix_of(parsed("\ud800")) != prefix_of(parsed("a"))
