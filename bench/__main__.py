@@ -1,6 +1,7 @@
 """`make bench`: every figure the project claims, measured here and now, as JSON and as a Markdown table.
 
-    python -m bench [--out bench/results] [--only llamacpp,pipeline,remote] [--only remote.faults] [--sizes 100000,1000000]
+    python -m bench [--out bench/results] [--only llamacpp,pipeline,remote,vllm] [--only remote.faults]
+                    [--sizes 100000,1000000]
 
 The GSM8K questions are taken from $EAGLERAY_GSM8K or ../shared/data/gsm8k_test.jsonl, where they are; a small set of
 the bench's own otherwise.
@@ -20,7 +21,7 @@ from typing import Any
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--only", default="llamacpp,pipeline,remote")
+    parser.add_argument("--only", default="llamacpp,pipeline,remote,vllm")
     parser.add_argument("--sizes", default="100000,1000000")
     args = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
@@ -40,6 +41,11 @@ def main() -> None:
 
         step = args.only.partition("remote.")[2].partition(",")[0]
         results["remote"] = {**results.get("remote", {}), **remote.run(step)}
+    if "vllm" in args.only:
+        from bench import vllm
+
+        step = args.only.partition("vllm.")[2].partition(",")[0]
+        results["vllm"] = {**results.get("vllm", {}), **vllm.run(gsm8k(), step)}
     path.write_text(json.dumps(results, indent=2) + "\n")
     table = markdown(results)
     args.out.with_suffix(".md").write_text(table)
@@ -103,6 +109,16 @@ def markdown(results: dict[str, Any]) -> str:
             ),
             ("… extra requests", f"{100 * faults['extra']:.2f}%", "< 3%"),
         ]
+    if found := results.get("vllm"):
+        if one := found.get("engine"):
+            rows.append(("vllm: tokens/s, this engine", f"{one['tokens_per_s']:.0f}", ""))
+            rows.append(("… against a bare AsyncLLM, all submitted at once", f"{one['ratio']:.3f}", "≥ 0.97"))
+        if one := found.get("order"):
+            rows.append(("vllm, two replicas, shared prompts: by prefix against in turn", f"{one['ratio']:.2f}", "≥ 1.3"))
+        if one := found.get("peers"):
+            rows.append((f"vllm, {one['rows']} rows, the whole command, s", f"{one['eagleray']}", ""))
+            rows.append(("… `vllm run-batch`, s", f"{one['run_batch']}", "more"))
+            rows.append(("… `ray.data.llm`, s", f"{one['ray_data_llm']}", "more"))
     lines = [f"{results['date']}, {results['machine']['cpus']} CPUs, Python {results['machine']['python']}", ""]
     lines += ["| what | measured | goal |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
     return "\n".join(lines) + "\n"

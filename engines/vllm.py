@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 from collections import deque
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Before vLLM is imported: no reports home, and no line on every request.
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+from engines import vllm_log  # isort: skip  # first: vLLM settles its logs when it is imported
 
 from starlette.datastructures import State
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -100,6 +97,7 @@ class VLLMEngine(Engine):
         if config.model is None:
             raise ConfigError("engine=vllm needs engine.model: a checkpoint directory or a hub id")
         args = self._arguments()
+        self.log_start = vllm_log.size()
         self.adapters: dict[str, asyncio.Task[None]] = {}
         self.state: Any = State()
         # vLLM's tasks live in one event loop; callers may come from any.
@@ -113,9 +111,11 @@ class VLLMEngine(Engine):
             raise
         except Exception as error:
             self.close()
-            text = f"engine=vllm cannot start: {one_line(error)}"
+            if not isinstance(error, RuntimeError):
+                raise ConfigError(f"engine=vllm cannot start: {one_line(error)}") from error
             # What its own processes die of may be this node's fault, and another one's luck.
-            raise (EngineError("engine_crash", text) if isinstance(error, RuntimeError) else ConfigError(text)) from error
+            text = vllm_log.last_error(self.log_start) or one_line(error)
+            raise EngineError("engine_crash", f"engine=vllm cannot start: {text}") from error
 
     def _arguments(self) -> Any:
         """vLLM's own, with `kwargs` laid over. Raises `ConfigError` for one it does not know."""
@@ -180,7 +180,8 @@ class VLLMEngine(Engine):
             if self.turns is not None:
                 self.turns.leave()
         if self.llm.errored:
-            raise EngineError("engine_crash", f"vLLM's engine died: {one_line(self.llm.dead_error)}")
+            text = vllm_log.last_error(self.log_start) or one_line(self.llm.dead_error)
+            raise EngineError("engine_crash", f"vLLM's engine died: {text}")
         if isinstance(answer, ErrorResponse):
             raise failure(answer.error.code, answer.model_dump_json().encode(), {})
         completion = chat.completion(answer.model_dump(), PROVIDER)

@@ -18,6 +18,7 @@ import pytest
 
 from engines import Completion, ConfigError, load_engine
 from engines.base import Engine
+from pipeline.crew import Stopped
 from tests.checkpoint import adapter_dir, checkpoint_dir, smollm2_adapters
 from tests.conftest import Infer, ask
 
@@ -270,3 +271,10 @@ def test_an_engine_that_dies_is_replaced_and_leaves_no_process(infer: Infer, wri
     while left := [p for p in cores() if p.pid not in before]:
         assert time.monotonic() < deadline, [(p.pid, p.cmdline(), os.getpid()) for p in left]
         time.sleep(0.5)
+
+
+def test_an_engine_that_cannot_start_has_a_budget_of_deaths(infer: Infer, write_jsonl: Any) -> None:
+    """The cache is too small for one sequence, which vLLM's own process finds out, and dies of."""
+    with pytest.raises(Stopped) as error:
+        infer(write_jsonl([ask("hi")]), *overrides(kv_cache_memory_bytes=1 << 20), "run.max_engine_deaths=0", engine="vllm")
+    assert "engines died 1 times in a row without finishing a row: engine=vllm cannot start: ValueError" in str(error.value)
