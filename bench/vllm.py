@@ -174,7 +174,7 @@ def peers(data: Path | None, rows: int, tokens: int) -> dict[str, Any]:
             "eagleray": ["-m", "jobs.infer", "engine=vllm", f"engine.model={model}", f"dataset.path={plain}",
                          f"output.path={work}/out", f"generation.max_tokens={tokens}",
                          *(f"engine.kwargs.{name}={value}" for name, value in kwargs.items())],
-            "run_batch": ["-m", "vllm.entrypoints.cli.main", "run-batch", "-i", str(batch), "-o", f"{work}/batch.out",
+            "run_batch": ["-m", "vllm.entrypoints.openai.run_batch", "-i", str(batch), "-o", f"{work}/batch.out",
                           "--model", model, *flags],
             "ray_data_llm": ["-c", RAY_DATA, str(plain), model, json.dumps(kwargs), str(tokens)],
         }  # fmt: skip
