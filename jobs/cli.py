@@ -6,7 +6,10 @@ import importlib
 import sys
 
 # job -> what it does
-JOBS = {"infer": "ask a model every conversation of a dataset"}
+JOBS = {
+    "infer": "ask a model every conversation of a dataset",
+    "plan": "whether a model fits the hardware, and what a dataset holds, before anything is asked",
+}
 
 
 def main() -> int:
@@ -42,6 +45,7 @@ Jobs:
 
 Examples:
   eagleray infer dataset.path=in.jsonl output.path=out
+  eagleray plan engine=vllm engine.model=path/to/checkpoint hardware=8xh100 dataset.path=in.jsonl
   eagleray infer engine=transformers engine.model=path/to/checkpoint dataset.path='data/*.parquet' output.path=out
 
 `eagleray <job> --help` lists the keys; `--cfg job` prints the configuration a command stands for."""

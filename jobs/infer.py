@@ -8,14 +8,20 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from typing import Any
+from collections.abc import Callable
 
 from engines.types import ConfigError
 from jobs.compose import GROUPS, as_yaml, compose, options
+from pipeline.config import Config
 
 
 def main(argv: list[str]) -> int:
     """Composes, runs, tells; returns the exit status."""
+    return start(argv, help_text, _run)
+
+
+def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config], int]) -> int:
+    """What the jobs share: flags, the configuration, and a line for what is wrong with it."""
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
@@ -28,13 +34,13 @@ def main(argv: list[str]) -> int:
         if cfg is not None:
             print(as_yaml(config), end="")
             return 0
-        return _run(config)
+        return run(config)
     except ConfigError as error:
         print(f"eagleray: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
-def _run(config: Any) -> int:
+def _run(config: Config) -> int:
     from rich.console import Console
     from rich.markup import escape
 

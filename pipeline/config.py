@@ -55,6 +55,7 @@ class HardwareConfig:
     label_selector: dict[str, Any] = key({}, "Ray node labels a replica needs")
     nodes: int = key(1, "nodes with GPUs that replicas=auto counts on")
     gpus_per_node: int = key(0, "GPUs of each of these nodes; 0: not known")
+    gpu_memory: float = key(0.0, "GiB of each GPU, by which eagleray plan goes; 0: not known")
 
     def bounds(self) -> tuple[int, int] | None:
         """The least and the most replicas; None where the GPUs tell."""
@@ -95,14 +96,14 @@ class Config:
             text = str(error)
             raise ConfigError(text if text.startswith("'") else f"generation.{text}") from None
 
-    def check(self) -> None:
-        """Raises `ConfigError` for what no type can say."""
-        if self.dataset.path in (None, "", []):
+    def check(self, *, runs: bool = True) -> None:
+        """Raises `ConfigError` for what no type can say. What never `runs` needs neither dataset nor output."""
+        if self.dataset.path in (None, "", []) and runs:
             raise ConfigError("dataset.path is missing: name a file, directory or glob of conversations")
         paths = self.dataset.path if isinstance(self.dataset.path, list) else [self.dataset.path]
-        if not all(isinstance(path, str) for path in paths):
+        if not all(isinstance(path, str) for path in paths) and self.dataset.path is not None:
             raise ConfigError(f"dataset.path must be a text or a list of them, not {self.dataset.path!r}")
-        if not self.output.path:
+        if not self.output.path and runs:
             raise ConfigError("output.path is missing: name a directory for the results")
         if not self.engine.kind:
             raise ConfigError(f"engine.kind is missing{nearest('', REGISTRY)}")
@@ -138,6 +139,7 @@ class Config:
                 raise ConfigError(f"hardware.{name} above 1 must be a whole number, not {value}")
         _at_least("hardware.nodes", self.hardware.nodes, 1)
         _at_least("hardware.gpus_per_node", self.hardware.gpus_per_node, 0)
+        _at_least("hardware.gpu_memory", self.hardware.gpu_memory, 0)
         _at_least("run.flush_s", self.run.flush_s, 0.05)
         _above_zero("run.max_outage_s", self.run.max_outage_s)
         _at_least("run.drain_s", self.run.drain_s, 0)

@@ -86,7 +86,7 @@ def run(config: Config, console: Console) -> Outcome:
         stack.enter_context(run_lock(fs, root))
         started = time.time()
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
-            planned = planner.submit(_pieces, config, console)
+            planned = planner.submit(list_pieces, config, console)
             own = stack.enter_context(_ray())
             interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
             pieces = planned.result()
@@ -155,12 +155,13 @@ def _read_index(path: str) -> Index:
     return read_index(*resolve(path))
 
 
-def _pieces(config: Config, console: Console) -> list[Piece]:
+def list_pieces(config: Config, console: Console) -> list[Piece]:
+    """What is to be read, in its order."""
     dataset = config.dataset
     chunks = list_chunks(dataset.path, chunk_bytes=dataset.chunk_bytes, on_bad_input=dataset.on_bad_input)
-    # An output directory inside the dataset's own must not be its input the next time.
-    out = resolve(str(config.output.path))[1] + "/"
-    chunks = [chunk for chunk in chunks if not resolve(chunk.file)[1].startswith(out)]
+    if config.output.path:  # inside the dataset's own directory, it must not be its input the next time
+        out = resolve(config.output.path)[1] + "/"
+        chunks = [chunk for chunk in chunks if not resolve(chunk.file)[1].startswith(out)]
     for chunk in chunks:
         if chunk.kind == "bad":
             _warn(console, f"{chunk.name}: {chunk.reason}; it becomes one error row.")
@@ -488,7 +489,7 @@ def _versions() -> dict[str, str]:
 
 def _dry_run(config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, console: Console) -> Outcome:
     """Reads and checks everything in this process; starts no Ray and writes nothing."""
-    pieces = _pieces(config, console)
+    pieces = list_pieces(config, console)
     known = read_index(fs, root).only(failed_too=not config.run.retry_failed)
     rows = bad = answered = asked = 0
     keys: set[bytes] = set()

@@ -8,32 +8,41 @@ from pathlib import Path
 
 import pytest
 
+from jobs import plan
 from jobs.compose import compose
 from jobs.infer import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for line in README.splitlines() if re.match(r"(\w+=\S+ )*(eagleray infer|ray job submit) ", line)]
+COMMANDS = [line for line in README.splitlines() if re.match(r"(\w+=\S+ )*(eagleray (infer|plan)|ray job submit) ", line)]
 RUNNABLE = [line for line in COMMANDS if "docs/examples" in line]
+PLANS = [line for line in RUNNABLE if "eagleray plan " in line]
 
 
 def overrides(command: str) -> list[str]:
     words = shlex.split(command)
-    start = words.index("infer") if "infer" in words else words.index("jobs.infer")
+    start = next(at for at, word in enumerate(words) if word in ("infer", "plan", "jobs.infer"))
     return words[start + 1 :]
 
 
 def test_the_readme_shows_enough_examples() -> None:
     assert len(COMMANDS) >= 8
     assert len(RUNNABLE) >= 5
+    assert PLANS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_is_a_valid_configuration(command: str) -> None:
-    compose(overrides(command)).check()
+    compose(overrides(command)).check(runs="eagleray plan " not in command)
 
 
-@pytest.mark.parametrize("command", RUNNABLE)
+@pytest.mark.parametrize("command", PLANS)
+def test_the_plans_of_the_readme_run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert plan.main(overrides(command)) in (0, 3)
+
+
+@pytest.mark.parametrize("command", [command for command in RUNNABLE if command not in PLANS])
 def test_the_commands_of_the_readme_run(
     command: str, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,7 @@ def test_logprobs_are_of_the_model_and_name_the_alternatives(engine: Engine) -> 
 def test_logit_bias_moves_what_is_said(engine: Engine) -> None:
     first = ask(engine, "Hi", max_tokens=1).text
     assert first
-    token = engine._tokenize(first)[0]  # type: ignore[attr-defined]
+    token = engine.vocabulary.tokenize(first)[0]  # type: ignore[attr-defined]
     assert ask(engine, "Hi", max_tokens=1, logit_bias={str(token): -100}).text != first
     assert ask(engine, "Tell me.", max_tokens=3, logit_bias={str(token): 100}).text == first * 3
     error = failure(engine, user("Hi"), logit_bias={"9999999": 1})
@@ -174,7 +174,7 @@ def test_logit_bias_moves_what_is_said(engine: Engine) -> None:
 
 
 def test_penalties_keep_an_answer_from_repeating_itself(engine: Engine) -> None:
-    token = engine._tokenize(" yes")[0]  # type: ignore[attr-defined]
+    token = engine.vocabulary.tokenize(" yes")[0]  # type: ignore[attr-defined]
     say = {"logit_bias": {str(token): 30.0}, "max_tokens": 12}
     assert ask(engine, "Hello", **say).text == " yes" * 12
     assert ask(engine, "Hello", **say, repetition_penalty=5.0).text != " yes" * 12

@@ -1,0 +1,58 @@
+"""Chat templates: messages to the text of a prompt, as transformers renders it, without transformers."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from engines.text import for_template, load_chat_template
+from engines.types import ConfigError, invalid
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ChatTemplate:
+    """The chat template: `kwargs.chat_template`, else the model's own, else ChatML. Raises `ConfigError`."""
+
+    def __init__(self, kwargs: dict[str, Any], own: str | None, bos: str, eos: str) -> None:
+        text = load_chat_template(kwargs.get("chat_template")) or own or _CHATML
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        try:
+            # `generation` only marks what training looks at.
+            self.template = environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template is not valid Jinja: {error}") from None
+        self.variables = {"bos_token": bos, "eos_token": eos, **kwargs.get("chat_template_kwargs", {})}
+
+    def render(self, messages: list[Any], tools: list[dict[str, Any]] | None, effort: str | None) -> str:
+        """The prompt. Raises `EngineError("invalid_input")` where the template does."""
+        variables = {"tools": tools, "add_generation_prompt": True, **self.variables}
+        if effort is not None:
+            variables["reasoning_effort"] = effort
+        try:
+            return self.template.render(messages=[for_template(m) for m in messages], **variables)
+        except Exception as error:  # a template is a program: it may fail with anything
+            raise invalid(f"the chat template refused the messages: {error}"[:300]) from None
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+    # Jinja's own escapes HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
