@@ -156,8 +156,8 @@ class VLLMEngine(Engine):
 
     @property
     def concurrency(self) -> int:
-        # More than it runs at once: the next ones wait inside, and no step of the model goes without them.
-        return self.config.max_concurrency or self.max_num_seqs * 5 // 4
+        # Twice what it runs at once: rows of equal length end together, and the next ones must be inside by then.
+        return self.config.max_concurrency or 2 * self.max_num_seqs
 
     async def _generate(self, request: Request) -> Completion:
         return await asyncio.wrap_future(self._call(self._ask(request)))
