@@ -12,7 +12,9 @@ What it does to the logits is done by the same classes here, in the same order.
 peft, merged into the weights unless they are quantised. `kwargs` are those of `from_pretrained` (`torch_dtype`,
 `device_map`, `attn_implementation`, `quantization_config`, …), the attributes of the model's config and
   `load_in_4bit`, `load_in_8bit`   quantise with bitsandbytes; its `bnb_4bit_*` and `llm_int8_*` go along
-  `max_batch_size`                 rows decoded together (default: `max_concurrency`, or 16)
+  `max_batch_size`                 rows decoded together (default: `max_concurrency`, or 32)
+  `continuous_batching`            transformers' own, for rows that it can do (default: where flash attention is
+                                   installed on a GPU); or its settings, as transformers' `ContinuousBatchingConfig`
   `max_model_len`                  the context, prompt and answer (default: the config's `max_position_embeddings`)
   `chat_template`                  a template's text, or the path of a file of it
   `chat_template_kwargs`           further variables for it (`enable_thinking`, say)
@@ -41,6 +43,9 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from engines.base import Capabilities, Engine
+from engines.continuous import Continuous
+from engines.continuous import check as check_continuous
+from engines.continuous import suits as suits_continuous
 from engines.text import check_kwargs, cut_at_stop, for_template, load_chat_template, one_line, parse_tool_calls
 from engines.types import (
     DEFAULT_MAX_TOKENS,
@@ -57,13 +62,16 @@ from engines.types import (
     invalid,
 )
 
-_DEFAULT_BATCH = 16
+_DEFAULT_BATCH = 32
+# Rows in the engine where it batches continuously: as many as transformers runs at once.
+_CONTINUOUS = 1024
 # Requests that start together arrive one by one: the first waits this long after the latest for company.
 _GATHER_S = 0.01
-# Rows share a batch when their prompts differ by no more than this, or by half the oldest's: padding is computed too.
-_LENGTH_SLACK = 64
+# Rows share a batch when their prompts differ by no more than this, or by the oldest's length: padding is computed too.
+_LENGTH_SLACK = 256
 
 _OWN_KWARGS = {"max_batch_size": int, "max_model_len": int, "chat_template": str, "chat_template_kwargs": dict}
+_OWN_KWARGS |= {"continuous_batching": object}
 _QUANTIZE_KWARGS = inspect.signature(transformers.BitsAndBytesConfig).parameters.keys() - {"kwargs"}
 # What says where the config and the tokenizer are, too.
 _HUB_KWARGS = {"trust_remote_code", "code_revision", "cache_dir", "local_files_only", "token", "subfolder", "gguf_file"}
@@ -84,6 +92,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: FinishReason = "stop"
+    failed: bool = False  # transformers' continuous batching, at this row
     future: Future[_Row] = field(default_factory=Future)  # done, too, when whoever asked gave up
 
     def settle(self, error: BaseException | None = None) -> None:
@@ -125,6 +134,7 @@ class TransformersEngine(Engine):
         types = {**dict.fromkeys(passed, object), **_OWN_KWARGS}
         kwargs = check_kwargs(self.kind, self.config.kwargs, types, positive=("max_batch_size", "max_model_len"))
 
+        batching = check_continuous(kwargs.get("continuous_batching", False))
         options = hub | {name: value for name, value in kwargs.items() if name not in {*_OWN_KWARGS, *_QUANTIZE_KWARGS}}
         options.setdefault("dtype", options.pop("torch_dtype", "auto"))
         options.setdefault("device_map", "auto" if torch.cuda.is_available() else "cpu")
@@ -147,6 +157,9 @@ class TransformersEngine(Engine):
                 # Merging saves two small products a layer and step; into quantised weights it would round twice.
                 self.model = adapted if getattr(self.model, "is_quantized", False) else adapted.merge_and_unload()
         self.model.eval()
+        if "continuous_batching" not in kwargs and suits_continuous(self.model):
+            batching = {}
+        self.continuous = None if batching is None else Continuous(self.model, batching, self._hand_back)
 
         self.max_batch_size: int = kwargs.get("max_batch_size") or self.config.max_concurrency or _DEFAULT_BATCH
         settings = self.model.config.get_text_config()
@@ -165,7 +178,7 @@ class TransformersEngine(Engine):
     @property
     def concurrency(self) -> int:
         # More than one batch, so that there are lengths to choose from and the next batch is there in time.
-        return self.config.max_concurrency or 4 * self.max_batch_size
+        return self.config.max_concurrency or (_CONTINUOUS if self.continuous else 4 * self.max_batch_size)
 
     async def _generate(self, request: Request) -> Completion:
         rows = self._rows(request)
@@ -255,10 +268,13 @@ class TransformersEngine(Engine):
         while not self.closed:
             rows = self._next_batch()
             try:
-                self._run(rows)
+                with self.continuous.paused() if self.continuous and rows else contextlib.nullcontext():
+                    self._run(rows)
             except BaseException as error:  # a bug of ours or the library's: whoever asked gets it, the engine goes on
                 for row in rows:
                     row.settle(error)
+        if self.continuous:
+            self.continuous.close()
         self._receive()
         for row in [*rows, *self.waiting]:
             row.settle(EngineError("cancelled", "the engine was closed before this request was answered"))
@@ -269,19 +285,29 @@ class TransformersEngine(Engine):
             while True:
                 patience = 0 if self.closed or len(self.waiting) >= self.max_batch_size else _GATHER_S
                 row = self.inbox.get(timeout=patience if self.waiting or self.closed else None)
-                if row is not None:
+                if row is not None and not (self.continuous and not row.failed and self.continuous.take(row)):
                     self.waiting.append(row)
 
+    def _hand_back(self, row: _Row) -> None:
+        """For a row that transformers' continuous batching fails at; from any thread."""
+        row.failed = True
+        self.inbox.put(row)
+
     def _next_batch(self) -> list[_Row]:
-        """The oldest waiting row, so that nobody starves, and those nearest to it in length."""
+        """The oldest waiting row, so that nobody starves, and those near to it in length.
+
+        Cut from all that wait, sorted by length: taking the nearest ones would leave both ends for the last batch.
+        """
         self._receive()
         self.waiting = [row for row in self.waiting if not row.future.done()]
         if not self.waiting:
             return []
-        length = len(self.waiting[0].prompt)
-        slack = max(_LENGTH_SLACK, length // 2)
-        near = [row for row in self.waiting if abs(len(row.prompt) - length) <= slack]
-        batch = sorted(near, key=lambda row: abs(len(row.prompt) - length))[: self.max_batch_size]
+        oldest = self.waiting[0]
+        slack = max(_LENGTH_SLACK, len(oldest.prompt))
+        order = sorted(self.waiting, key=lambda row: len(row.prompt))
+        start = order.index(oldest) // self.max_batch_size * self.max_batch_size
+        cut = order[start : start + self.max_batch_size]
+        batch = [row for row in cut if abs(len(row.prompt) - len(oldest.prompt)) <= slack]
         self.waiting = [row for row in self.waiting if row not in batch]
         return batch
 

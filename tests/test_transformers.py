@@ -537,3 +537,104 @@ def test_errors_of_this_engine_are_the_projects_own(smollm2_checkpoint: Path) ->
     with pytest.raises(ConfigError):
         load_engine(config)
     assert issubclass(EngineError, Exception)
+
+
+# --- transformers' own continuous batching
+
+BLOCKS = {"num_blocks": 64, "page_size": 32, "max_batch_tokens": 256}
+
+
+@pytest.fixture(scope="module")
+def continuous(smollm2_checkpoint: Path) -> Iterator[TransformersEngine]:
+    with load(smollm2_checkpoint, continuous_batching=BLOCKS) as engine:
+        yield engine
+
+
+def taken(engine: TransformersEngine) -> int:
+    """How many rows the library has got so far."""
+    assert engine.continuous is not None
+    return engine.continuous.number
+
+
+def test_continuous_batching_answers_as_the_engines_own_batches_do(
+    engine: TransformersEngine, continuous: TransformersEngine
+) -> None:
+    rows = [ask(text, max_tokens=4 + 3 * i) for i, text in enumerate(QUESTIONS * 3)]
+    before = taken(continuous)
+    own, theirs = engine.infer(rows), continuous.infer(rows)
+    assert taken(continuous) == before + len(rows)
+    assert [(c.text, c.finish_reason, c.usage) for c in theirs] == [(c.text, c.finish_reason, c.usage) for c in own]
+    assert {c.finish_reason for c in own} == {"stop", "length"}
+
+
+def test_rows_beyond_continuous_batching_go_with_the_engines_own_batches_beside_it(
+    engine: TransformersEngine, continuous: TransformersEngine
+) -> None:
+    special = [
+        {"temperature": 1.0, "seed": 3}, {"temperature": 0.7}, {"stop": ["a"]}, {"logprobs": 1}, {"presence_penalty": 1.0},
+        {"repetition_penalty": 1.3}, {"logit_bias": {"5": -2}},
+    ]  # fmt: skip
+    rows = [ask(RAIN, max_tokens=12, **more) for more in special] + [ask(text, max_tokens=12) for text in QUESTIONS]
+    before = taken(continuous)
+    own, theirs = engine.infer(rows), continuous.infer(rows)
+    assert all(c.error is None for c in theirs)
+    assert taken(continuous) == before + len(QUESTIONS)
+    same = [i for i in range(len(rows)) if i != 1]  # that one is a draw
+    assert [theirs[i].text for i in same] == [own[i].text for i in same]
+
+
+def test_the_first_rows_settings_are_those_of_continuous_batching(smollm2_checkpoint: Path) -> None:
+    with load(smollm2_checkpoint, continuous_batching=BLOCKS) as engine:
+        drawn = engine.infer([ask(RAIN, max_tokens=8, temperature=1.5, top_k=50, n=2) for _ in range(3)])
+        assert taken(engine) == 6
+        assert len({choice.message["content"] for c in drawn for choice in c.choices}) > 1
+        assert one(engine, RAIN, max_tokens=8).error is None
+        assert taken(engine) == 6
+
+
+def test_what_continuous_batching_has_no_room_for_or_fails_at_is_answered_all_the_same(
+    smollm2_checkpoint: Path, engine: TransformersEngine
+) -> None:
+    long = "word " * 300
+    with load(smollm2_checkpoint, continuous_batching={**BLOCKS, "num_blocks": 8}) as small:
+        found = small.infer([ask(RAIN, max_tokens=8), ask(long, max_tokens=8)])
+        assert taken(small) == 1
+        assert [c.text for c in found] == [c.text for c in engine.infer([ask(RAIN, max_tokens=8), ask(long, max_tokens=8)])]
+
+        assert small.continuous is not None
+        small.continuous.manager.batch_processor.model_runner = None  # as if the library had a bug: its thread ends
+        with pytest.warns(UserWarning, match="continuous batching failed, and is switched off"):
+            again = one(small, RAIN, max_tokens=8)
+        assert again.text == found[0].text
+        assert one(small, RAIN, max_tokens=8).text == found[0].text
+
+
+def test_cancelled_rows_leave_continuous_batching_and_closing_ends_the_rest(smollm2_checkpoint: Path) -> None:
+    engine = load(smollm2_checkpoint, continuous_batching=BLOCKS)
+
+    async def give_up() -> None:
+        params = GenerationParams.parse({"max_tokens": 500})
+        await asyncio.wait_for(engine.generate(Request(ask(RAIN)["messages"], params)), 1.0)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    assert engine.continuous is not None
+    assert not engine.continuous.rows
+    assert one(engine, FRANCE, max_tokens=4).error is None
+    threading.Timer(1.0, engine.close).start()
+    error = one(engine, RAIN, max_tokens=2000).error
+    assert error is not None
+    assert error.type == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"num_block": 3}, "engine.kwargs.continuous_batching.num_block is not known to engine=transformers (did you mean"),
+        ("yes", "engine.kwargs.continuous_batching must be true, false or a mapping, not 'yes'"),
+    ],
+)
+def test_wrong_settings_of_continuous_batching_are_named(smollm2_checkpoint: Path, given: Any, reason: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(smollm2_checkpoint, continuous_batching=given)
+    assert reason in str(error.value)
