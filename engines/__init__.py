@@ -28,6 +28,7 @@ from engines.types import (
 if TYPE_CHECKING:
     from engines.echo import EchoEngine
     from engines.llamacpp import LlamaCppEngine
+    from engines.sglang import SGLangEngine
     from engines.transformers import TransformersEngine
     from engines.vllm import VLLMEngine
 
@@ -50,6 +51,7 @@ __all__ = [
     "Message",
     "Price",
     "Request",
+    "SGLangEngine",
     "ToolCall",
     "TransformersEngine",
     "Usage",

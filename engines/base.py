@@ -169,6 +169,7 @@ REGISTRY: dict[str, tuple[str, str | None, str]] = {
     "llamacpp": ("engines.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
     "transformers": ("engines.transformers:TransformersEngine", "transformers", "transformers"),
     "vllm": ("engines.vllm:VLLMEngine", "vllm", "vllm"),
+    "sglang_offline": ("engines.sglang:SGLangEngine", "sglang", "sglang"),
     "bedrock": ("engines.remote.bedrock:BedrockEngine", "boto3", "bedrock"),
 }
 
@@ -195,7 +196,7 @@ _HTTP_ENGINE = ("engines.remote.engine:RemoteEngine", None, "")
 REGISTRY |= dict.fromkeys(HTTP_ENGINES, _HTTP_ENGINE)
 
 # These hold one model: the model names in an OpenAI batch file's lines do not apply to them.
-SINGLE_MODEL_KINDS = frozenset(("llamacpp", "transformers", "vllm"))
+SINGLE_MODEL_KINDS = frozenset(("llamacpp", "transformers", "vllm", "sglang_offline"))
 
 
 def engine_class(kind: str, provider: Mapping[str, Any] | None = None) -> type[Engine]:

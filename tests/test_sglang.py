@@ -1,0 +1,189 @@
+"""`engine=sglang_offline`: how its server is started, asked, and ended. SGLang itself needs a GPU: see the last test."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engines import ConfigError, Engine, Request, load_engine
+from engines.base import EngineConfig
+from engines.types import GenerationParams
+from pipeline.config import HardwareConfig
+from pipeline.placement import placement
+
+# What stands in for the package: a server of the same command line and paths, which tells what it was given.
+SERVER = """
+import argparse, json, os, subprocess, sys
+from aiohttp import web
+
+parser = argparse.ArgumentParser()
+for flag in ("--model-path", "--host", "--port", "--chat-template", "--tensor-parallel-size", "--json-model-override-args"):
+    parser.add_argument(flag)
+parser.add_argument("--lora-paths", nargs="*")
+parser.add_argument("--enable-lora", action="store_true")
+flags = parser.parse_args()
+if flags.chat_template == "broken":
+    sys.exit("Traceback\\nValueError: there is no template of that name\\nsee the log")
+helper = subprocess.Popen(["sleep", "1000"])  # like its scheduler
+
+async def chat(request):
+    body = await request.json()
+    text = body["messages"][-1]["content"]
+    if text == "die":
+        print("RuntimeError: out of memory", flush=True)
+        os._exit(1)
+    if text == "wait":
+        import asyncio
+        await asyncio.sleep(1000)
+    answer = {"role": "assistant", "content": json.dumps({"body": body, "flags": vars(flags), "helper": helper.pid})}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    return web.json_response({"choices": [{"index": 0, "message": answer, "finish_reason": "stop"}], "usage": usage})
+
+async def health(request):
+    return web.Response()
+
+app = web.Application()
+app.add_routes([web.get("/health", health), web.post("/v1/chat/completions", chat)])
+web.run_app(app, host=flags.host, port=int(flags.port), print=None)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    folder = tmp_path / "sglang"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "launch_server.py").write_text(SERVER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def load(**keys: object) -> Engine:
+        return load_engine("sglang_offline", **{"model": "some/model", **keys})
+
+    return load
+
+
+def told(engine: Engine, **row: object) -> dict:
+    import json
+
+    (completion,) = engine.infer([{"messages": [{"role": "user", "content": "Hi"}], **row}])
+    assert completion.error is None, completion.error
+    assert completion.model == "some/model"
+    assert completion.engine == "sglang_offline"
+    return json.loads(completion.text or "")
+
+
+def test_keywords_become_flags_and_rows_are_asked_greedily_and_bounded(start: Callable[..., Engine]) -> None:
+    override = {"rope_theta": 1000}
+    kwargs = {"tensor_parallel_size": 2, "json_model_override_args": override, "chat_template": None}
+    with start(kwargs=kwargs) as engine:
+        found = told(engine)
+        assert found["flags"]["model_path"] == "some/model"
+        assert found["flags"]["tensor_parallel_size"] == "2"
+        assert found["flags"]["json_model_override_args"] == '{"rope_theta": 1000}'
+        assert not found["flags"]["enable_lora"]
+        assert found["body"]["temperature"] == 0
+        assert found["body"]["max_tokens"] == 1024
+        assert told(engine, generation={"temperature": 0.5, "max_tokens": 3})["body"]["max_tokens"] == 3
+
+
+def test_adapters_go_by_name(start: Callable[..., Engine]) -> None:
+    with start(adapter="some/adapter", kwargs={"lora_paths": ["adapter=some/adapter", "other=some/other"]}) as engine:
+        found = told(engine)
+        assert found["flags"]["enable_lora"]
+        assert found["body"]["model"] == "some/model:adapter"
+        assert told(engine, adapter="some/adapter")["body"]["model"] == "some/model:adapter"
+        assert told(engine, adapter="other")["body"]["model"] == "some/model:other"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"tensor_paralel_size": 2}, "unrecognized arguments: --tensor-paralel-size 2"),
+        ({"port": 1}, "engine.kwargs.port is set by engine=sglang_offline itself"),
+    ],
+)
+def test_flags_that_do_not_go_are_named(start: Callable[..., Engine], kwargs: dict, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        start(kwargs=kwargs)
+
+
+def test_what_the_server_cannot_start_for_is_told(start: Callable[..., Engine]) -> None:
+    from engines.types import EngineError
+
+    with pytest.raises(EngineError, match="cannot start: ValueError: there is no template of that name") as error:
+        start(kwargs={"chat_template": "broken"})
+    assert error.value.type == "engine_crash"  # another node may do
+
+
+def test_a_server_that_dies_takes_the_rows_in_it_with_it_at_once(start: Callable[..., Engine]) -> None:
+    async def ask(engine: Engine) -> list:
+        rows = [Request([{"role": "user", "content": text}], GenerationParams()) for text in ("wait", "wait", "die")]
+        return await asyncio.gather(*(engine.generate(row) for row in rows))
+
+    with start() as engine:
+        for completion in asyncio.run(ask(engine)):
+            assert completion.error.type == "engine_crash"
+            assert completion.error.message == "SGLang died: RuntimeError: out of memory"
+        (later,) = engine.infer([{"messages": [{"role": "user", "content": "Hi"}]}])
+        assert later.error is not None
+        assert later.error.type == "engine_crash"
+
+
+def gone(pid: int) -> bool:
+    for _ in range(150):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_nothing_stays_when_the_engine_is_closed_or_its_process_killed(start: Callable[..., Engine]) -> None:
+    with start() as engine:
+        helper = told(engine)["helper"]
+        assert psutil.pid_exists(helper)
+    assert gone(helper)
+
+    code = """
+import json, sys, time
+from engines import load_engine
+engine = load_engine("sglang_offline", model="some/model")
+(found,) = engine.infer([{"messages": [{"role": "user", "content": "Hi"}]}])
+print(json.loads(found.text)["helper"], flush=True)
+time.sleep(1000)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    helper = int(owner.stdout.readline())
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    assert gone(helper)
+
+
+def test_its_parallel_sizes_reserve_gpus() -> None:
+    sizes = {"tensor_parallel_size": 4}
+    found = placement(HardwareConfig(gpus=None), EngineConfig(kind="sglang_offline", kwargs=sizes))
+    assert sum(bundle.get("GPU", 0) for bundle in found.bundles) == 4
+
+
+@pytest.mark.gpu
+def test_sglang_itself_answers() -> None:
+    from tests.checkpoint import checkpoint_dir
+
+    if importlib.util.find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed here: pip install 'eagleray[sglang]' on a machine with a GPU")
+    with load_engine("sglang_offline", model=str(checkpoint_dir()), kwargs={"mem_fraction_static": 0.4}) as engine:
+        ask = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+        (found,) = engine.infer([ask], {"max_tokens": 16})
+        assert found.error is None
+        assert "Paris" in (found.text or "")
