@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from rich.console import Console
 
 from jobs.compose import compose
 from pipeline.run import Outcome, run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none; `-rs`, in pyproject.toml, lists them."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and shutil.which("nvidia-smi") is None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and nvidia-smi finds none here"))
 
 
 @pytest.fixture(scope="session")

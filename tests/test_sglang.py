@@ -1,9 +1,8 @@
-"""`engine=sglang_offline`: how its server is started, asked, and ended. SGLang itself needs a GPU: see the last test."""
+"""`engine=sglang_offline`: how its server is started, asked, and ended. SGLang itself needs a GPU: tests/test_gpu.py."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import signal
 import subprocess
@@ -174,16 +173,3 @@ def test_its_parallel_sizes_reserve_gpus() -> None:
     sizes = {"tensor_parallel_size": 4}
     found = placement(HardwareConfig(gpus=None), EngineConfig(kind="sglang_offline", kwargs=sizes))
     assert sum(bundle.get("GPU", 0) for bundle in found.bundles) == 4
-
-
-@pytest.mark.gpu
-def test_sglang_itself_answers() -> None:
-    from tests.checkpoint import checkpoint_dir
-
-    if importlib.util.find_spec("sglang") is None:
-        pytest.skip("SGLang is not installed here: pip install 'eagleray[sglang]' on a machine with a GPU")
-    with load_engine("sglang_offline", model=str(checkpoint_dir()), kwargs={"mem_fraction_static": 0.4}) as engine:
-        ask = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
-        (found,) = engine.infer([ask], {"max_tokens": 16})
-        assert found.error is None
-        assert "Paris" in (found.text or "")
