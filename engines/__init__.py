@@ -28,7 +28,7 @@ from engines.types import (
 if TYPE_CHECKING:
     from engines.echo import EchoEngine
     from engines.llamacpp import LlamaCppEngine
-    from engines.sglang import SGLangEngine
+    from engines.sglang import SGLangOfflineEngine
     from engines.transformers import TransformersEngine
     from engines.vllm import VLLMEngine
 
@@ -51,7 +51,7 @@ __all__ = [
     "Message",
     "Price",
     "Request",
-    "SGLangEngine",
+    "SGLangOfflineEngine",
     "ToolCall",
     "TransformersEngine",
     "Usage",

@@ -169,7 +169,7 @@ REGISTRY: dict[str, tuple[str, str | None, str]] = {
     "llamacpp": ("engines.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
     "transformers": ("engines.transformers:TransformersEngine", "transformers", "transformers"),
     "vllm": ("engines.vllm:VLLMEngine", "vllm", "vllm"),
-    "sglang_offline": ("engines.sglang:SGLangEngine", "sglang", "sglang"),
+    "sglang_offline": ("engines.sglang:SGLangOfflineEngine", "sglang", "sglang"),
     "bedrock": ("engines.remote.bedrock:BedrockEngine", "boto3", "bedrock"),
 }
 

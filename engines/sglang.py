@@ -32,7 +32,7 @@ _LOOK_S = 0.5  # how often to look whether the server is there
 _MINE = ("model_path", "host", "port", "revision")  # flags that are set here
 
 
-class SGLangEngine(RemoteEngine):
+class SGLangOfflineEngine(RemoteEngine):
     """One model on as many GPUs as its parallel sizes say."""
 
     kind = "sglang_offline"
