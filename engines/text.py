@@ -53,9 +53,14 @@ def load_chat_template(given: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: text content, a role they know, the arguments of calls as objects."""
-    plain: dict[str, Any] = {**message, "content": text_of(message) or ""}
+def for_template(message: Message, parts: bool = False) -> dict[str, Any]:
+    """A message as chat templates expect it: text content, a role they know, the arguments of calls as objects.
+
+    `parts` leaves the content as the list that templates of models with images expect.
+    """
+    content = message.get("content")
+    texts = [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
+    plain: dict[str, Any] = {**message, "content": texts if parts else text_of(message) or ""}
     if plain["role"] == "developer":
         plain["role"] = "system"
     if calls := message.get("tool_calls"):

@@ -1,5 +1,7 @@
 """`engine=transformers`: any causal language model of Hugging Face transformers, on any device it runs on.
 
+Models that see take images, too, through their processor (engines/vision.py).
+
 One thread owns the model. It takes the oldest waiting row and those nearest to it in prompt length, decodes them
 together (left padding, one KV cache), and drops rows from the batch as they finish. Every row has its own sampling
 settings, random numbers, stops and limit, so what shares a batch with it changes nothing but the last bits of
@@ -32,9 +34,10 @@ import inspect
 import queue
 import random
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,7 @@ from engines.types import (
     answer,
     invalid,
 )
+from engines.vision import Vision, has_images, sees, shapes, together
 
 _DEFAULT_BATCH = 32
 # Rows in the engine where it batches continuously: as many as transformers runs at once.
@@ -89,6 +93,7 @@ class _Row:
     limit: int  # tokens it may have
     stop_ids: frozenset[int]
     generator: torch.Generator
+    images: dict[str, torch.Tensor] = field(default_factory=dict)  # what the processor made of them, a batch of one
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: FinishReason = "stop"
@@ -130,6 +135,7 @@ class TransformersEngine(Engine):
             hub["revision"] = self.config.revision
         with _loading("engine.model", source):
             settings = transformers.AutoConfig.from_pretrained(source, **hub)
+        self.sees = sees(settings)
         passed = {*_HUB_KWARGS, *_MODEL_KWARGS, *_QUANTIZE_KWARGS, *settings.to_dict(), *settings.attribute_map}
         types = {**dict.fromkeys(passed, object), **_OWN_KWARGS}
         kwargs = check_kwargs(self.kind, self.config.kwargs, types, positive=("max_batch_size", "max_model_len"))
@@ -145,8 +151,10 @@ class TransformersEngine(Engine):
         with _loading("engine.model", source):
             if quantized:
                 options["quantization_config"] = transformers.BitsAndBytesConfig(**quantize)
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+            auto = transformers.AutoModelForImageTextToText if self.sees else transformers.AutoModelForCausalLM
+            self.model = auto.from_pretrained(source, **options)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **hub)
+        self.vision = self._processor(source, hub) if self.sees else None
         self.forward_takes = inspect.signature(self.model.forward).parameters.keys()
         if self.config.adapter:
             adapter = _place("engine.adapter", self.config.adapter)
@@ -157,8 +165,10 @@ class TransformersEngine(Engine):
                 # Merging saves two small products a layer and step; into quantised weights it would round twice.
                 self.model = adapted if getattr(self.model, "is_quantized", False) else adapted.merge_and_unload()
         self.model.eval()
-        if "continuous_batching" not in kwargs and suits_continuous(self.model):
+        if "continuous_batching" not in kwargs and suits_continuous(self.model) and not self.sees:
             batching = {}
+        if batching is not None and self.sees:
+            raise ConfigError("engine.kwargs.continuous_batching is for models of text only")
         self.continuous = None if batching is None else Continuous(self.model, batching, self._hand_back)
 
         self.max_batch_size: int = kwargs.get("max_batch_size") or self.config.max_concurrency or _DEFAULT_BATCH
@@ -171,9 +181,21 @@ class TransformersEngine(Engine):
         # A stop text that is a token of its own never shows in the text, which leaves such tokens out.
         self.special: dict[str, int] = self.tokenizer.get_added_vocab()
         self.template_variables: dict[str, Any] = kwargs.get("chat_template_kwargs", {})
-        self.tokenizer.chat_template = load_chat_template(kwargs.get("chat_template")) or self.tokenizer.chat_template
+        own = self.vision.processor.chat_template if self.vision else self.tokenizer.chat_template
+        self.tokenizer.chat_template = load_chat_template(kwargs.get("chat_template")) or own
         if not self.tokenizer.chat_template:
             raise ConfigError(f"'{self.config.model}' has no chat template: give one in engine.kwargs.chat_template")
+
+    def _processor(self, source: str, hub: dict[str, Any]) -> Vision | None:
+        """None, said aloud, where only the images' part fails: text goes without it."""
+        try:
+            return Vision(source, hub)
+        except Exception as error:  # a package that is missing, most often
+            warnings.warn(f"'{source}' answers text only, its processor cannot be loaded: {one_line(error)}", stacklevel=2)
+            return None
+
+    def capabilities_for(self, request: Request) -> Capabilities:
+        return replace(self.capabilities, images=self.vision is not None)
 
     @property
     def concurrency(self) -> int:
@@ -181,7 +203,8 @@ class TransformersEngine(Engine):
         return self.config.max_concurrency or (_CONTINUOUS if self.continuous else 4 * self.max_batch_size)
 
     async def _generate(self, request: Request) -> Completion:
-        rows = self._rows(request)
+        # Images take their time to be fetched and cut up; text does not, and a thread would cost more.
+        rows = await asyncio.to_thread(self._rows, request) if has_images(request.messages) else self._rows(request)
         for row in rows:
             self.inbox.put(row)
         try:
@@ -202,7 +225,7 @@ class TransformersEngine(Engine):
         for token in params.logit_bias or ():
             if not 0 <= int(token) < self.vocab:
                 raise invalid(f"logit_bias names the token {token}, the vocabulary has {self.vocab}")
-        prompt = self._prompt(request.messages, params)
+        prompt, images = self._prompt(request.messages, params)
         limit = params.max_tokens or DEFAULT_MAX_TOKENS
         if self.context is not None:
             if len(prompt) >= self.context:
@@ -213,9 +236,9 @@ class TransformersEngine(Engine):
         stop_ids = self.eos | stop_tokens | frozenset(params.stop_token_ids or ())
         seed = random.getrandbits(62) if params.seed is None else params.seed
         generators = [torch.Generator(self.device).manual_seed((seed + i) % 2**63) for i in range(params.n or 1)]
-        return [_Row(prompt, params, limit, stop_ids, generator) for generator in generators]
+        return [_Row(prompt, params, limit, stop_ids, generator, images) for generator in generators]
 
-    def _prompt(self, messages: list[Message], params: GenerationParams) -> list[int]:
+    def _prompt(self, messages: list[Message], params: GenerationParams) -> tuple[list[int], dict[str, torch.Tensor]]:
         if params.tool_choice not in (None, "auto", "none"):
             raise invalid("engine=transformers supports tool_choice auto and none only")
         tools = None if params.tool_choice == "none" else params.tools
@@ -225,18 +248,24 @@ class TransformersEngine(Engine):
         for name in wanted:
             if name not in template:
                 raise invalid(f"the chat template of '{self.config.model}' has no place for {name}")
+        variables = self.template_variables | wanted
+        images: dict[str, torch.Tensor] = {}
+        prompt: list[int]
         try:
-            prompt: list[int] = self.tokenizer.apply_chat_template(
-                [for_template(message) for message in messages],
-                add_generation_prompt=True,
-                return_dict=False,
-                **(self.template_variables | wanted),
-            )
+            if self.vision and has_images(messages):
+                prompt, images = self.vision.read(messages, self.tokenizer.chat_template, variables)
+            else:
+                shown = [for_template(message, parts=self.sees) for message in messages]
+                prompt = self.tokenizer.apply_chat_template(
+                    shown, add_generation_prompt=True, return_dict=False, **variables
+                )
+        except EngineError:
+            raise
         except Exception as error:  # a template is a program that came with the model: it may raise anything
             raise invalid(f"the chat template refuses these messages: {one_line(error)}") from error
         if not prompt:
             raise invalid("the chat template makes an empty prompt of these messages")
-        return prompt
+        return prompt, images
 
     def _choice(self, row: _Row) -> Choice:
         text = cut_at_stop(self._text(row.tokens), row.params.stop or ())
@@ -285,7 +314,7 @@ class TransformersEngine(Engine):
             while True:
                 patience = 0 if self.closed or len(self.waiting) >= self.max_batch_size else _GATHER_S
                 row = self.inbox.get(timeout=patience if self.waiting or self.closed else None)
-                if row is not None and not (self.continuous and not row.failed and self.continuous.take(row)):
+                if row is not None and (row.failed or not self.continuous or not self.continuous.take(row)):
                     self.waiting.append(row)
 
     def _hand_back(self, row: _Row) -> None:
@@ -294,7 +323,7 @@ class TransformersEngine(Engine):
         self.inbox.put(row)
 
     def _next_batch(self) -> list[_Row]:
-        """The oldest waiting row, so that nobody starves, and those near to it in length.
+        """The oldest waiting row, so that nobody starves, and those near to it in length and alike in their images.
 
         Cut from all that wait, sorted by length: taking the nearest ones would leave both ends for the last batch.
         """
@@ -304,7 +333,8 @@ class TransformersEngine(Engine):
             return []
         oldest = self.waiting[0]
         slack = max(_LENGTH_SLACK, len(oldest.prompt))
-        order = sorted(self.waiting, key=lambda row: len(row.prompt))
+        alike = [row for row in self.waiting if shapes(row) == shapes(oldest)]
+        order = sorted(alike, key=lambda row: len(row.prompt))
         start = order.index(oldest) // self.max_batch_size * self.max_batch_size
         cut = order[start : start + self.max_batch_size]
         batch = [row for row in cut if abs(len(row.prompt) - len(oldest.prompt)) <= slack]
@@ -334,7 +364,9 @@ class TransformersEngine(Engine):
         texts = [torch.tensor(row.prompt + row.tokens, device=self.device) for row in rows]
         ids = pad_sequence(texts, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        images = together(rows, self.device, self.model.dtype)
+        # Along with the mask, or in more than one dimension where the model has images in the plane.
+        positions = self.model._prepare_position_ids_for_generation(ids, {"attention_mask": mask, **images})
         cache = None
         while not self.closed:
             inputs = {
@@ -345,7 +377,8 @@ class TransformersEngine(Engine):
                 "use_cache": True,
                 "logits_to_keep": 1,
             }
-            output = self.model(**{name: value for name, value in inputs.items() if name in self.forward_takes})
+            known = {name: value for name, value in inputs.items() if name in self.forward_takes}
+            output = self.model(**known, **(images if cache is None else {}))
             cache = output.past_key_values
             logits = output.logits[:, -1].to(self.device, torch.float32)
             tokens = _choose(rows, logits)
@@ -354,12 +387,12 @@ class TransformersEngine(Engine):
             live = [i for i, row in enumerate(rows) if not row.future.done()]
             if not live:
                 return
-            ids, positions = tokens[:, None], positions[:, -1:] + 1
+            ids, positions = tokens[:, None], positions[..., -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             if len(live) < len(rows):
                 index = torch.tensor(live, device=self.device)
                 rows = [rows[i] for i in live]
-                ids, mask, positions = ids[index], mask[index], positions[index]
+                ids, mask, positions = ids[index], mask[index], positions[..., index, :]
                 cache.reorder_cache(index)  # like `batch_select_indices`, but every kind of cache layer has it
 
     def _advance(self, row: _Row, token: int, logits: torch.Tensor) -> None:

@@ -55,6 +55,12 @@ def smollm2_adapters() -> list[Path]:
     return [adapter_dir(seed) for seed in range(4)]
 
 
+@pytest.fixture(scope="session")
+def tiny_llava() -> Path:
+    """A LLaVA with random weights and the tokenizer of SmolLM2: what it says is noise, but the same noise each time."""
+    return _made_once(f"tiny-llava-v{_VERSION}", _write_llava)
+
+
 def _made_once(name: str, write: Callable[[Path], None]) -> Path:
     """`cache_dir()/name`, written by whoever comes first. It appears by one rename, so nobody sees a part of it."""
     from filelock import FileLock
@@ -105,3 +111,48 @@ def _write_adapter(path: Path, seed: int) -> None:
             if "lora_" in name:  # peft starts B at zero, which changes nothing
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.03)
     adapted.save_pretrained(path)
+
+
+_LLAVA_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _write_llava(path: Path) -> None:
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint_dir())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
+            eos_token_id=tokenizer.eos_token_id,
+            **sizes,
+        ),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, image_size=32, patch_size=8, **sizes
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
+    pixels = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.LlavaProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=_LLAVA_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(path)

@@ -331,7 +331,7 @@ def test_a_template_of_ones_own_takes_tools_variables_and_refuses_rows(smollm2_c
             {"role": "assistant", "content": None, "tool_calls": [call]},
         ]
         for choice, names in ((None, "[weather]"), ("none", "")):
-            prompt = engine._prompt(messages, GenerationParams(tools=tools, tool_choice=choice))
+            prompt, _ = engine._prompt(messages, GenerationParams(tools=tools, tool_choice=choice))
             assert engine.tokenizer.decode(prompt) == f"Oh {names}systemRome"
         refused = one(engine, "no")
         assert refused.error is not None and refused.error.type == "invalid_input"

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from engines.remote.media import image_of
+from engines.media import image_of
 from engines.remote.provider import Provider, inline_refs, put
 from engines.types import (
     Choice,

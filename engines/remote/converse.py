@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
+from engines.media import image_of
 from engines.remote.chat import bad_response, count
-from engines.remote.media import image_of
 from engines.remote.messages import _call_id, call_of, split
 from engines.remote.provider import Provider, put
 from engines.types import (

@@ -7,8 +7,8 @@ from typing import Any
 
 import orjson
 
+from engines.media import image_of
 from engines.remote.chat import bad_response, count, inlined
-from engines.remote.media import image_of
 from engines.remote.provider import Provider, put
 from engines.types import (
     Choice,
