@@ -123,8 +123,8 @@ def markdown(results: dict[str, Any]) -> str:
             rows.append(("… against a bare AsyncLLM, all submitted at once", f"{one['ratio']:.3f}", "≥ 0.97"))
         if one := found.get("order"):
             rows.append(("vllm, two replicas, shared prompts: by prefix against in turn", f"{one['ratio']:.2f}", "≥ 1.3"))
-        if one := found.get("peers"):
-            rows.append((f"vllm, {one['rows']} rows, the whole command, s", f"{one['eagleray']}", ""))
+        for one in filter(None, (found.get("peers"), found.get("long"))):
+            rows.append((f"vllm, {one['rows']:,} rows, the whole command, s", f"{one['eagleray']}", ""))
             rows.append(("… `vllm run-batch`, s", f"{one['run_batch']}", "more"))
             rows.append(("… `ray.data.llm`, s", f"{one['ray_data_llm']}", "more"))
     lines = [f"{results['date']}, {results['machine']['cpus']} CPUs, Python {results['machine']['python']}", ""]

@@ -3,7 +3,8 @@
 SmolLM2-135M as a checkpoint (made by tests/checkpoint.py), eager, one machine. Each step takes turns:
 - `engine`: 256 questions through ours, and through a bare `AsyncLLM.generate` with everything submitted at once;
 - `order`: prompts of 1,000 shared tokens over two engines of a small cache, by prefix and in turn;
-- `peers`: whole commands, loading included: `eagleray infer`, `vllm run-batch`, `ray.data.llm`.
+- `peers` and `long`: whole commands over 256 and 1,319 rows, loading included: `eagleray infer`, `vllm run-batch`,
+  `ray.data.llm`.
 """
 
 from __future__ import annotations
@@ -195,5 +196,6 @@ def run(data: Path | None, step: str = "") -> dict[str, Any]:
         "engine": lambda: engine_against_bare(data, rows=256, tokens=64, repeats=3),
         "order": order,
         "peers": lambda: peers(data, rows=256, tokens=64),
+        "long": lambda: peers(data, rows=1319, tokens=64),
     }
     return {name: measure() for name, measure in steps.items() if step in ("", name)}

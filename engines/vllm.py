@@ -8,10 +8,12 @@ parsers, structured output, images, log probabilities and adapters are vLLM's ow
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import threading
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,7 +141,8 @@ class VLLMEngine(Engine):
 
     async def _start(self, args: Any) -> None:
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-        self.llm = AsyncLLM.from_vllm_config(vllm_config)
+        with _both_cores(vllm_config.parallel_config.world_size):
+            self.llm = AsyncLLM.from_vllm_config(vllm_config)
         await init_app_state(self.llm, self.state, args, await self.llm.get_supported_tasks())
         self.max_model_len = vllm_config.model_config.max_model_len
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -218,6 +221,21 @@ class VLLMEngine(Engine):
         if self.llm.output_handler is not None:  # or it would report the end of the engine as a disaster
             self.llm.output_handler.cancel()
         self.llm.shutdown(timeout=10)
+
+
+@contextlib.contextmanager
+def _both_cores(ranks: int) -> Iterator[None]:
+    """vLLM on CPU keeps a core free for its scheduler: of two that is half, and both make 1.3 times the tokens."""
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    cores = os.sched_getaffinity(0) if current_platform.is_cpu() and ranks == 1 else ()
+    if len(cores) != 2 or {name, "VLLM_CPU_NUM_OF_RESERVED_CPU"} & os.environ.keys():
+        yield
+        return
+    os.environ[name] = ",".join(map(str, sorted(cores)))
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _adapter_path(adapter: str) -> Path:
