@@ -1,6 +1,6 @@
 """`make bench`: every figure the project claims, measured here and now, as JSON and as a Markdown table.
 
-    python -m bench [--out bench/results] [--only llamacpp,transformers,vllm,pipeline,remote]
+    python -m bench [--out bench/results] [--only llamacpp,transformers,vllm,pipeline,remote,batch]
                     [--only remote.faults]
                     [--sizes 100000,1000000]
 
@@ -22,7 +22,7 @@ from typing import Any
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--only", default="llamacpp,transformers,vllm,pipeline,remote")
+    parser.add_argument("--only", default="llamacpp,transformers,vllm,pipeline,remote,batch")
     parser.add_argument("--sizes", default="100000,1000000")
     args = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
@@ -51,6 +51,10 @@ def main() -> None:
 
         step = args.only.partition("vllm.")[2].partition(",")[0]
         results["vllm"] = {**results.get("vllm", {}), **vllm.run(gsm8k(), step)}
+    if "batch" in args.only:
+        from bench import batch
+
+        results["batch"] = batch.run()
     path.write_text(json.dumps(results, indent=2) + "\n")
     table = markdown(results)
     args.out.with_suffix(".md").write_text(table)
@@ -127,6 +131,9 @@ def markdown(results: dict[str, Any]) -> str:
             rows.append((f"vllm, {one['rows']:,} rows, the whole command, s", f"{one['eagleray']}", ""))
             rows.append(("… `vllm run-batch`, s", f"{one['run_batch']}", "more"))
             rows.append(("… `ray.data.llm`, s", f"{one['ray_data_llm']}", "more"))
+    for one in results.get("batch", []):
+        rows.append((f"batch API, {one['rows']:,} rows in {one['batches']} files: s", f"{one['seconds']}", ""))
+        rows.append(("… peak MiB of the run's process", f"{one['peak_mib']}", "flat"))
     lines = [f"{results['date']}, {results['machine']['cpus']} CPUs, Python {results['machine']['python']}", ""]
     lines += ["| what | measured | goal |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
+from engines.batch.api import Batches
 from engines.types import (
     Completion,
     ConfigError,
@@ -46,6 +47,11 @@ class Price:
     input: float = 0.0
     cached_input: float | None = None  # None: as `input`
     output: float = 0.0
+
+    def of(self, input: int, cached_input: int, output: int) -> float:
+        """What so many tokens cost; the cached ones are among the input."""
+        cached = self.cached_input if self.cached_input is not None else self.input
+        return ((input - cached_input) * self.input + cached_input * cached + output * self.output) / 1e6
 
 
 @dataclass(slots=True)
@@ -228,7 +234,7 @@ def load_engine(kind: str | EngineConfig, **keys: Any) -> Engine:
     return FallbackEngine(config)
 
 
-class Engine(ABC):
+class Engine(Batches, ABC):
     """Base class. A subclass loads its model in `_load` and answers in `_generate`; both may raise our errors only.
 
     `generate` may be awaited from any number of tasks at once: engines batch by themselves.
@@ -260,12 +266,7 @@ class Engine(ABC):
         """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs."""
         started = time.perf_counter()
         try:
-            capabilities = self.capabilities_for(request)
-            if self.config.unsupported == "drop":
-                request = self._without_unsupported(request, capabilities)
-            if refused := capabilities.refuse(request, self.config):
-                raise refused
-            completion = await self._generate(request)
+            completion = await self._generate(self.prepared(request))
         except EngineError as error:
             completion = Completion(error=Failure.of(error), attempts=error.attempts)
         if not completion.latency_s:  # a remote engine tells how long the answer itself took, without the waits before it
@@ -274,6 +275,15 @@ class Engine(ABC):
         if completion.model is None:
             completion.model = request.model or self.config.model
         return completion
+
+    def prepared(self, request: Request) -> Request:
+        """The request as this engine can serve it. Raises `EngineError("invalid_input")` where it cannot."""
+        capabilities = self.capabilities_for(request)
+        if self.config.unsupported == "drop":
+            request = self._without_unsupported(request, capabilities)
+        if refused := capabilities.refuse(request, self.config):
+            raise refused
+        return request
 
     def capabilities_for(self, request: Request) -> Capabilities:
         """What can be asked of the model this request goes to."""
@@ -393,7 +403,7 @@ def fallbacks(config: EngineConfig) -> list[EngineConfig]:
 
 @functools.cache
 def _packaged(kind: str) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     file = importlib.resources.files("conf") / "engine" / f"{kind}.yaml"
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}

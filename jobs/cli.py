@@ -8,6 +8,7 @@ import sys
 # job -> what it does
 JOBS = {
     "infer": "ask a model every conversation of a dataset",
+    "batch": "the same through a provider's batch API, for half the price: submit, status, fetch, list, cancel",
     "plan": "whether a model fits the hardware, and what a dataset holds, before anything is asked",
 }
 

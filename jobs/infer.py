@@ -9,10 +9,14 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from engines.types import ConfigError
 from jobs.compose import GROUPS, as_yaml, compose, options
 from pipeline.config import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(argv: list[str]) -> int:
@@ -41,16 +45,33 @@ def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config],
 
 
 def _run(config: Config) -> int:
+    return guarded(lambda console: finish(config, console))
+
+
+def finish(config: Config, console: Console, wait: bool = True) -> int:
+    """Runs the main job and tells what it came to."""
+    from pipeline.run import run
+
+    outcome = run(config, console, wait)
+    if outcome.manifest:
+        from jobs.show import show_outcome
+
+        show_outcome(outcome.manifest, str(config.output.path), console)
+    return outcome.exit_status
+
+
+def guarded(work: Callable[[Console], int]) -> int:
+    """Runs `work`, and says in a line what stopped it."""
     from rich.console import Console
     from rich.markup import escape
 
-    from pipeline.crew import Stopped
-    from pipeline.run import BUG, INTERRUPTED, STOPPED, Interrupted, run
+    from pipeline.crew import Interrupted, Stopped
+    from pipeline.run import BUG, INTERRUPTED, STOPPED
 
     _check_clash()
     console = Console(stderr=True)
     try:
-        outcome = run(config, console)
+        return work(console)
     except Stopped as stop:
         console.print(f"[red]Stopped:[/] {escape(str(stop))}", highlight=False)
         return STOPPED
@@ -67,11 +88,6 @@ def _run(config: Config) -> int:
         console.print(f"[red]This is a bug in Eagleray.[/] The traceback is in {path}.", highlight=False)
         console.print(traceback.format_exc().strip().splitlines()[-1], markup=False, highlight=False)
         return BUG
-    if outcome.manifest:
-        from jobs.show import show_outcome
-
-        show_outcome(outcome.manifest, str(config.output.path), console)
-    return outcome.exit_status
 
 
 def _check_clash() -> None:

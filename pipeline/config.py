@@ -42,6 +42,9 @@ class RunConfig:
     drain_s: float = key(30.0, "on Ctrl-C or SIGTERM, rows in flight get so many seconds to finish")
     max_outage_s: float = key(900.0, "stop, resumably, when no server has answered for so many seconds")
     max_engine_deaths: int = key(5, "stop when engines died so often in a row without finishing a row")
+    mode: str = key("live", "live: ask row by row; batch: through the provider's batch API, for half the price")
+    batch_fallback: str = key("batch", "what a batch left unanswered goes to: another batch, or live")
+    batch_poll_s: float = key(60.0, "look at batches at least so often, in seconds")
     dry_run: bool = key(False, "read, check and count the input, ask nothing, write nothing")
     progress_s: float = key(10.0, "seconds between progress lines where there is no terminal")
 
@@ -116,6 +119,9 @@ class Config:
         _one_of("output.style", self.output.style, ("eagleray", "openai_batch", "oumi"))
         if self.output.style != "eagleray" and self.output.format != "jsonl":
             raise ConfigError(f"output.style={self.output.style} needs output.format=jsonl")
+        _one_of("run.mode", self.run.mode, ("live", "batch"))
+        _one_of("run.batch_fallback", self.run.batch_fallback, ("batch", "live"))
+        _above_zero("run.batch_poll_s", self.run.batch_poll_s)
         _at_least("dataset.limit", self.dataset.limit, 1)
         _at_least("dataset.max_row_bytes", self.dataset.max_row_bytes, 1)
         _at_least("dataset.chunk_bytes", self.dataset.chunk_bytes, 1)

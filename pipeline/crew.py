@@ -21,6 +21,10 @@ class Stopped(EaglerayError):
     """The run stopped early; all that is done is committed, and the same command resumes (exit status 4)."""
 
 
+class Interrupted(EaglerayError):
+    """Ctrl-C or SIGTERM (exit status 130); the same command resumes."""
+
+
 @dataclass(slots=True)
 class Replica:
     name: str

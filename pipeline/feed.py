@@ -244,6 +244,7 @@ class Status:
     fed: bool = False  # everything is read
     finished: bool = False
     broken: str | None = None  # why reading the input failed
+    trouble: str = ""  # what keeps all of it from going on, for now
 
 
 class Dispatcher:

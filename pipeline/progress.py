@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pipeline.feed import Status
@@ -46,6 +47,8 @@ class RunProgress:
         rate = (status.done + status.failed) / elapsed if elapsed > 0 else 0.0
         tokens = status.output_tokens / elapsed if elapsed > 0 else 0.0
         detail = f"{rate:,.1f} rows/s · {tokens:,.0f} tok/s · {status.failed + status.invalid} failed"
+        if status.trouble:
+            detail += f" · trying again: {escape(status.trouble)}"
         if self.bar is not None:
             # While files are still being read the total only grows.
             self.bar.update(self.task, completed=settled, total=status.read or None, detail=detail)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,8 +28,9 @@ from rich.text import Text
 
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
+from pipeline.batches import BATCHES, WRITER, BatchRun, Book
 from pipeline.config import Config, without_secrets
-from pipeline.crew import Crew, Stopped
+from pipeline.crew import Crew, Interrupted, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
 from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, plan_columns, plan_jobs
 from pipeline.formats import RowParser
@@ -54,12 +56,10 @@ PATIENCE_S = 20.0
 GRACE_S = 20.0
 # A key that worked may be out of money, or expired: so many refusals in a row end the run.
 REFUSALS_TO_STOP = 20
+# What all providers ask for a row in a batch, as a share of the live price.
+BATCH_PRICE = 0.5
 # `max_error_rate` says nothing about the first few rows.
 RATE_NEEDS_ROWS = 100
-
-
-class Interrupted(EaglerayError):
-    """Ctrl-C or SIGTERM (exit status 130); the same command resumes."""
 
 
 @dataclass(slots=True)
@@ -70,8 +70,11 @@ class Outcome:
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
-def run(config: Config, console: Console) -> Outcome:
-    """Runs the main job. Raises `ConfigError`, `Stopped` or `Interrupted`; any other exception is a bug."""
+def run(config: Config, console: Console, wait: bool = True) -> Outcome:
+    """Runs the main job. Raises `ConfigError`, `Stopped` or `Interrupted`; any other exception is a bug.
+
+    Without `wait`, where batches are still under way, it ends with status `STOPPED` and no manifest.
+    """
     config.check()
     placed = placement(config.hardware, config.engine)
     fs, root = resolve(str(config.output.path))
@@ -85,31 +88,46 @@ def run(config: Config, console: Console) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(fs, root))
         started = time.time()
+        if not config.run.resume:
+            _remove(fs, root)
+        batches, asked = None, Status()
+        if config.run.mode == "batch":
+            batches = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
+            asked = batches.status
+            with _signals() as interrupts:  # Ray is not needed for a day's waiting
+                found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), wait)
+            if found is None:
+                return Outcome(STOPPED)
+            summaries = found
+        live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(list_pieces, config, console)
             own = stack.enter_context(_ray())
             interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
             pieces = planned.result()
-        _look_for_room(placed, own, console)
-        if not config.run.resume:
-            _remove(fs, root)
+        if live:
+            _look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
 
         index = _index(config)
         for path in index.torn:
             _warn(console, f"{path} cannot be read; its rows are asked again.")
-        known = index.only(failed_too=not config.run.retry_failed)
-        asked, missing = Status(), sys.maxsize
-        for _ in range(MAX_PASSES):
-            try:
-                status, summaries = _ask(config, placed, pieces, interpreter, known, interrupts, console)
-            except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
-                _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
-                known = _index(config).only(failed_too=not config.run.retry_failed)
-                continue
-            asked.done += status.done
-            asked.failed += status.failed
-            asked.crashes += status.crashes
+        failed_too = batches is not None or not config.run.retry_failed
+        known = index.only(failed_too=failed_too)
+        missing = sys.maxsize
+        for again in range(MAX_PASSES):
+            if live:
+                try:
+                    status, summaries = _ask(config, placed, pieces, interpreter, known, interrupts, console)
+                except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
+                    _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
+                    known = _index(config).only(failed_too=failed_too)
+                    continue
+                asked.done += status.done
+                asked.failed += status.failed
+                asked.crashes += status.crashes
+            elif again and batches is not None:
+                summaries = batches.ask(pieces, console, interrupts, partial(_why_stop, config), True) or summaries
             index = _index(config)
             if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
@@ -185,7 +203,12 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
     """Clears what earlier runs left: the manifest first, so that nobody takes the rest for whole."""
     if exists(fs, f"{root}/{MANIFEST}"):
         fs.delete_file(f"{root}/{MANIFEST}")
-    for folder in (DATA, ERRORS, SEGMENTS):
+    if under_way := [batch.id or batch.name for batch in Book(fs, root).open]:
+        raise ConfigError(
+            f"run.resume=false would forget {len(under_way)} batches under way ({under_way[0]}, …): "
+            "wait for them, or end them with eagleray batch cancel"
+        )
+    for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
         for info in fs.get_file_info(pafs.FileSelector(f"{root}/{folder}", allow_not_found=True)):
             if info.is_file and not info.base_name.endswith((".lock", "_lock.json")):
                 fs.delete_file(info.path)
@@ -340,7 +363,7 @@ def _ask(
     return status, summaries
 
 
-def _why_stop(config: Config, status: Status, refused: int) -> str | None:
+def _why_stop(config: Config, status: Status, refused: int = 0) -> str | None:
     """The reason to stop early, or None. `refused` rows failed for the key, with none done between."""
     failed, finished = status.failed + status.invalid, status.done + status.failed
     example = next(iter(status.first_errors.values()), "")
@@ -431,9 +454,11 @@ def _manifest(
     for positions in result.used:
         used[positions] = True
     tokens = index.tokens[used].sum(axis=0, dtype=np.int64) if len(index) else np.zeros(3, np.int64)
+    batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
+    cheap = index.tokens[used & batched[index.segment]].sum(axis=0, dtype=np.int64) if len(index) else tokens
+    share = float(config.engine.provider.get("batch", {}).get("price", BATCH_PRICE))
     price = config.engine.price
-    cached = price.cached_input if price.cached_input is not None else price.input
-    cost = (int(tokens[0] - tokens[1]) * price.input + int(tokens[1]) * cached + int(tokens[2]) * price.output) / 1e6
+    cost = price.of(*map(int, tokens - cheap)) + share * price.of(*map(int, cheap))
     return {
         "status": "complete",
         "rows": {
@@ -447,6 +472,7 @@ def _manifest(
         "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
         "cost_usd": cost,
+        "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
         "input": _fingerprint(config, pieces),

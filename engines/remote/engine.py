@@ -271,8 +271,14 @@ class RemoteEngine(Engine):
         if inner and not payload.get("choices"):  # some say with a 200 that it went wrong
             code = inner.get("code") if isinstance(inner, dict) else None
             raise self._clean(failure(code if isinstance(code, int) and code >= 400 else 502, reply.content, reply.headers))
+        return self.read(payload)
+
+    def read(self, answer: dict[str, Any] | EngineError) -> Completion:
+        """The completion in an answer's body. Raises `EngineError` where there is none, or the one it is given."""
+        if isinstance(answer, EngineError):
+            raise self._clean(answer)
         try:
-            completion: Completion = self.wire.completion(payload, self.for_model(request)[0])
+            completion: Completion = self.wire.completion(answer, self.provider)
         except EngineError as error:
             raise self._clean(error) from None
         return completion

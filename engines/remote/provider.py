@@ -24,6 +24,10 @@ from urllib.parse import urlsplit
 from engines.base import Capabilities, EngineConfig
 from engines.types import GENERATION_FIELDS, ConfigError, nearest
 
+# wire: openai, anthropic, together or fireworks; rows and bytes: the most in one batch, where less than the provider takes;
+# queued_tokens: the most in all batches at once; price: of the live one.
+BATCH_KEYS = ("wire", "rows", "bytes", "queued_tokens", "price")
+
 WIRE_PATHS = {"chat": "/chat/completions", "messages": "/messages", "converse": ""}
 
 
@@ -47,6 +51,7 @@ class Provider:
     prompt_caching: bool = False  # caches only what is marked
     idempotency_header: str | None = None
     kwargs: list[str] = field(default_factory=list)  # the keys under engine.kwargs
+    batch: dict[str, Any] = field(default_factory=dict)  # the batch API: `wire`, and the limits in BATCH_KEYS
     models: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -55,6 +60,9 @@ class Provider:
         provider = cls(**_checked(config.provider, "engine.provider"))
         if provider.wire not in WIRE_PATHS:
             raise ConfigError(f"engine.provider.wire={provider.wire} is not known{nearest(provider.wire, WIRE_PATHS)}")
+        for name in provider.batch:
+            if name not in BATCH_KEYS:
+                raise ConfigError(f"there is no key 'engine.provider.batch.{name}'{nearest(str(name), BATCH_KEYS)}")
         for rule in provider.models:
             if not isinstance(rule, Mapping) or "match" not in rule:
                 raise ConfigError("engine.provider.models: each needs a 'match', a regular expression of model names")

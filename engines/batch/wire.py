@@ -1,0 +1,254 @@
+"""What every provider's batch API can do, and the HTTP under it: few and large requests, streamed and never held."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, BinaryIO, ClassVar
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+import orjson
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from engines.remote.errors import broken, failure
+from engines.types import EngineError
+
+# A file of hundreds of MB is on its way for minutes, with the server silent.
+TIMEOUT = httpx.Timeout(connect=10.0, read=600.0, write=600.0, pool=10.0)
+MOST_REDIRECTS = 5
+
+# Where an answer belongs, and its body or why there is none.
+Outcome = tuple[str, dict[str, Any] | EngineError]
+
+
+class BatchState(StrEnum):
+    """How a batch stands. Only the first may still change; the others may all have left results."""
+
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True)
+class BatchStatus:
+    """A batch as its provider tells of it; counts are rows."""
+
+    id: str
+    status: BatchState
+    total: int = 0
+    done: int = 0
+    failed: int = 0
+    created_at: float = 0.0  # seconds since the epoch
+    name: str | None = None  # the one we gave it, where the API keeps it
+    input: str | None = None  # the file of its requests
+    outputs: list[str] = field(default_factory=list)  # what `results` reads
+    error: str | None = None  # why all of it failed
+    lines: dict[int, str] = field(default_factory=dict)  # lines of the input (from 1) that made it fail: why
+    queue_full: bool = False  # it failed for want of room only
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """A file of requests for one batch; `open` gives it from its start."""
+
+    name: str
+    model: str
+    rows: int
+    size: int  # bytes
+    open: Callable[[], BinaryIO]
+
+
+class Client:
+    """JSON over HTTP with retries. Raises `EngineError`, with the key cut out of its text."""
+
+    def __init__(self, base: str, headers: Mapping[str, str], clean: Callable[[str], str], patience_s: float) -> None:
+        self.base, self.headers, self.clean, self.patience_s = base.rstrip("/"), dict(headers), clean, patience_s
+        self.http = httpx.Client(timeout=TIMEOUT, follow_redirects=False)
+
+    def json(self, method: str, path: str, **more: Any) -> Any:
+        """The JSON of an answer."""
+        answer = self.send(method, path, **more)
+        try:
+            return orjson.loads(answer.content)
+        except ValueError:
+            raise EngineError("bad_response", f"{path}: the answer is not JSON", retryable=True) from None
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Callable[[], dict[str, Any]] = dict,
+        once: bool = False,
+        fine: tuple[int, ...] = (),
+        signed: bool = False,
+    ) -> httpx.Response:
+        """One request; `body` makes httpx's arguments anew for each try, `once` tries no second time.
+
+        `fine` are statuses other than 2xx that are no error. What is `signed` must not see the key.
+        """
+
+        def attempt() -> httpx.Response:
+            given = body()
+            headers = {**({} if signed else self.headers), **given.pop("headers", {})}
+            try:
+                answer = self.http.request(method, self.url(path), headers=headers, **given)
+            except httpx.HTTPError as error:
+                raise self._clean(broken(error)) from None
+            if not answer.is_success and answer.status_code not in fine:
+                raise self._clean(failure(answer.status_code, answer.content, answer.headers))
+            return answer
+
+        return attempt() if once else self._retrying()(attempt)
+
+    def lines(self, path: str, *, signed: bool = False) -> Iterator[dict[str, Any]]:
+        """The JSON lines of a file. Where the connection breaks they come again from the start."""
+        tries = iter(self._retrying())
+        while True:
+            with next(tries), self._download(path, signed) as answer:
+                for line in answer.iter_lines():
+                    if line.strip():
+                        yield self._line(line, path)
+                return
+
+    def _line(self, line: str, path: str) -> dict[str, Any]:
+        try:
+            found = orjson.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):  # cut off, most likely
+            raise EngineError("bad_response", f"{path}: a line is no JSON object: {line[:100]}", retryable=True)
+        return found
+
+    def _download(self, path: str, signed: bool) -> _Download:
+        return _Download(self, self.url(path), {} if signed else self.headers)
+
+    def url(self, path: str) -> str:
+        return path if "://" in path else f"{self.base}{path}"
+
+    def ours(self, url: str) -> bool:
+        """Whether the key may go there."""
+        return urlsplit(url)[:2] == urlsplit(self.base)[:2]
+
+    def _retrying(self) -> Retrying:
+        backoff = wait_random_exponential(0.5, max=60)
+
+        def wait(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(backoff(state), getattr(error, "retry_after", None) or 0.0)
+
+        def passing(error: BaseException) -> bool:
+            return isinstance(error, EngineError) and error.retryable
+
+        return Retrying(wait=wait, stop=stop_after_delay(self.patience_s), retry=retry_if_exception(passing), reraise=True)
+
+    def _clean(self, error: EngineError) -> EngineError:
+        error.args = (self.clean(str(error)),)
+        return error
+
+    def close(self) -> None:
+        self.http.close()
+
+
+class _Download:
+    """A response that is read as a stream, at the end of all redirects; these never see the key."""
+
+    def __init__(self, client: Client, url: str, headers: Mapping[str, str]) -> None:
+        self.client, self.url, self.headers = client, url, headers
+
+    def __enter__(self) -> httpx.Response:
+        url, headers = self.url, self.headers
+        try:
+            for _ in range(MOST_REDIRECTS):
+                request = self.client.http.build_request("GET", url, headers=headers)
+                self.answer = self.client.http.send(request, stream=True)
+                if not self.answer.is_redirect:
+                    break
+                url, headers = urljoin(url, self.answer.headers["location"]), {}
+                self.answer.close()
+            if not self.answer.is_success:
+                raise failure(self.answer.status_code, self.answer.read(), self.answer.headers)
+        except httpx.HTTPError as error:
+            raise self.client._clean(broken(error)) from None
+        return self.answer
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        self.answer.close()
+        if isinstance(error, httpx.HTTPError):
+            raise self.client._clean(broken(error)) from None
+
+
+class BatchWire(ABC):
+    """One provider's batch API. All methods raise `EngineError`."""
+
+    # The most requests and bytes of one batch, as the provider documents them.
+    most_rows: ClassVar[int] = 50_000
+    most_bytes: ClassVar[int] = 200_000_000
+
+    def __init__(self, client: Client, path: str) -> None:
+        self.client = client
+        self.path = path  # of the API that the requests in a batch go to: "/chat/completions", say
+
+    @abstractmethod
+    def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One line of a file of requests."""
+
+    @abstractmethod
+    def upload(self, requests: Requests) -> str | None:
+        """Sends the file and returns its id; None where requests travel with the submission."""
+
+    @abstractmethod
+    def submit(self, requests: Requests, file: str | None) -> str:
+        """Makes the batch and returns its id. Not tried twice: see `find`."""
+
+    @abstractmethod
+    def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
+        """The batch that an interrupted `submit` may have made after `since`; none of those `known`."""
+
+    @abstractmethod
+    def status(self, id: str) -> BatchStatus:
+        """How it stands."""
+
+    @abstractmethod
+    def results(self, status: BatchStatus) -> Iterator[Outcome]:
+        """What an ended batch came to, row by row, in any order; some may come twice or not at all."""
+
+    @abstractmethod
+    def cancel(self, id: str) -> None:
+        """Asks for its end; what is done by then stays."""
+
+    @abstractmethod
+    def list(self) -> Iterator[BatchStatus]:
+        """All batches of the account, the newest first."""
+
+
+def outcome(line: dict[str, Any]) -> Outcome:
+    """One result line of OpenAI and of those who took over its shape."""
+    custom_id = str(line.get("custom_id"))
+    response, error = line.get("response"), line.get("error")
+    if isinstance(response, dict):
+        status = response.get("status_code", 200)
+        body = response.get("body", response)
+        if status < 300 and isinstance(body, dict) and not error:
+            return custom_id, body
+        return custom_id, failure(status if status >= 300 else 500, orjson.dumps(body or error), {})
+    code = error.get("code") if isinstance(error, dict) else None
+    if code == "batch_expired":
+        return custom_id, expired()
+    if code in ("batch_cancelled", "batch_canceled"):
+        return custom_id, cancelled()
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    return custom_id, failure(status, orjson.dumps({"error": error}), {})
+
+
+def expired() -> EngineError:
+    return EngineError("timeout", "the batch expired before this row's turn", retryable=True)
+
+
+def cancelled() -> EngineError:
+    return EngineError("cancelled", "the batch was cancelled before this row's turn", retryable=True)

@@ -1,0 +1,131 @@
+"""`eagleray batch`: the main job through the provider's batch API; in one command that waits, or step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engines.types import ConfigError
+from jobs.infer import finish, guarded, start
+from pipeline.config import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.batches import BatchRun
+
+STEPS = {
+    "submit": "read, split, upload and submit; returns at once",
+    "status": "how the batches of output.path stand",
+    "fetch": "bring in what is ready, submit again what came back without an answer; status 4 while some are under way",
+    "cancel": "ask for the end of those under way; what is done by then is fetched",
+    "list": "all batches of the account",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs a step, or without one all of them, and returns the exit status."""
+    step, rest = (argv[0], argv[1:]) if argv and argv[0] in STEPS else ("", argv)
+    if argv and not step and argv[0].isalpha():
+        from engines.types import nearest
+
+        argv = []
+        raise_ = ConfigError(f"there is no step '{rest[0]}' of eagleray batch{nearest(rest[0], STEPS)}")
+        return start([], help_text, lambda _: _fail(raise_))
+    if step == "list":  # asks for nothing of a dataset
+        rest = [*rest, "run.mode=batch"]
+    return start([*rest, "run.mode=batch"] if step != "list" else rest, help_text, lambda config: _run(step, config))
+
+
+def _fail(error: ConfigError) -> int:
+    raise error
+
+
+def _run(step: str, config: Config) -> int:
+    if step in ("", "submit", "fetch"):
+        return guarded(lambda console: _go(step, config, console))
+    return guarded(lambda console: _look(step, config, console))
+
+
+def _go(step: str, config: Config, console: Console) -> int:
+    from pipeline.run import STOPPED
+
+    status = finish(config, console, wait=not step)
+    if step and status == STOPPED:
+        _look("status", config, console)
+        return 0 if step == "submit" else STOPPED
+    return status
+
+
+def _look(step: str, config: Config, console: Console) -> int:
+    """Shows batches, having cancelled those under way where that is asked for."""
+    from pipeline.batches import BatchRun
+    from pipeline.feed import Interpreter
+    from pipeline.formats import RowParser
+    from pipeline.fs import resolve
+    from pipeline.keys import Keyer
+
+    config.check(runs=step != "list")
+    fs, root = resolve(str(config.output.path or "."))
+    parser = RowParser(config.dataset.format, config.dataset.columns, config.dataset.template)
+    interpreter = Interpreter(parser, Keyer(config.engine, config.params()), config.dataset.max_row_bytes)
+    with contextlib.closing(BatchRun(config, fs, root, interpreter)) as run:
+        if step == "list":
+            _show_account(run, console)
+            return 0
+        for batch in run.book.open:
+            if batch.state == "submitted":
+                if step == "cancel":
+                    run.wire.cancel(str(batch.id))
+                batch.status = run.wire.status(str(batch.id))
+        _show(run, console)
+    return 0
+
+
+def _show(run: BatchRun, console: Console) -> None:
+    from pipeline.batches import done_of
+
+    rows = []
+    for batch in run.book.batches:
+        state = batch.status.status if batch.status else batch.ended or batch.state
+        done = batch.answered + batch.failed if batch.ended else done_of(batch.rows, batch.status)
+        rows.append((batch.id or batch.name, str(state), f"{done:,}", f"{batch.rows:,}"))
+    _table(console, ("batch", "state", "done", "of"), rows)
+    waiting = sum(batch.rows for batch in run.book.open)
+    console.print(f"{waiting:,} rows under way in {len(run.book.open)} batches.", highlight=False)
+
+
+def _show_account(run: BatchRun, console: Console) -> None:
+    rows = []
+    for batch in run.wire.list():
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.created_at)) if batch.created_at else ""
+        rows.append((batch.id, str(batch.status), f"{batch.done + batch.failed:,}", f"{batch.total:,}", created))
+    _table(console, ("batch", "state", "done", "of", "created"), rows)
+
+
+def _table(console: Console, titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:  # an id that is cut short is no use
+        table.add_column(title, justify="right" if title in ("done", "of") else "left", no_wrap=title == "batch")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def help_text() -> str:
+    """The steps; the keys are those of `eagleray infer`."""
+    steps = "\n".join(f"  {name:<8}{what}" for name, what in STEPS.items())
+    return f"""\
+The main job through a provider's batch API, at about half the price, answered within a day.
+
+  eagleray batch [step] dataset.path=IN output.path=OUT engine=openai engine.model=… [key=value …]
+
+Steps (without one: all of them, waiting as long as it takes; it may be killed and started again):
+{steps}
+
+Every step takes the same arguments; `eagleray infer --help` lists them, and the exit statuses.
+run.batch_fallback=live asks live what a batch left unanswered, with the same settings."""

@@ -1,0 +1,375 @@
+"""Providers' batch APIs: runs, killed at every step, against a server that keeps state; and the library's calls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import ConfigError, EngineError, load_engine
+from jobs.batch import main as batch_main
+from jobs.compose import compose
+from pipeline.batches import Book
+from pipeline.crew import Stopped
+from pipeline.fs import resolve
+from pipeline.run import STOPPED, WITH_FAILURES
+from tests.batch_server import BatchServer, text_of
+from tests.conftest import Infer, ask
+
+KEY = "sk-a-secret-of-some-length"
+Write = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A provider: its engine, and where the server speaks its API."""
+
+    engine: str
+    path: str
+
+    def keys(self, server: BatchServer) -> dict[str, Any]:
+        return {"model": "m-1", "base_url": f"{server.url}{self.path}"}
+
+    def overrides(self, server: BatchServer, *more: str) -> list[str]:
+        found = [f"engine.{name}={value}" for name, value in self.keys(server).items()]
+        return [*found, "run.mode=batch", "run.batch_poll_s=0.2", *more]
+
+
+CASES = {
+    "openai": Case("openai", "/v1"),
+    "parasail": Case("parasail", "/v1"),
+    "anthropic": Case("anthropic", "/v1"),
+    "together": Case("together", "/together/v1"),
+    "fireworks": Case("fireworks", "/inference/v1"),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for provider in CASES:
+        monkeypatch.setenv(f"{provider.upper()}_API_KEY", KEY)
+    monkeypatch.setenv("FIREWORKS_ACCOUNT_ID", "acme")
+
+
+@pytest.fixture
+def server() -> Iterator[BatchServer]:
+    with BatchServer() as running:
+        running.delay_s = 0.2
+        yield running
+        assert running.bad == []
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [ask(f"question {i}", id=f"r{i}") for i in range(count)]
+
+
+def by_text(fates: dict[str, list[str]]) -> Callable[[str, dict[str, Any], int], str]:
+    """What becomes of a row, by its question and how often it was sent before."""
+
+    def fate(custom_id: str, body: dict[str, Any], round: int) -> str:
+        planned = fates.get(text_of(body), [])
+        return planned[round] if round < len(planned) else "ok"
+
+    return fate
+
+
+# --- whole runs
+
+
+def test_rows_go_in_batches_and_come_back_in_order_with_what_failed_sent_again(
+    case: Case, server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    fates = {f"question {i}": [fate] for i, fate in enumerate(("expired", "cancelled", "missing", "error500"))}
+    server.fate = by_text({**fates, "question 7": ["error400"] * 9})
+    data = write_jsonl([*conversations(40), "no json", ask("question 39", id="again")])
+    more = ["engine.provider.batch.rows=15", "engine.price.input=2", "engine.price.output=4", "generation.max_tokens=50"]
+    outcome = infer(data, *case.overrides(server, *more), engine=case.engine)
+    assert outcome.exit_status == WITH_FAILURES
+    rows = infer.rows()
+    assert [row["index"] for row in rows] == list(range(42))
+    for i, row in enumerate(rows[:40]):
+        if i == 7:
+            assert row["error"]["type"] == "bad_request" and row["error"]["status"] == 400
+        else:
+            assert row["response"] == f"answer to: question {i}", row
+            assert row["attempts"] == (2 if i < 4 else 1)
+    assert rows[40]["error"]["type"] == "invalid_input"
+    assert rows[41]["response"] == "answer to: question 39"  # asked once for both
+    manifest = outcome.manifest
+    tokens = manifest["tokens"]
+    assert manifest["cost_usd"] == pytest.approx((tokens["input"] * 2 + tokens["output"] * 4) / 1e6 / 2)
+    assert [b["rows"] for b in manifest["batches"]] == [15, 15, 10, 4]
+    left = sorted(path.suffix for path in (infer.out / "_batches").iterdir())
+    assert left == [".json"] * 4  # the copies of the dataset are gone
+    sent = len(server.submitted)
+    again = infer(data, *case.overrides(server, *more, "run.retry_failed=false"), engine=case.engine)
+    assert again.exit_status == WITH_FAILURES and len(server.submitted) == sent
+    everything = b"".join(path.read_bytes() for path in infer.out.rglob("*") if path.is_file())
+    assert KEY.encode() not in everything and KEY not in infer.printed
+
+
+def test_a_run_killed_at_every_step_submits_no_row_twice_and_loses_none(
+    case: Case, server: BatchServer, tmp_path: Path, write_jsonl: Write
+) -> None:
+    data, out = write_jsonl(conversations(30)), tmp_path / "out"
+    points = [("upload", "before"), ("upload", "after"), ("submit", "before"), ("submit", "after"), ("results", "middle")]
+    if case.engine == "anthropic":
+        points = [point for point in points if point[0] != "upload"]
+    planned = [point for point in points for _ in range(2)]
+    struck: list[tuple[str, str]] = []
+    run: list[subprocess.Popen[str]] = []
+
+    def strike(step: str, when: str) -> None:
+        if planned and (step, when) in planned:
+            planned.remove((step, when))
+            struck.append((step, when))
+            run[0].kill()
+            run[0].wait()
+
+    server.on_step = strike
+    command = [
+        sys.executable, "-m", "jobs.infer", f"engine={case.engine}", f"dataset.path={data}", f"output.path={out}",
+        *case.overrides(server, "engine.provider.batch.rows=11"),
+    ]  # fmt: skip
+    for _ in range(20):
+        run[:] = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
+        _, printed = run[0].communicate(timeout=120)
+        if run[0].returncode != -signal.SIGKILL:
+            break
+    assert run[0].returncode == 0, printed
+    assert sorted(struck) == sorted(point for point in points for _ in range(2))
+    ids = [id for _, ids in server.submitted for id in ids]
+    assert len(ids) == 30 and {server.times_submitted(id) for id in ids} == {1}
+    import pyarrow.parquet as pq
+
+    rows = [row for path in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert [row["response"] for row in rows] == [f"answer to: question {i}" for i in range(30)]
+
+
+def test_what_a_server_does_wrong_in_passing_is_done_again(
+    case: Case, server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    server.fail_next = {"upload": 1, "submit": 1, "poll": 2, "results": 1, "list": 1}
+    server.break_results_after = 3
+    data = write_jsonl(conversations(12))
+    outcome = infer(data, *case.overrides(server), engine=case.engine)
+    assert outcome.exit_status == 0
+    assert [row["response"] for row in infer.rows()] == [f"answer to: question {i}" for i in range(12)]
+    ids = [id for _, ids in server.submitted for id in ids]
+    assert len(ids) == len(set(ids)) == 12
+
+
+def test_a_full_queue_is_waited_for(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    server.max_queued_batches = 1
+    data = write_jsonl(conversations(12))
+    outcome = infer(data, *CASES["openai"].overrides(server, "engine.provider.batch.rows=4"), engine="openai")
+    assert outcome.exit_status == 0 and len(server.submitted) == 3
+
+    server.max_queued_batches = None
+    fates = iter(["token_limit_exceeded"])
+    server.batch_fate = lambda number: next(fates, "ok")
+    data = write_jsonl([ask(f"more {i}") for i in range(4)], "more.jsonl")
+    infer.out = infer.out.with_name("more")
+    assert infer(data, *CASES["openai"].overrides(server), engine="openai").exit_status == 0
+    assert [row["response"] for row in infer.rows()] == [f"answer to: more {i}" for i in range(4)]
+
+
+def test_queued_tokens_bound_what_is_under_way_at_once(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    most, under_way = [0], threading.Lock()
+
+    def look(step: str, when: str) -> None:
+        with under_way:
+            if (step, when) == ("submit", "before"):
+                most[0] = max(most[0], server.in_progress())
+
+    server.on_step = look
+    data = write_jsonl(conversations(20))
+    more = ["engine.provider.batch.rows=5", "engine.provider.batch.queued_tokens=600"]
+    assert infer(data, *CASES["openai"].overrides(server, *more), engine="openai").exit_status == 0
+    assert len(server.submitted) >= 4 and most[0] <= 2
+
+
+def test_a_batch_that_fails_whole_fails_its_rows_with_its_reason(
+    server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    server.batch_fate = lambda number: "failed"
+    outcome = infer(write_jsonl(conversations(3)), *CASES["openai"].overrides(server), engine="openai")
+    assert outcome.exit_status == WITH_FAILURES and len(server.submitted) == 1
+    assert {row["error"]["type"] for row in infer.rows()} == {"bad_request"}
+
+
+def test_rows_that_never_come_back_fail_after_so_many_rounds(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    server.fate = by_text({"question 1": ["expired"] * 9, "question 2": ["missing"] * 9})
+    more = CASES["openai"].overrides(server, "engine.max_retries=1")
+    outcome = infer(write_jsonl(conversations(3)), *more, engine="openai")
+    assert outcome.exit_status == WITH_FAILURES and len(server.submitted) == 2
+    assert [row["error"] and row["error"]["type"] for row in infer.rows()] == [None, "timeout", "bad_response"]
+
+
+def test_what_a_batch_leaves_unanswered_goes_live_with_the_same_settings(
+    server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    server.fate = by_text({"question 1": ["expired"], "question 2": ["error400"] * 9})
+    more = ["run.batch_fallback=live", "generation.temperature=0.5", "generation.seed=3", "engine.price.input=2"]
+    outcome = infer(write_jsonl(conversations(3)), *CASES["openai"].overrides(server, *more), engine="openai")
+    assert outcome.exit_status == WITH_FAILURES
+    assert [row["response"] for row in infer.rows()] == ["answer to: question 0", "answer to: question 1", None]
+    assert len(server.submitted) == 1 and len(server.live) == 1
+    sent = [body for body in server.bodies if body["messages"][-1]["content"] == "question 1"]
+    assert sent == [server.live[0]] and sent[0]["temperature"] == 0.5
+    usage = [row["usage"]["input"] for row in infer.rows() if row["usage"]]
+    assert outcome.manifest["cost_usd"] == pytest.approx((usage[0] + usage[1] * 2) / 1e6)
+
+
+def test_rows_that_no_batch_takes_fail_alone(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    rows = [ask("fine"), ask("x" * 3000), ask("odd", generation={"top_k": 3}), ask("other model", model="m-2")]
+    more = CASES["openai"].overrides(server, "engine.provider.batch.bytes=2000")
+    assert infer(write_jsonl(rows), *more, engine="openai").exit_status == WITH_FAILURES
+    fine, large, odd, other = infer.rows()
+    assert fine["response"] == "answer to: fine" and other["response"] == "answer to: other model"
+    assert other["model"] == "m-2" and len(server.submitted) == 2  # one model to a batch
+    assert "a batch holds 2,000" in large["error"]["message"] and "top_k" in odd["error"]["message"]
+
+
+def test_a_refused_key_stops_at_once_and_the_run_goes_on_later(
+    server: BatchServer, infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = KEY
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-but-long-enough")
+    data = write_jsonl(conversations(3))
+    with pytest.raises(Stopped, match="refuses the key"):
+        infer(data, *CASES["openai"].overrides(server), engine="openai")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert infer(data, *CASES["openai"].overrides(server), engine="openai").exit_status == 0
+    assert len(server.submitted) == 1
+
+
+def test_starting_over_does_not_forget_batches_under_way(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    server.delay_s = 60
+    data = write_jsonl(conversations(3))
+    with contextlib.suppress(Stopped):
+        threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(Exception, match="go on at the provider"):
+            infer(data, *CASES["openai"].overrides(server), engine="openai")
+    with pytest.raises(ConfigError, match="would forget 1 batches under way"):
+        infer(data, *CASES["openai"].overrides(server, "run.resume=false"), engine="openai")
+
+
+# --- step by step
+
+
+def test_the_steps_of_eagleray_batch(
+    case: Case, server: BatchServer, tmp_path: Path, write_jsonl: Write, capfd: pytest.CaptureFixture[str], local_ray: None
+) -> None:
+    server.delay_s = 60
+    data, out = write_jsonl(conversations(10)), tmp_path / "out"
+    args = [f"engine={case.engine}", f"dataset.path={data}", f"output.path={out}", *case.overrides(server)]
+    args.append("engine.provider.batch.rows=6")
+
+    def do(step: str) -> tuple[int, str]:
+        status = batch_main([step, *args])
+        return status, capfd.readouterr().err
+
+    assert do("submit")[0] == 0 and len(server.submitted) == 2
+    assert do("submit")[0] == 0 and len(server.submitted) == 2
+    status, printed = do("status")
+    assert status == 0 and "10 rows under way in 2 batches" in printed and "in_progress" in printed
+    assert do("fetch")[0] == STOPPED
+    printed = do("list")[1]
+    assert all(batch.id in printed for batch in Book(*resolve(str(out))).batches if batch.id)
+    assert do("cancel")[0] == 0
+    server.delay_s = 0.2  # for those that are submitted now
+    deadline = time.monotonic() + 60
+    while (found := do("fetch")) and found[0] == STOPPED and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found[0] == 0, found
+    rows = list_rows(out)
+    assert [row["response"] for row in rows] == [f"answer to: question {i}" for i in range(10)]
+
+
+def list_rows(out: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return [row for path in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_an_unknown_step_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert batch_main(["fetsch"]) == 2
+    assert "there is no step 'fetsch' of eagleray batch (did you mean 'fetch'?)" in capsys.readouterr().err
+
+
+# --- for programs
+
+
+def test_a_program_submits_and_fetches_by_what_was_asked(case: Case, server: BatchServer) -> None:
+    asked = [*conversations(5), ask("question 0", id="again")]
+    server.fate = by_text({"question 3": ["error400"]})
+    with load_engine(case.engine, **case.keys(server)) as engine:
+        id = engine.infer_batch(asked, {"max_tokens": 9})
+        with contextlib.suppress(EngineError):
+            engine.get_batch_results(id, asked, {"max_tokens": 9})
+        deadline = time.monotonic() + 30
+        while (status := engine.get_batch_status(id)).status.value == "in_progress":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert status.status.value == "completed"
+        assert id in [batch.id for batch in engine.list_batches()]
+        wanted = [*reversed(asked), ask("never asked")]
+        found = engine.get_batch_results(id, wanted, {"max_tokens": 9})
+    texts = [completion.text for completion in found]
+    assert texts == [
+        "answer to: question 0",
+        "answer to: question 4",
+        None,
+        *[f"answer to: question {i}" for i in (2, 1, 0)],
+        None,
+    ]
+    assert found[2].error is not None and found[2].error.type == "bad_request"
+    assert found[-1].error is not None and found[-1].error.type == "not_found"
+    assert found[0].engine == case.engine
+
+
+def test_a_program_cancels(case: Case, server: BatchServer) -> None:
+    server.delay_s = 60
+    with load_engine(case.engine, **case.keys(server)) as engine:
+        id = engine.infer_batch(conversations(4))
+        engine.cancel_batch(id)
+        deadline = time.monotonic() + 30
+        while (status := engine.get_batch_status(id)).status.value == "in_progress":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert status.status.value == "cancelled"
+        results = engine.get_batch_results(id, conversations(4))
+    assert {result.error.type for result in results if result.error} <= {"cancelled", "not_found"}
+
+
+def test_engines_without_a_batch_api_name_those_that_have_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
+    able = "anthropic, fireworks, openai, openai_compatible, parasail, together"
+    for engine in (load_engine("echo"), load_engine("deepseek", model="m")):
+        with pytest.raises(ConfigError, match=f"engine={engine.kind} has no batch API; these have one: {able}"):
+            engine.infer_batch(conversations(1))
+    from rich.console import Console
+
+    from pipeline.run import run
+
+    (tmp_path / "in.jsonl").write_text(json.dumps(ask("a")) + "\n")
+    config = compose(["engine=echo", f"dataset.path={tmp_path}/in.jsonl", f"output.path={tmp_path}/out", "run.mode=batch"])
+    with pytest.raises(ConfigError, match="engine=echo has no batch API"):
+        run(config, Console(quiet=True))
