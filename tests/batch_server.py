@@ -131,6 +131,7 @@ class BatchServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     created: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # bodies that made something, with their paths
     live: list[dict[str, Any]] = field(default_factory=list)
+    asked: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)  # method, path and what the query names
     bad: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -209,6 +210,7 @@ class BatchServer:
     @web.middleware
     async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Who asks, and whether this request is one that goes wrong."""
+        self.asked.append((request.method, request.path, tuple(sorted(request.query))))
         given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.headers.get("x-api-key", "")
         if request.path.startswith("/signed/"):
             if given:
