@@ -56,7 +56,7 @@ def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[st
         ("model=x", "there is no key 'model' (did you mean 'engine.model'?)"),
         ("path=x", "(did you mean 'dataset.path' or 'output.path'?)"),
         ("ENGINE.MODEL=x", "did you mean 'engine.model'?"),
-        ("run.budget=1", "(known: drain_s, dry_run, flush_s"),
+        ("run.budget=1", "(known: batch_fallback, batch_poll_s, drain_s, dry_run, flush_s"),
         ("+engine.modle=x", "did you mean 'engine.model'?"),
         ("~engine.model", "keys can only be set: engine.model=null"),
         ("engine@x=echo", "is not of the form key=value"),
