@@ -41,8 +41,7 @@ class EchoEngine(Engine):
 
     async def _generate(self, request: Request) -> Completion:
         text = next((text_of(m) for m in reversed(request.messages) if m["role"] == "user"), None) or ""
-        if not self.plain:
-            await self._misbehave(request, text)
+        latency = 0.0 if self.plain else await self._misbehave(request, text)
         words = text.split()
         limit = request.generation.max_tokens
         cut = limit is not None and len(words) > limit
@@ -51,9 +50,10 @@ class EchoEngine(Engine):
             text = " ".join(words)
         count = request.generation.n or 1
         usage = Usage(input=sum(len((text_of(m) or "").split()) for m in request.messages), output=len(words) * count)
-        return Completion([Choice(answer(text), "length" if cut else "stop") for _ in range(count)], usage)
+        choices = [Choice(answer(text), "length" if cut else "stop") for _ in range(count)]
+        return Completion(choices, usage, latency_s=latency)
 
-    async def _misbehave(self, request: Request, text: str) -> None:
+    async def _misbehave(self, request: Request, text: str) -> float:
         s = self.settings
         digest = hashlib.blake2b((request.key or text).encode(), digest_size=32).digest()
         fail, crash, jitter, slow = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in range(0, 32, 8))
@@ -66,3 +66,4 @@ class EchoEngine(Engine):
             await asyncio.sleep(latency)
         if fail < s["failure_rate"]:
             raise EngineError("server", "engine=echo was told to fail on this request", status=500, retryable=True)
+        return latency

@@ -36,7 +36,7 @@ from engines.types import Completion, EngineError, Failure, Request
 from pipeline.config import Config
 from pipeline.crew import Interrupted, Stopped
 from pipeline.feed import Interpreter, Piece, Status, Summary, read_piece
-from pipeline.fs import exists, write_atomic
+from pipeline.fs import exists, listing, write_atomic
 from pipeline.ledger import Index, Record, SeenKeys, read_index, write_segment
 from pipeline.lossless import loads
 from pipeline.progress import RunProgress
@@ -92,8 +92,9 @@ class Book:
     batches: list[Batch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        found = self.fs.get_file_info(pafs.FileSelector(f"{self.root}/{BATCHES}", allow_not_found=True))
-        for info in sorted(found, key=lambda info: info.path.rsplit("-", 1)[-1]):  # by number
+        for info in sorted(
+            listing(self.fs, f"{self.root}/{BATCHES}"), key=lambda info: info.path.rsplit("-", 1)[-1]
+        ):  # by number
             if info.path.endswith(".json"):
                 with self.fs.open_input_stream(info.path) as file:
                     self.batches.append(Batch(**orjson.loads(file.read())))

@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from engines.types import Completion
-from pipeline.fs import write_atomic
+from pipeline.fs import listing, patiently, store_failed, write_atomic
 from pipeline.lossless import dumps
 
 SEGMENTS = "_segments"
@@ -118,14 +118,17 @@ def write_segment(fs: pafs.FileSystem, root: str, writer: str, records: Sequence
 
 def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
     """The paths of all segments, sorted."""
-    found = fs.get_file_info(pafs.FileSelector(f"{root}/{SEGMENTS}", allow_not_found=True))
-    return sorted(f.path for f in found if f.is_file and f.path.endswith(".parquet"))
+    return sorted(f.path for f in listing(fs, f"{root}/{SEGMENTS}") if f.is_file and f.path.endswith(".parquet"))
 
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
     """One whole segment."""
+    return patiently(lambda: _read(fs, path)).cast(SEGMENT_SCHEMA)
+
+
+def _read(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
     with fs.open_input_file(path) as file:
-        return pq.ParquetFile(file).read().cast(SEGMENT_SCHEMA)
+        return pq.ParquetFile(file).read(columns=columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +231,10 @@ def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
 
 def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
     try:
-        with fs.open_input_file(path) as file:
-            table = pq.ParquetFile(file).read(columns=["key", "error.type", "done_at", "usage"])
-    except (OSError, pa.ArrowException):
+        table = patiently(lambda: _read(fs, path, ["key", "error.type", "done_at", "usage"]))
+    except (OSError, pa.ArrowException) as error:
+        if store_failed(error):  # it may be whole; asking its rows again would cost them a second time
+            raise
         return None
     hi, lo = split_keys(table["key"].cast(pa.binary(32)))
     failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))

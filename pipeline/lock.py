@@ -6,21 +6,21 @@ import json
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
 
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
+from engines.text import one_line
 from engines.types import ConfigError
-from pipeline.fs import write_atomic
+from pipeline.fs import listing, write_atomic
 from pipeline.ledger import SEGMENTS
 
 BEAT_S = 10.0
 STALE_S = 60.0  # six beats missed: whoever held it is dead
+CLAIM = "_lock-"
 
 
 @contextmanager
@@ -28,7 +28,8 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
     """Holds the output directory; raises `ConfigError` where another run holds it.
 
     On a disk the kernel holds the lock and lets go of it the moment the process dies. An object store has no locks:
-    there, a small object is rewritten every 10 s, and a run that finds one younger than a minute gives way.
+    there, each run has a small object that it rewrites every 10 s, and gives way where it finds another's that is younger
+    than a minute.
     """
     held = ConfigError(f"another run is writing into {root}: wait for it, stop it, or choose another output.path")
     if isinstance(fs, pafs.LocalFileSystem):
@@ -45,38 +46,45 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
         finally:
             lock.release()
         return
-    path, me = f"{root}/{SEGMENTS}/_lock.json", uuid.uuid4().hex
-    beat = _read(fs, path)
-    if beat is not None and time.time() - beat["time"] < STALE_S:
-        raise held
+    with _claim(fs, root, held):
+        yield
+
+
+@contextmanager
+def _claim(fs: pafs.FileSystem, root: str, held: ConfigError) -> Iterator[None]:
+    """Of those who put a claim beside others, nobody has it: each sees at least the claims that were there before.
+
+    Ages are told by the store's own clock, from its time of another's claim to that of ours.
+    """
+    mine = f"{CLAIM}{uuid.uuid4().hex}.json"
+    path = f"{root}/{SEGMENTS}/{mine}"
     stop = threading.Event()
 
     def write() -> None:
-        now = {"run": me, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        write_atomic(fs, path, json.dumps(now).encode())
+        write_atomic(fs, path, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
 
     def keep() -> None:
         while not stop.wait(BEAT_S):
-            write()
+            with suppress(OSError):  # a store that is away: the next beat may come through
+                write()
 
-    write()
-    beat = _read(fs, path)
-    if beat is not None and beat["run"] != me:  # two started together: the later writer has it
-        raise held
+    try:
+        write()
+        claims = {info.base_name: info for info in listing(fs, f"{root}/{SEGMENTS}") if info.base_name.startswith(CLAIM)}
+    except OSError as error:
+        raise ConfigError(f"output.path: cannot write into {root}: {one_line(error)}") from None
+    now = claims[mine].mtime_ns or 0
     keeper = threading.Thread(target=keep, name="lock", daemon=True)
     keeper.start()
     try:
+        for name, claim in claims.items():
+            if name != mine and now - (claim.mtime_ns or 0) < STALE_S * 1e9:
+                raise held
         yield
     finally:
         stop.set()
         keeper.join()
-        fs.delete_file(path)
-
-
-def _read(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
-    try:
-        with fs.open_input_stream(path) as stream:
-            beat: dict[str, Any] = json.loads(stream.read())
-            return beat
-    except (FileNotFoundError, ValueError, OSError):
-        return None
+        with suppress(OSError):
+            for name, claim in claims.items():
+                if name == mine or now - (claim.mtime_ns or 0) >= STALE_S * 1e9:
+                    fs.delete_file(claim.path)

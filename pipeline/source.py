@@ -23,7 +23,7 @@ from pyarrow import fs as pafs
 from engines.text import one_line
 from engines.types import ConfigError, nearest
 from pipeline.formats import ArrowRow
-from pipeline.fs import resolve, split_options
+from pipeline.fs import resolve, split_options, steadily, store_failed
 from pipeline.lossless import has_long_number, loads
 
 BATCH_ROWS = 2000
@@ -183,6 +183,8 @@ def _chunks_of(uri: str, name: str, chunk_bytes: int) -> list[Chunk]:
                 starts = _line_starts(stream, chunk_bytes)
                 return [Chunk(uri, name, "jsonl", at, stop, line) for (at, line), (stop, _) in itertools.pairwise(starts)]
     except (OSError, ValueError, pa.ArrowException) as error:
+        if store_failed(error):
+            raise ConfigError(f"cannot read {uri}: {one_line(error)}") from None
         reason = f"not {'a Parquet file' if isinstance(error, pa.ArrowInvalid) else 'readable'}: {one_line(error)}"
     return [Chunk(uri, name, "bad", 0, 0, 0, reason)]
 
@@ -222,9 +224,13 @@ def _row_groups(uri: str, name: str, file: pq.ParquetFile, chunk_bytes: int) -> 
 def read_chunk(chunk: Chunk, *, max_row_bytes: int = 32 << 20, batch_rows: int = BATCH_ROWS) -> Iterator[list[Row]]:
     """The rows of a chunk in order, in batches; memory is bounded by a batch and one line of `max_row_bytes`.
 
-    Blank lines are counted and skipped. What cannot be read is a row with an error: nothing in a file raises. The
-    batches of a Parquet chunk are those of `read_table`, row for row.
+    Blank lines are counted and skipped. What cannot be read is a row with an error: nothing in a file raises, only a
+    store that stays away does (`store_failed`). The batches of a Parquet chunk are those of `read_table`, row for row.
     """
+    return steadily(lambda: _read_chunk(chunk, max_row_bytes, batch_rows))
+
+
+def _read_chunk(chunk: Chunk, max_row_bytes: int, batch_rows: int) -> Iterator[list[Row]]:
     if chunk.kind == "bad":
         yield [Row(chunk.first_row, None, f"the file is {chunk.reason}")]
     elif chunk.kind == "parquet":
@@ -256,6 +262,8 @@ def _read_lines(chunk: Chunk, limit: int, batch_rows: int) -> Iterator[list[Row]
                     yield batch
                     batch, size = [], 0
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        if store_failed(error):
+            raise
         reason = f"the file cannot be read: {one_line(error)}: rows from this line on are missing"
         batch.append(Row(number, None, reason))
     if batch:
@@ -328,8 +336,7 @@ def read_table(chunk: Chunk, batch_rows: int = BATCH_ROWS) -> Iterator[pa.Record
 
     Rows that cannot be read are one row of nulls, as they are one row with an error there.
     """
-    for _, batch, _ in _parquet_batches(chunk, batch_rows):
-        yield batch
+    return (batch for _, batch, _ in steadily(lambda: _parquet_batches(chunk, batch_rows)))
 
 
 def _parquet_batches(chunk: Chunk, batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch, str]]:
@@ -350,10 +357,14 @@ def _parquet_batches(chunk: Chunk, batch_rows: int) -> Iterator[tuple[int, pa.Re
                         yield row, batch, ""
                         row += batch.num_rows
                 except (OSError, ValueError, pa.ArrowException) as error:
+                    if store_failed(error):
+                        raise
                     reason = f"the Parquet file is damaged ({one_line(error)}): its rows {row:,} to {end - 1:,} are missing"
                     yield row, _one_null_row(schema), reason
                 row = end
     except (OSError, ValueError, pa.ArrowException) as error:
+        if store_failed(error):
+            raise
         reason = f"the Parquet file cannot be read ({one_line(error)}): rows from {row:,} on are missing"
         yield row, _one_null_row(schema), reason
 

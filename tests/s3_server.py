@@ -1,0 +1,76 @@
+"""S3 on loopback (moto), which may throttle and fail in passing, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+from urllib.parse import parse_qs
+
+import httpx
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+SLOW_DOWN = ("503 Slow Down", b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
+INTERNAL = ("500 Internal Server Error", b"<Error><Code>InternalError</Code><Message>We erred.</Message></Error>")
+
+
+class S3Server:
+    """One bucket, `bucket`. A `failing` share of all requests is refused, by turns with a 503 and a 500."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.failing = 0.0
+        self.refused: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+        self.random = random.Random(seed)
+        self.app = DomainDispatcherApplication(create_backend_app)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.options = f"?endpoint_override=127.0.0.1:{self.server.server_port}&scheme=http&region=us-east-1"
+        self.thread = threading.Thread(target=self.server.serve_forever, name="s3-server", daemon=True)
+        self.thread.start()
+        httpx.post(f"{self.endpoint}/moto-api/reset")  # what it holds belongs to the process
+        self.client().create_bucket(Bucket="bucket")
+        self.asked.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.thread.join()
+
+    def client(self) -> Any:
+        """boto3's, for looking at it from the side."""
+        import boto3
+
+        return boto3.client(
+            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
+        )
+
+    def uri(self, key: str) -> str:
+        return f"s3://bucket/{key}{self.options}"
+
+    def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        what = _what(environ)
+        self.asked[what] += 1
+        if self.random.random() < self.failing:
+            self.refused[what] += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            status, body = (SLOW_DOWN, INTERNAL)[self.refused.total() % 2]
+            start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
+        return self.app(environ, start)
+
+
+def _what(environ: dict[str, Any]) -> str:
+    method, query = environ["REQUEST_METHOD"], parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+    if "uploads" in query or "uploadId" in query:
+        return f"{method} multipart"
+    if environ.get("HTTP_X_AMZ_COPY_SOURCE"):
+        return f"{method} copy"
+    return f"{method} list" if "list-type" in query else method
