@@ -317,7 +317,11 @@ class BatchRun:
             if error.type == "auth":
                 raise Stopped(f"the provider refuses the key ({error}); the same command goes on from here") from None
             if not error.retryable:
-                raise Stopped(f"batch {batch.name} cannot be {_NEXT[batch.state]}: {error}") from None
+                gone = error.type == "not_found" and batch.state == "submitted"
+                hint = (
+                    f"; if it is gone for good, delete {self.book.path(batch, 'json')}: its rows go again" if gone else ""
+                )
+                raise Stopped(f"batch {batch.id or batch.name} cannot be {_NEXT[batch.state]}: {error}{hint}") from None
             # Asked again the next time; said if it lasts.
             self.trouble, self.trouble_since = str(error), min(self.trouble_since, time.monotonic())
             return False
