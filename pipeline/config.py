@@ -6,10 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from engines.base import REGISTRY, EngineConfig, fallbacks, key
 from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, nearest
+
+# Ray sets it for what `ray job submit` starts.
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @dataclass(slots=True)
@@ -108,6 +112,11 @@ class Config:
             raise ConfigError(f"dataset.path must be a text or a list of them, not {self.dataset.path!r}")
         if not self.output.path and runs:
             raise ConfigError("output.path is missing: name a directory for the results")
+        if runs and _SUBMITTED in os.environ and not _absolute(self.output.path or ""):
+            raise ConfigError(
+                f"output.path={self.output.path} would go with the job's copy of the working directory: "
+                "name an absolute path that all nodes share, or s3://…"
+            )
         if not self.engine.kind:
             raise ConfigError(f"engine.kind is missing{nearest('', REGISTRY)}")
         if not self.engine.provider:  # with one, any name will do
@@ -245,3 +254,8 @@ def known_keys() -> dict[str, Any]:
         for item in fields(factory):
             found[f"{section.name}.{item.name}"] = item
     return found
+
+
+def _absolute(path: str) -> bool:
+    """Whether it means the same from every directory."""
+    return "://" in path or Path(path).expanduser().is_absolute()

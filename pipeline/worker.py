@@ -18,6 +18,8 @@ from pipeline.ledger import Record, write_segment
 from pipeline.limiter import source_of
 from pipeline.lossless import loads
 
+DRAIN_FLUSH_S = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -54,6 +56,7 @@ class Worker:
     def __init__(self, config: WorkerConfig, name: str, dispatcher: Any) -> None:
         self.config, self.name, self.dispatcher = config, name, dispatcher
         self.fs, self.root = resolve(config.output_path)
+        self.flush_s = config.flush_s
         self.queue: deque[_Row] = deque()
         self.held = 0  # rows in the queue or in the engine
         self.ended = False  # no more rows will come
@@ -101,7 +104,12 @@ class Worker:
             await asyncio.to_thread(engine.close)
 
     async def drain(self) -> None:
-        """Takes no more rows, gives back those not yet admitted, finishes those in flight within `drain_s`."""
+        """Takes no more rows, gives back those not yet admitted, finishes those in flight within `drain_s`.
+
+        What is done is made durable at once, and often: whoever asked for the end may not wait for it.
+        """
+        self.flush_s = min(self.flush_s, DRAIN_FLUSH_S)
+        self.idle.set()
         if self.puller is not None:
             self.puller.cancel()
         if self.engine is not None:
@@ -205,7 +213,7 @@ class Worker:
     async def _flush_often(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.idle.wait(), self.config.flush_s)
+                await asyncio.wait_for(self.idle.wait(), self.flush_s)
             self.idle.clear()
             await self._flush()
 

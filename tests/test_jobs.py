@@ -1,0 +1,176 @@
+"""Jobs submitted to a standing cluster by Ray's own command: logs, exit statuses, stopping, killing, going on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.fs import resolve
+from pipeline.ledger import read_index
+from tests.provider_server import ProviderServer
+from tests.test_cluster import PATIENCE_S, check, end, family, folder, own_ray, title, write
+
+ROOT = Path(__file__).parent.parent
+RAY = str(Path(sys.executable).with_name("ray"))
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+
+
+@dataclass
+class Standing:
+    """A cluster of one node with a dashboard, by which jobs come."""
+
+    env: dict[str, str]
+    path: Path
+
+    def ray(self, *args: str, ok: tuple[int, ...] = (0,)) -> str:
+        done = subprocess.run([RAY, *args], env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode in ok, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, id: str, *args: str) -> None:
+        self.ray(
+            "job", "submit", "--no-wait", f"--submission-id={id}", "--working-dir=.", "--runtime-env=jobs/runtime_env.yaml",
+            "--", "python", "-m", "jobs.infer", *args,
+        )  # fmt: skip
+
+    def until(self, id: str, true: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not true():
+            assert time.monotonic() < deadline, self.ray("job", "logs", id)
+            time.sleep(0.2)
+
+    def ended(self, id: str) -> tuple[str, int | None]:
+        """How a job ended, and with what exit status."""
+        from ray.job_submission import JobSubmissionClient
+
+        headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
+        client = JobSubmissionClient(self.env["RAY_API_SERVER_ADDRESS"], headers=headers)
+        self.until(id, lambda: client.get_job_status(id).is_terminal())
+        found = client.get_job_info(id)
+        return str(found.status.value), found.driver_exit_code
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Standing]:
+    ports = [free_port() for _ in range(3)]
+    env = {**own_ray(), **TOKEN, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with folder() as path:
+        command = [
+            RAY, "start", "--head", "--num-cpus=2", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
+            f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={path}", "--disable-usage-stats",
+            "--include-dashboard=true",
+        ]  # fmt: skip
+        try:
+            subprocess.run(command, env=env, check=True, capture_output=True, timeout=PATIENCE_S)
+            addresses = {"RAY_ADDRESS": f"127.0.0.1:{ports[0]}", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+            yield Standing({**env, **addresses}, Path(path))
+        finally:
+            ours = [process for process in psutil.process_iter() if path in title(process)]
+            end([*(child for process in ours for child in family(process.pid)), *ours])
+
+
+@pytest.fixture
+def server() -> Iterator[ProviderServer]:
+    with ProviderServer(latency_s=0.2) as running:
+        yield running
+
+
+def args(data: Path, out: Path, *more: str) -> list[str]:
+    return [f"dataset.path={data}", f"output.path={out}", "run.flush_s=0.2", "run.progress_s=1", *more]
+
+
+def remote(server: ProviderServer) -> list[str]:
+    return ["engine=remote_vllm", "engine.model=m", f"engine.base_url={server.url}/v1", "engine.max_concurrency=8"]
+
+
+def words(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def durable(out: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return len(read_index(*resolve(str(out))))
+    return 0
+
+
+def test_a_submitted_job_is_small_readable_and_ends_with_its_status(cluster: Standing, tmp_path: Path) -> None:
+    data, out = write(tmp_path / "in.jsonl", 300), tmp_path / "out"
+    cluster.submit("whole", "engine=echo", *args(data, out))
+    assert cluster.ended("whole") == ("SUCCEEDED", 0)
+    check(out, 300)
+    logs = " ".join(cluster.ray("job", "logs", "whole").split())
+    assert "300 of 300 rows answered" in logs and "Traceback" not in logs
+    uploaded = list(cluster.path.glob("**/working_dir_files/_ray_pkg_*"))
+    files = [
+        file for folder in uploaded if folder.is_dir() for file in folder.rglob("*") if "__pycache__" not in file.parts
+    ]
+    assert any(file.name == "infer.py" for file in files) and not any(file.name == "test_jobs.py" for file in files)
+    assert sum(file.stat().st_size for file in files) < 2 << 20
+
+    data.write_text(data.read_text() + "no json\n")
+    cluster.submit("with-failures", "engine=echo", *args(data, out))
+    assert cluster.ended("with-failures") == ("FAILED", 3)
+    cluster.submit("misspelt", "engine=ehco", *args(data, out))
+    assert cluster.ended("misspelt") == ("FAILED", 2)
+    assert "did you mean 'echo'?" in cluster.ray("job", "logs", "misspelt")
+    cluster.submit("relative", "engine=echo", *args(data, Path("out")))
+    assert cluster.ended("relative") == ("FAILED", 2)
+    assert "output.path=out would go with the job's copy" in " ".join(cluster.ray("job", "logs", "relative").split())
+
+
+def test_a_job_that_is_stopped_finishes_what_is_in_flight_and_goes_on_when_submitted_again(
+    cluster: Standing, server: ProviderServer, tmp_path: Path
+) -> None:
+    data, out = write(tmp_path / "in.jsonl", 400), tmp_path / "out"
+    cluster.submit("stopped", *remote(server), *args(data, out))
+    cluster.until("stopped", lambda: durable(out) > 20)
+    cluster.ray("job", "stop", "stopped")
+    assert cluster.ended("stopped")[0] == "STOPPED"
+    logs = " ".join(cluster.ray("job", "logs", "stopped").split())
+    assert "the same command goes on from here" in logs
+    assert durable(out) == len(server.requests) < 400
+    cluster.submit("again", *remote(server), *args(data, out))
+    assert cluster.ended("again") == ("SUCCEEDED", 0)
+    check(out, 400)
+    assert len(server.requests) == 400  # none was paid for twice
+
+
+def test_a_job_whose_driver_is_killed_goes_on_when_submitted_again(
+    cluster: Standing, server: ProviderServer, tmp_path: Path
+) -> None:
+    data, out = write(tmp_path / "in.jsonl", 400), tmp_path / "out"
+    cluster.submit("killed", *remote(server), *args(data, out))
+    cluster.until("killed", lambda: durable(out) > 20)
+    drivers = [process for process in psutil.process_iter() if {"jobs.infer", f"output.path={out}"} <= set(words(process))]
+    for process in drivers:
+        process.send_signal(signal.SIGKILL)
+    assert cluster.ended("killed")[0] == "FAILED"
+    time.sleep(1)
+    kept, sent = durable(out), len(server.requests)
+    cluster.submit("after", *remote(server), *args(data, out))
+    assert cluster.ended("after") == ("SUCCEEDED", 0)
+    check(out, 400)
+    # In flight, or done and not yet durable (run.flush_s=0.2, 8 at a time, 0.2 s each).
+    assert len(server.requests) - 400 == sent - kept <= 8 * 3
+    assert json.loads((out / "manifest.json").read_text())["this_run"]["asked"] == 400 - kept
