@@ -15,6 +15,8 @@ from pipeline.worker import Secrets, WorkerConfig
 
 # How long Ray may take to tell whether a replica that cannot be reached died with its node.
 VERDICT_S = 90.0
+# How often Ray is asked which nodes are about to go (a spot notice comes two minutes before, at most).
+NOTICE_S = 2.0
 
 
 class Stopped(EaglerayError):
@@ -32,6 +34,7 @@ class Replica:
     group: Any  # its placement group; None where it has but one node
     run: Any  # the reference of its `run`, or of a question whether it lives
     lost_at: float | None = None  # since when it cannot be reached
+    leaving: frozenset[str] = frozenset()  # the nodes it was told are about to go
 
 
 class Crew:
@@ -45,6 +48,7 @@ class Crew:
         self.started = 0
         self.deaths = 0  # in a row, with no row finished between
         self.finished_at_death = 0
+        self.looked = 0.0
 
     def start(self) -> None:
         """Asks for all replicas. Those that find no room yet wait for it, while the others work."""
@@ -62,16 +66,19 @@ class Crew:
         import ray
         from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
+        self._clear_out()
         ended, _ = ray.wait([r.run for r in self.replicas], num_returns=len(self.replicas), timeout=0) \
             if self.replicas else ([], [])  # fmt: skip
         for replica in [r for r in self.replicas if r.run in ended]:
             self.replicas.remove(replica)
             try:
-                ray.get(replica.run)
+                moved = ray.get(replica.run)
                 if replica.lost_at is not None:  # it lives, but the call that was its work is gone
                     self._lost(replica, status)
-                else:
-                    end(replica.actor, replica.group)
+                    continue
+                end(replica.actor, replica.group)
+                if moved and not status.finished:
+                    self._add()
             except ActorUnavailableError:
                 # The connection broke. Its process died, which may be a row's fault, or its node; Ray knows which soon.
                 replica.lost_at = replica.lost_at or time.monotonic()
@@ -95,6 +102,19 @@ class Crew:
                 if isinstance(error.cause, OSError):
                     raise Stopped(f"a worker could not read or write: {error.cause}") from None
                 raise
+
+    def _clear_out(self) -> None:
+        """Tells the replicas which nodes are about to go; those there finish what is in flight, and others take over."""
+        from ray._private.state import state
+
+        if time.monotonic() < self.looked + NOTICE_S:
+            return
+        self.looked = time.monotonic()
+        nodes = frozenset(state.get_draining_nodes())
+        for replica in self.replicas:
+            if nodes - replica.leaving:
+                replica.leaving |= nodes
+                replica.actor.clear_out.remote(nodes)
 
     def _lost(self, replica: Replica, status: Status) -> None:
         self._died(replica, "node has died", status)

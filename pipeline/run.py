@@ -296,11 +296,16 @@ def _ask(
 ) -> tuple[Status, dict[int, Summary]]:
     """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     fail = config.dataset.on_bad_input == "fail"
     # In a list, so that the reference itself arrives: only the read tasks look into it.
     done = [ray.put(known)]
-    dispatcher = ray.remote(Dispatcher).options(num_cpus=0).remote(pieces, interpreter, done, fail)
+    # Beside the driver, which it could not outlive anyway, and so on no node that only came for the work.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    dispatcher = (
+        ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here).remote(pieces, interpreter, done, fail)
+    )
     worker = WorkerConfig(
         engine=spread(config.engine, placed),
         generation=config.params(),

@@ -57,6 +57,7 @@ class Worker:
         self.config, self.name, self.dispatcher = config, name, dispatcher
         self.fs, self.root = resolve(config.output_path)
         self.flush_s = config.flush_s
+        self.moves = False
         self.queue: deque[_Row] = deque()
         self.held = 0  # rows in the queue or in the engine
         self.ended = False  # no more rows will come
@@ -72,8 +73,11 @@ class Worker:
         self.puller: asyncio.Task[None] | None = None
         self.engine: Engine | None = None
 
-    async def run(self, secrets: Secrets) -> None:
-        """Loads the engine and works. Raises `ConfigError` where it cannot be loaded, `Outage` where its server is gone."""
+    async def run(self, secrets: Secrets) -> bool:
+        """Loads the engine and works; whether it ended for its node only (`clear_out`).
+
+        Raises `ConfigError` where the engine cannot be loaded, `Outage` where its server is gone.
+        """
         for name, value in secrets.values.items():
             os.environ.setdefault(name, value)
         # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
@@ -87,6 +91,8 @@ class Worker:
         slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
+        if self.moves:  # it was told so while it was loading
+            self.puller.cancel()
         try:
             await _until(self.puller, [flusher, *slots])
             await self._end()
@@ -102,6 +108,15 @@ class Worker:
             await self._flush()
             await self.dispatcher.leave.remote(self.name)
             await asyncio.to_thread(engine.close)
+        return self.moves
+
+    async def clear_out(self, nodes: frozenset[str]) -> None:
+        """As `drain`, where this replica's node is one of those that are about to go."""
+        import ray
+
+        if ray.get_runtime_context().get_node_id() in nodes:
+            self.moves = True
+            await self.drain()
 
     async def drain(self) -> None:
         """Takes no more rows, gives back those not yet admitted, finishes those in flight within `drain_s`.

@@ -30,7 +30,8 @@ PATIENCE_S = 120  # how long to wait for what must come; nothing here measures t
 
 # A cluster of several raylets on this machine, in a process of its own; told over stdin, answers over stdout.
 HOST = """
-import json, sys
+import json, subprocess, sys
+from pathlib import Path
 from ray.cluster_utils import Cluster
 small = {"num_cpus": 1, "object_store_memory": 100 << 20}
 cluster = Cluster(initialize_head=True, head_node_args=small)
@@ -39,10 +40,16 @@ for line in sys.stdin:
     verb, name = line.split()
     if verb == "add":
         nodes[name] = cluster.add_node(**small)
+    elif verb == "drain":
+        address = ["--address", cluster.address, "--node-id", nodes[name].node_id]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice"]
+        drain = ["ray", "drain-node", *address, *why, "--deadline-remaining-seconds", "120"]
+        subprocess.run([str(Path(sys.executable).with_name(drain[0])), *drain[1:]], check=True, stdout=sys.stderr)
     elif verb == "kill":
         cluster.remove_node(nodes.pop(name), allow_graceful=False)
     raylets = {name: node.all_processes["raylet"][0].process.pid for name, node in nodes.items()}
-    print("=>" + json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+    ids = {node.node_id: name for name, node in nodes.items()}
+    print("=>" + json.dumps({"address": cluster.address, "raylets": raylets, "ids": ids}), flush=True)
 cluster.shutdown()
 """
 
@@ -57,6 +64,7 @@ class Raylets:
                 stderr=log,
             )  # fmt: skip
         self.raylets: dict[str, int] = {}
+        self.ids: dict[str, str] = {}  # Ray's names of the nodes: ours
         self.env["RAY_ADDRESS"] = self.tell("list", "all")["address"]
 
     def tell(self, verb: str, name: str) -> dict[str, Any]:
@@ -67,7 +75,7 @@ class Raylets:
         for line in self.process.stdout:
             if line.startswith("=>"):
                 answer: dict[str, Any] = json.loads(line[2:])
-                self.raylets = answer["raylets"]
+                self.raylets, self.ids = answer["raylets"], answer["ids"]
                 return answer
         raise AssertionError("the cluster's process ended")
 

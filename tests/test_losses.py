@@ -1,0 +1,117 @@
+"""A cluster that loses nodes, gains others, and whose driver dies: no row lost, none twice, little paid for again.
+
+One test, all of it in one run; `for i in $(seq 20); do pytest tests/test_losses.py || break; done` is how often it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.provider_server import ProviderServer
+from tests.test_cluster import PATIENCE_S, Raylets, check, durable, finish, until, write
+from tests.test_cluster import raylets as raylets
+
+ROWS = 5000
+AT_ONCE = 8  # rows in one replica
+
+
+@pytest.fixture
+def server() -> Iterator[ProviderServer]:
+    with ProviderServer(latency_s=0.1, keep=True) as running:
+        yield running
+
+
+def asked(server: ProviderServer) -> int:
+    return len(server.requests)
+
+
+def paid_twice(server: ProviderServer) -> int:
+    return sum(count - 1 for count in Counter(request.text for request in server.requests).values())
+
+
+def start(data: Path, out: Path, env: dict[str, str], server: ProviderServer, *more: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "jobs.infer", "engine=remote_vllm", "engine.model=m", f"engine.base_url={server.url}/v1",
+        f"engine.max_concurrency={AT_ONCE}", "engine.requests_per_minute=60000", f"dataset.path={data}",
+        f"output.path={out}", "dataset.chunk_bytes=20000", "run.flush_s=0.2", "run.progress_s=1", "hardware.cpus=1",
+        "hardware.replicas=4", *more,
+    ]  # fmt: skip
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+
+
+def ray(env: dict[str, str], code: str) -> Any:
+    """What a script in a process of its own learns of the cluster."""
+    script = "import json, ray; from ray.util import state; ray.init(log_to_driver=False, logging_level='ERROR')\n" + code
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+ACTORS = """
+from ray._private.state import actors
+found = [a for a in actors().values() if a["State"] == "ALIVE"]
+print(json.dumps([[a["ActorClassName"], a["Address"]["NodeID"]] for a in found]))
+"""
+
+
+def test_nodes_go_and_come_the_limiter_moves_and_the_driver_dies(
+    raylets: Raylets, server: ProviderServer, tmp_path: Path
+) -> None:
+    order = random.Random(os.environ.get("LOSSES_SEED", time.time_ns()))
+    data, out = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out"
+    for name in ("one", "two", "three", "four"):
+        raylets.tell("add", name)
+    run = start(data, out, raylets.env, server)
+    until(lambda: len(raylets.busy()) >= 4, run)
+
+    def some_more(rows: int) -> None:
+        before = durable(out)
+        until(lambda: durable(out) >= min(ROWS, before + rows), run)
+
+    bound = 0
+    some_more(order.randint(100, 400))
+    victim = order.choice(sorted(raylets.busy() - {"head"}))  # a node with a replica, and all that its store holds
+    raylets.tell("kill", victim)
+    bound += AT_ONCE * 4
+    some_more(200)
+    limiters = [node for kind, node in ray(raylets.env, ACTORS) if kind == "Limiter"]
+    assert len(limiters) == 1
+    where = raylets.ids[limiters[0]]
+    if where != "head":  # with it may go a replica
+        raylets.tell("kill", where)
+        bound += AT_ONCE * 4
+    raylets.tell("add", "five")
+    raylets.tell("add", "six")
+    until(lambda: raylets.busy() & {"five", "six"}, run)
+    some_more(200)
+    notice = order.choice(sorted(raylets.busy() - {"head"}))  # two minutes before a spot node goes
+    before = paid_twice(server)
+    raylets.tell("drain", notice)
+    until(lambda: notice not in raylets.busy(), run)
+    assert paid_twice(server) == before  # what was in flight there was finished
+    raylets.tell("kill", notice)
+    some_more(200)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    bound += AT_ONCE * 4 * 4
+    again = start(data, out, raylets.env, server)
+    finish(again)
+    manifest = check(out, ROWS)
+    assert manifest["errors"] == {}
+    # In flight, or done and not yet durable, on what died (run.flush_s=0.2 of 0.1 s each, and as much at hand).
+    assert asked(server) - ROWS == paid_twice(server) <= bound
+    keys = pq.read_table(out / "_segments", columns=["key"])["key"].to_pylist()
+    assert len(set(keys)) == ROWS
