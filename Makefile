@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # pip's wheel cache does not know CMAKE_ARGS. A portable build stops at AVX2.
 IS_PORTABLE := import sys, llama_cpp; sys.exit(b'AVX512 = 1' in llama_cpp.llama_print_system_info())
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench lock clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/eagleray infer dataset.path=docs/examples/demo.jsonl output.path=$(OUT) generation.max_tokens=64; \
@@ -32,6 +32,14 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench
+
+# What cluster.yaml and an image install: everything that the extras of a GPU node need, at one version each.
+LOCK := import json, sys; [print(f"{p['name']}=={p['version'].split('+')[0]}") for p in \
+  sorted((i["metadata"] for i in json.load(sys.stdin)["install"]), key=lambda p: p["name"].lower()) if p["name"] != "eagleray"]
+
+lock: $(BIN)/python
+	$(BIN)/pip install -q --dry-run --ignore-installed --report - '.[llamacpp,transformers,vllm,s3]' | \
+	  $(BIN)/python -c '$(LOCK)' > jobs/constraints.txt
 
 clean:
 	rm -rf $(VENV) out

@@ -1,0 +1,163 @@
+"""The manifests: the cluster launcher's, Kubernetes', and what a spot node does when it gets its notice."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import requires, version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from jobs.compose import compose
+from tests import kuberay
+from tests.test_cluster import PATIENCE_S, Raylets
+from tests.test_cluster import raylets as raylets
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+# -- ray up -----------------------------------------------------------------------------------------------------------
+
+
+def test_cluster_yaml_is_what_rays_launcher_takes() -> None:
+    import ray.autoscaler
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(load("cluster.yaml"), schema)
+    whole = prepare_config(load("cluster.yaml"))
+    validate_config(whole)
+    types = whole["available_node_types"]
+    assert types["head"]["resources"]["CPU"] == 0  # no work there
+    spot, fallback = types["gpu_spot"], types["gpu"]
+    assert spot["priority"] > fallback.get("priority", 0)
+    assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in fallback["node_config"]
+    assert spot["node_config"]["InstanceType"] == fallback["node_config"]["InstanceType"]
+
+
+def test_the_locked_versions_are_those_that_the_extras_ask_for() -> None:
+    locked = dict(
+        line.strip().split("==") for line in (ROOT / "jobs/constraints.txt").read_text().splitlines() if "==" in line
+    )
+    assert locked["ray"] == version("ray")  # the cluster's and the one these tests ran with
+    extras = ("llamacpp", "transformers", "vllm", "s3")
+    wanted = [Requirement(line) for line in requires("eagleray") or []]
+    for requirement in wanted:
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            found = locked[requirement.name.lower().replace("_", "-")]
+            assert requirement.specifier.contains(found), f"{requirement} is locked to {found}: make lock"
+    commands = "\n".join([*load("cluster.yaml")["setup_commands"]])
+    assert "-c jobs/constraints.txt" in commands
+
+
+# -- KubeRay ----------------------------------------------------------------------------------------------------------
+
+MANIFESTS = {"jobs/rayjob.yaml": kuberay.RAYJOB, "jobs/raycronjob.yaml": kuberay.RAYCRONJOB}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_are_what_kuberay_takes(name: str) -> None:
+    manifest, schema = load(name), MANIFESTS[name]
+    jsonschema.validate(manifest, schema)
+    templates = kuberay.pods(manifest, schema)
+    assert len(templates) == 2
+    for template in templates:
+        kuberay.check(template, "V1PodTemplateSpec")
+    job = manifest["spec"].get("jobTemplate", manifest["spec"])
+    assert job["rayClusterSpec"]["rayVersion"] == version("ray")
+    words = shlex.split(job["entrypoint"])
+    assert words[:2] == ["eagleray", "infer"]
+    config = compose(words[2:])
+    config.check()
+    assert "${" not in str(config.output.path)
+
+    broken = copy.deepcopy(manifest)
+    broken["spec"].setdefault("jobTemplate", {})["rayCluster"] = {}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema)
+    templates[0]["spec"]["containers"][0]["resource"] = {}
+    with pytest.raises(AssertionError, match="resource is no field of V1Container"):
+        kuberay.check(templates[0], "V1PodTemplateSpec")
+
+
+def test_both_manifests_run_on_the_same_cluster() -> None:
+    job, cron = load("jobs/rayjob.yaml")["spec"], load("jobs/raycronjob.yaml")["spec"]["jobTemplate"]
+    assert {**job, "entrypoint": ""} == {**cron, "entrypoint": ""}
+
+
+# -- spot -------------------------------------------------------------------------------------------------------------
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """A cloud's metadata server; `server.notice` says whether the node is about to go."""
+
+    def do_PUT(self) -> None:
+        self.answer(200, "a-token") if self.server.cloud == "aws" else self.answer(404)  # type: ignore[attr-defined]
+
+    def do_GET(self) -> None:
+        about, cloud = self.server.notice, self.server.cloud  # type: ignore[attr-defined]
+        if cloud == "aws" and self.path == "/latest/meta-data/spot/instance-action":
+            known = self.headers["X-aws-ec2-metadata-token"] == "a-token"
+            self.answer((200 if about else 404) if known else 401, '{"action": "terminate"}')
+        elif cloud == "gcp" and self.path == "/computeMetadata/v1/instance/preempted":
+            self.answer(200 if self.headers["Metadata-Flavor"] == "Google" else 403, str(about).upper())
+        else:
+            self.answer(404)
+
+    def answer(self, status: int, text: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_a_spot_notice_becomes_a_drain(cloud: str, metadata: ThreadingHTTPServer, raylets: Raylets) -> None:
+    metadata.cloud, metadata.notice = cloud, False  # type: ignore[attr-defined]
+    raylets.tell("add", "spot")
+    node = next(id for id, name in raylets.ids.items() if name == "spot")
+    url = f"http://127.0.0.1:{metadata.server_port}"
+    address = ["--address", raylets.env["RAY_ADDRESS"], "--node-id", node]
+    command = [sys.executable, str(ROOT / "jobs/spot_notice.py"), "--metadata", url, *address]
+    watch = subprocess.Popen(command, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        watch.wait(3)
+    metadata.notice = True  # type: ignore[attr-defined]
+    assert watch.wait(PATIENCE_S) == 0
+    # A node without work ends at once, the others' rows get their time (test_losses.py).
+    code = """if True:
+        import json, ray
+        from ray._private.state import state
+        ray.init(logging_level="ERROR")
+        idle = [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
+        print(json.dumps([*state.get_draining_nodes(), *idle]))"""
+    seen = subprocess.run([sys.executable, "-c", code], env=raylets.env, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert json.loads(seen.stdout.splitlines()[-1]) == [node]
