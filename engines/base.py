@@ -111,6 +111,21 @@ class EngineConfig:
         "override_generation_config",
         "reasoning_parser",
         "tool_call_parser",
+        "gguf_file",
+        "subfolder",
+        "variant",
+        "code_revision",
+        "tokenizer_revision",
+        "tokenizer_mode",
+        "rope_scaling",
+        "rope_theta",
+        "rope_parameters",
+        "mm_processor_kwargs",
+        "json_model_override_args",
+        "bnb_4bit_use_double_quant",
+        "llm_int8_threshold",
+        "llm_int8_skip_modules",
+        "lora_paths",
     )
 
     def identity(self) -> dict[str, Any]:

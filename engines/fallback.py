@@ -46,7 +46,9 @@ class FallbackEngine(Engine):
             completion = await engine.generate(request)
             attempts, latency = attempts + completion.attempts, latency + completion.latency_s
             refused = completion.finish_reason == "content_filter"
-            if (completion.error is None and not refused) or (completion.error and completion.error.type == "cancelled"):
+            # An engine that is broken must be replaced, and not hidden behind what may cost money.
+            ends = completion.error is not None and completion.error.type in ("cancelled", "engine_crash")
+            if ends or (completion.error is None and not refused):
                 break
             # The row's own model and adapter are names of the first engine.
             request = dataclasses.replace(request, model=None, adapter=None)

@@ -23,6 +23,8 @@ from engines.types import ConfigError, GenerationParams, Message
 PromptCounter = Callable[[list[Message], GenerationParams], int]
 
 # Their feed-forward layers have two matrices; everybody else's have three.
+# One layer in so many sees everything, where the config does not say so.
+_FULL_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 _UNGATED = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "nemotron", "opt", "phi", "starcoder2")
 
 
@@ -150,6 +152,8 @@ def _of_checkpoint(config: EngineConfig) -> Footprint:
     stored = _stored(path.parent, config)
     names = (kwargs.get("dtype"), kwargs.get("torch_dtype"), given.get("dtype"), given.get("torch_dtype"))
     dtype = next((name for name in names if isinstance(name, str) and name != "auto"), None)
+    if config.kind == "vllm" and kwargs.get("dtype") in (None, "auto") and dtype in ("float32", "float"):
+        dtype = "bfloat16"  # what vLLM makes of it
     dtype = dtype or (stored.most_common(1)[0][0] if stored else "16-bit numbers, it is assumed")
     packed = _quantised(given.get("quantization_config"))
     bits = packed or _quantised(kwargs) or _quantised(kwargs.get("quantization_config"))
@@ -228,7 +232,7 @@ def _shape(about: Mapping[str, Any], path: Path) -> tuple[Footprint, int]:
     if isinstance(kinds, list):  # others, such as linear attention, have a state of a fixed, small size
         full, sliding = kinds.count("full_attention"), kinds.count("sliding_attention")
     elif window and about.get("use_sliding_window", True):
-        every = get("sliding_window_pattern")
+        every = get("sliding_window_pattern") or _FULL_EVERY.get(str(about.get("model_type")), 0)
         full = layers // every if every else 0
         sliding = layers - full
     context = get("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

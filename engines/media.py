@@ -47,11 +47,12 @@ def image_of(part: Any) -> Image:
         except (binascii.Error, ValueError):
             raise invalid("an image's data URL is not valid base64") from None
         return Image(data=data, media_type=_media_type(data) or head[5:].partition(";")[0])
-    path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url).expanduser()
     try:
+        path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url).expanduser()
         data = path.read_bytes()
-    except OSError as error:
-        raise invalid(f"the image {path} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # also no URL, no such user's home, a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise invalid(f"the image {url[:200]!r} cannot be read: {reason}") from None
     media_type = _media_type(data)
     if media_type is None:
         raise invalid(f"{path} is not a PNG, JPEG, GIF or WebP image")

@@ -352,6 +352,9 @@ class TransformersEngine(Engine):
             return
         except torch.OutOfMemoryError:
             pass  # go on outside: the traceback holds on to the batch's tensors
+        except Exception as error:  # a bug, or a CPU without memory: one row's, if it is one row's
+            if len(rows) == 1:
+                return rows[0].settle(error)
         torch.cuda.empty_cache()
         if len(rows) == 1:
             reason = f"out of device memory on one request with {len(rows[0].prompt)} prompt tokens"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import threading
 from collections import deque
@@ -30,6 +31,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncEngineArgs, AsyncLLM
 
+from engines import guard
 from engines.base import Capabilities, Engine
 from engines.remote import chat
 from engines.remote.errors import failure
@@ -108,7 +110,7 @@ class VLLMEngine(Engine):
         self.thread.start()
         try:
             self._call(self._start(args)).result()
-        except ConfigError:
+        except (ConfigError, EngineError):
             self.close()
             raise
         except Exception as error:
@@ -141,8 +143,12 @@ class VLLMEngine(Engine):
 
     async def _start(self, args: Any) -> None:
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        if vllm_config.parallel_config.distributed_executor_backend == "ray":  # other nodes do not have our file
+            vllm_config.logging_config.pylogging_config_file = None
+            os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)
         with _both_cores(vllm_config.parallel_config.world_size):
             self.llm = AsyncLLM.from_vllm_config(vllm_config)
+        self.guard = guard.follow(process.pid or 0 for process in multiprocessing.active_children())
         await init_app_state(self.llm, self.state, args, await self.llm.get_supported_tasks())
         self.max_model_len = vllm_config.model_config.max_model_len
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -152,6 +158,8 @@ class VLLMEngine(Engine):
             try:
                 await self._adapter(self.config.adapter)
             except EngineError as error:
+                if error.type == "engine_crash":  # another node may have more luck
+                    raise
                 raise ConfigError(f"engine.adapter: {error}") from None
 
     def _call(self, work: Coroutine[Any, Any, T]) -> Any:
@@ -182,9 +190,7 @@ class VLLMEngine(Engine):
         finally:
             if self.turns is not None:
                 self.turns.leave()
-        if self.llm.errored:
-            text = vllm_log.last_error(self.log_start) or one_line(self.llm.dead_error)
-            raise EngineError("engine_crash", f"vLLM's engine died: {text}")
+        self._check_alive()
         if isinstance(answer, ErrorResponse):
             raise failure(answer.error.code, answer.model_dump_json().encode(), {})
         completion = chat.completion(answer.model_dump(), PROVIDER)
@@ -199,8 +205,10 @@ class VLLMEngine(Engine):
             self.adapters[adapter] = asyncio.create_task(self._load_adapter(adapter))
         try:
             await asyncio.shield(self.adapters[adapter])
-        except EngineError as error:  # a new one for each row that asks
-            raise invalid(str(error)) from None
+        except EngineError as error:
+            self.adapters.pop(adapter, None)  # what came in its way may be gone when the next row asks
+            self._check_alive()
+            raise invalid(str(error)) from None  # a new one for each row that asks
 
     async def _load_adapter(self, adapter: str) -> None:
         models = self.state.openai_serving_models
@@ -208,6 +216,11 @@ class VLLMEngine(Engine):
         said = await models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=adapter, lora_path=path))
         if not isinstance(said, str):
             raise invalid(f"adapter '{adapter}' cannot be loaded: {one_line(ValueError(said.error.message))}")
+
+    def _check_alive(self) -> None:
+        if self.llm.errored:
+            text = vllm_log.last_error(self.log_start) or one_line(self.llm.dead_error)
+            raise EngineError("engine_crash", f"vLLM's engine died: {text}")
 
     def close(self) -> None:
         if hasattr(self, "llm"):
@@ -221,6 +234,8 @@ class VLLMEngine(Engine):
         if self.llm.output_handler is not None:  # or it would report the end of the engine as a disaster
             self.llm.output_handler.cancel()
         self.llm.shutdown(timeout=10)
+        self.guard.kill()
+        self.guard.wait()
 
 
 @contextlib.contextmanager
@@ -240,10 +255,14 @@ def _both_cores(ranks: int) -> Iterator[None]:
 
 def _adapter_path(adapter: str) -> Path:
     """The directory of an adapter; one on the hub is fetched once for a node. Raises `EngineError("invalid_input")`."""
-    path = Path(adapter).expanduser()
-    if not path.is_dir() and (adapter.count("/") != 1 or adapter.startswith((".", "/", "~"))):
+    try:
+        path = Path(adapter).expanduser()
+        here = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL in it, no such user's home
+        raise invalid(f"there is no adapter {adapter[:200]!r}: {one_line(error)}") from None
+    if not here and (adapter.count("/") != 1 or adapter.startswith((".", "/", "~"))):
         raise invalid(f"there is no adapter '{adapter}': neither a directory nor a hub id")
-    if not path.is_dir():
+    if not here:
         from huggingface_hub import snapshot_download
 
         try:

@@ -80,12 +80,13 @@ def _model(config: Config, model: Any) -> list[Line]:
     place = "GPU" if on_gpu else "process"
     memory = (hardware.memory * 2**30 or _machine_memory()) / (tensor * stages)
     if on_gpu:
-        memory = hardware.gpu_memory * 2**30 * min(1, gpus)
+        # vLLM takes its share of the whole GPU, also where it has but a part of it.
+        memory = hardware.gpu_memory * 2**30 * (1 if engine.kind == "vllm" else min(1, gpus))
     share = engine.kwargs.get("gpu_memory_utilization") or UTILIZATION
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigError(f"engine.kwargs.gpu_memory_utilization must be above 0 and at most 1, not {share!r}")
     # llama.cpp reserves the cache of all its sequences when it starts; the others share what there is.
-    needed = int(engine.kwargs.get("n_seq_max") or 1) if engine.kind == "llamacpp" else 1
+    needed = int(engine.kwargs.get("n_seq_max") or engine.max_concurrency or 1) if engine.kind == "llamacpp" else 1
 
     def left(tensor: int, stages: int) -> float:
         return memory * share - model.weight_bytes / (tensor * stages)

@@ -64,7 +64,7 @@ class Crew:
     def tend(self, status: Status) -> None:
         """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
         import ray
-        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+        from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
         self._clear_out()
         ended, _ = ray.wait([r.run for r in self.replicas], num_returns=len(self.replicas), timeout=0) \
@@ -102,6 +102,8 @@ class Crew:
                 if isinstance(error.cause, OSError):
                     raise Stopped(f"a worker could not read or write: {error.cause}") from None
                 raise
+            except RayError as error:  # it can no longer be placed, say
+                self._died(replica, str(error), status)
 
     def _clear_out(self) -> None:
         """Tells the replicas which nodes are about to go; those there finish what is in flight, and others take over."""

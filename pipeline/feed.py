@@ -258,6 +258,7 @@ class Dispatcher:
         self.crashes: Counter[bytes] = Counter()
         self.crash_reason = ""
         self.leases: dict[str, dict[int, _Out]] = {}
+        self.joined: set[str] = set()  # workers that are here, or loading their engine
         self.gone: set[str] = set()  # workers that left; a call of theirs may still be under way
         self.next_lease = 0
         self.summaries: dict[int, Summary] = {}
@@ -321,6 +322,10 @@ class Dispatcher:
     async def take_summaries(self) -> dict[int, Summary]:
         return self.summaries
 
+    async def join(self, worker: str) -> None:
+        """`worker` is loading its engine: rows are kept for it."""
+        self.joined.add(worker)
+
     async def pull(self, worker: str, want: int, held: int, completed: list[tuple[int, list[int]]]) -> Lease | None:
         """Up to `want` rows for `worker`, which still holds `held`; None when the run is over for it.
 
@@ -335,14 +340,17 @@ class Dispatcher:
             if out is not None:
                 for at in offsets:
                     out.states[at] = max(out.states[at], COMPLETED)
-        deadline = asyncio.get_running_loop().time() + 1.0
+        self.joined.add(worker)
+        # One that has its share by now asks again soon, when it has less.
+        deadline = asyncio.get_running_loop().time() + (1.0 if held == 0 else 0.1)
         while True:
             if self.stopping or worker in self.gone:
                 return None
             if held == 0 and self.suspects:
                 return self._suspect(mine)
-            if self.ready:
-                return self._lease(worker, mine, want)
+            share = self._share() - held
+            if self.ready and share > 0:
+                return self._lease(worker, mine, min(want, share))
             if self._over():
                 return None
             left = deadline - asyncio.get_running_loop().time()
@@ -353,6 +361,12 @@ class Dispatcher:
                     await asyncio.wait_for(self.changed.wait(), left)
                 except TimeoutError:
                     pass
+
+    def _share(self) -> int:
+        """The most rows that one worker may hold: an equal part of all that are left, so that none idles at the end."""
+        left = len(self.ready) + len(self.suspects)
+        left += sum(out.states.count(LEASED) for mine in self.leases.values() for out in mine.values())
+        return -(-left // len(self.joined))
 
     def _lease(self, worker: str, mine: dict[int, _Out], want: int) -> Lease:
         rows = self.ready.take(worker, want)
@@ -404,6 +418,7 @@ class Dispatcher:
         if worker in self.gone:
             return
         self.gone.add(worker)
+        self.joined.discard(worker)
         self.ready.leave(worker)
         for out in self.leases.pop(worker, {}).values():
             back: list[Ask] = []

@@ -35,7 +35,10 @@ class Placement:
 
 def placement(hardware: HardwareConfig, engine: EngineConfig) -> Placement:
     """What the profile and the engine's parallel sizes come to. Raises `ConfigError` where they contradict each other."""
-    tensor, stages = (_size(engine, name) for name in ("tensor_parallel_size", "pipeline_parallel_size"))
+    tensor, stages = (
+        max(_size(engine, f"{name}_parallel_size"), _size(engine, f"{name[0]}p_size")) for name in ("tensor", "pipeline")
+    )
+    tensor *= max(_size(engine, "data_parallel_size"), _size(engine, "dp_size"))
     gpus = float(tensor * stages) if hardware.gpus is None else hardware.gpus
     if 0 < gpus < tensor * stages:
         raise ConfigError(
@@ -51,7 +54,7 @@ def placement(hardware: HardwareConfig, engine: EngineConfig) -> Placement:
     low, high = hardware.bounds() or (1, _room(hardware, gpus))
     first = {"CPU": hardware.cpus, "GPU": gpus, "memory": float(int(hardware.memory * 2**30))}
     bundles = [first]
-    if stages > 1 and gpus > 1 and not 0 < gpus <= node:
+    if stages > 1 and gpus > 1 and not 0 < gpus <= node and engine.kind == "vllm":  # the only one that Ray spreads
         bundles = [{**first, "GPU": 1.0}, *({"GPU": 1.0} for _ in range(int(gpus) - 1))]
     labels = {str(name): str(value) for name, value in hardware.label_selector.items()}
     return Placement(low, high, tuple({k: v for k, v in bundle.items() if v} for bundle in bundles), labels)
@@ -138,7 +141,11 @@ def start(actor_class: Any, placed: Placement, *args: Any) -> tuple[Any, Any]:
     group = ray.util.placement_group([dict(bundle) for bundle in placed.bundles], strategy="PACK", **selectors)
     # The GPUs are for the processes that vLLM starts in the group's bundles.
     options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
-    return actor_class.options(num_gpus=0, **options).remote(*args), group
+    try:
+        return actor_class.options(num_gpus=0, **options).remote(*args), group
+    except BaseException:
+        ray.util.remove_placement_group(group)
+        raise
 
 
 def end(actor: Any, group: Any) -> None:

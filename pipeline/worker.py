@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engines.base import Engine, EngineConfig, load_engine
+from engines.text import one_line
 from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
 from pipeline.feed import Lease, Status
 from pipeline.fs import resolve
@@ -19,6 +21,8 @@ from pipeline.limiter import source_of
 from pipeline.lossless import loads
 
 DRAIN_FLUSH_S = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class Worker:
             os.environ["OMP_NUM_THREADS"] = str(int(self.config.cpus))
         else:
             os.environ.pop("OMP_NUM_THREADS", None)
+        await self.dispatcher.join.remote(self.name)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
         engine.attach(source_of, self.config.max_outage_s)
@@ -176,6 +181,10 @@ class Worker:
                 completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
                 completion = Completion(error=Failure.of(error), engine=engine.kind)
+            except Exception as error:  # a bug, ours or a library's: no row may end the run for all
+                logger.exception("row %s: a bug", row.id)
+                reason = f"a bug: {type(error).__name__}: {one_line(error)}"
+                completion = Completion(error=Failure("server", reason), engine=engine.kind)
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
             if engine.outage is not None and completion.error is not None and completion.error.retryable:

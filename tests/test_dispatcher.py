@@ -65,6 +65,23 @@ def test_rows_that_came_out_are_not_suspected_and_the_second_death_convicts() ->
     asyncio.run(scene())
 
 
+def test_no_worker_takes_more_than_its_share_and_rows_are_kept_for_those_that_load() -> None:
+    async def scene() -> None:
+        d = dispatcher(12)
+        await d.join("late")
+        first = await d.pull("w1", 100, 0, [])
+        assert first is not None and len(first) == 6
+        more = await d.pull("w1", 94, 6, [])
+        assert more is not None and len(more) == 0
+        late = await d.pull("late", 100, 0, [])
+        assert late is not None and len(late) == 6
+        await d.leave("late", None)
+        rest = await d.pull("w1", 94, 6, [])
+        assert rest is not None and len(rest) == 6
+
+    asyncio.run(scene())
+
+
 def test_the_run_is_over_when_everything_is_durable() -> None:
     async def scene() -> None:
         d = dispatcher(2)

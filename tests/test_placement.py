@@ -23,7 +23,9 @@ from tests.test_cluster import folder
 
 
 def placed(profile: str, **kwargs: int) -> Placement:
-    config = compose([f"hardware={profile}", *(f"engine.kwargs.{name}={value}" for name, value in kwargs.items())])
+    config = compose(
+        ["engine=vllm", f"hardware={profile}", *(f"engine.kwargs.{name}={value}" for name, value in kwargs.items())]
+    )
     return placement(config.hardware, config.engine)
 
 
@@ -59,6 +61,16 @@ def test_sizes_that_cannot_be_placed_are_refused(profile: str, sizes: dict[str, 
     assert said in str(error.value)
 
 
+def test_only_vllm_goes_over_several_nodes_and_all_ways_to_say_sizes_count() -> None:
+    for kind, sizes in (
+        ("sglang_offline", {TP: 2, PP: 2}),
+        ("sglang_offline", {"tp_size": 4}),
+        ("vllm", {"data_parallel_size": 4}),
+    ):
+        found = placement(HardwareConfig(gpus=None, cpus=1), EngineConfig(kind=kind, kwargs=dict(sizes)))
+        assert [bundle.get("GPU", 0) for bundle in found.bundles] == [4], kind
+
+
 def test_fewer_gpus_than_the_sizes_need_are_refused() -> None:
     with pytest.raises(ConfigError, match="hardware.gpus=2 is less than"):
         placement(HardwareConfig(gpus=2), EngineConfig(kind="vllm", kwargs={TP: 4}))
@@ -77,7 +89,7 @@ def test_what_is_missing_is_told() -> None:
         "there is room for 2 of 3 replicas: each asks for 1 CPUs, 4 GPUs, 0 GiB; the cluster has 1 nodes, "
         "the largest with 8 CPUs, 8 GPUs, 64 GiB"
     )
-    over = placement(HardwareConfig(gpus=None, cpus=1), EngineConfig(kind="echo", kwargs={TP: 4, PP: 2}))
+    over = placement(HardwareConfig(gpus=None, cpus=1), EngineConfig(kind="vllm", kwargs={TP: 4, PP: 2}))
     assert [room(over, [node(8, 4)] * count) for count in (1, 2, 4)] == [0, 1, 1]
     labelled = placement(HardwareConfig(label_selector={"zone": "in(a, b)", "spot": "!yes"}), EngineConfig(kind="echo"))
     assert room(labelled, [node(1, zone="a"), node(1, zone="c")]) == 1

@@ -201,6 +201,10 @@ def test_images_are_named_by_their_bytes(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("messages_", "said"),
     [([{"role": "user", "content": [image("/no/such.png")]}], "cannot be read"),
+     ([{"role": "user", "content": [image("file://[x")]}], "cannot be read"),
+     ([{"role": "user", "content": [image("~nobody-of-that-name/x.png")]}], "cannot be read"),
+     ([{"role": "user", "content": [image("a\0b.png")]}], "cannot be read"),
+     ([{"role": "user", "content": [image("x" * 5000)]}], "cannot be read"),
      ([{"role": "user", "content": [image(__file__)]}], "is not a PNG, JPEG, GIF or WebP"),
      ([{"role": "user", "content": [image("data:image/png;base64,%%")]}], "not valid base64"),
      ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "'video' cannot be sent"),
