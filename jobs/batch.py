@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engines.types import ConfigError
+from engines.types import ConfigError, EngineError
 from jobs.infer import finish, guarded, start
 from pipeline.config import Config
 
@@ -50,38 +50,57 @@ def _run(step: str, config: Config) -> int:
 
 
 def _go(step: str, config: Config, console: Console) -> int:
+    from pipeline.batches import Book
+    from pipeline.fs import resolve
     from pipeline.run import STOPPED
 
-    status = finish(config, console, wait=not step)
+    status = finish(config, console, step)
     if step and status == STOPPED:
         _look("status", config, console)
-        return 0 if step == "submit" else STOPPED
+        late = [batch for batch in Book(*resolve(str(config.output.path))).open if batch.state != "submitted"]
+        if step == "submit" and not late:
+            return 0
+        if late:
+            text = f"{len(late)} batches are not submitted yet: the same command goes on with them."
+            console.print(text, highlight=False)
     return status
 
 
 def _look(step: str, config: Config, console: Console) -> int:
     """Shows batches, having cancelled those under way where that is asked for."""
+    from rich.markup import escape
+
     from pipeline.batches import BatchRun
     from pipeline.feed import Interpreter
     from pipeline.formats import RowParser
     from pipeline.fs import resolve
     from pipeline.keys import Keyer
+    from pipeline.lock import run_lock
+    from pipeline.run import STOPPED
 
     config.check(runs=step != "list")
     fs, root = resolve(str(config.output.path or "."))
     parser = RowParser(config.dataset.format, config.dataset.columns, config.dataset.template)
     interpreter = Interpreter(parser, Keyer(config.engine, config.params()), config.dataset.max_row_bytes)
-    with contextlib.closing(BatchRun(config, fs, root, interpreter)) as run:
+    with contextlib.ExitStack() as stack:
+        if step == "cancel":  # a run that waits would go on with them
+            stack.enter_context(run_lock(fs, root))
+        run = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
         if step == "list":
             _show_account(run, console)
             return 0
+        failed = False
         for batch in run.book.open:
-            if batch.state == "submitted":
+            try:
                 if step == "cancel":
-                    run.wire.cancel(str(batch.id))
-                batch.status = run.wire.status(str(batch.id))
+                    run.cancel(batch)
+                if batch.state == "submitted":
+                    batch.status = run.wire.status(str(batch.id))
+            except EngineError as error:
+                failed = True
+                console.print(f"{batch.id or batch.name}: {escape(str(error))}", highlight=False)
         _show(run, console)
-    return 0
+    return STOPPED if failed else 0
 
 
 def _show(run: BatchRun, console: Console) -> None:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from engines.types import ConfigError
+from engines.types import ConfigError, EngineError
 from jobs.compose import GROUPS, as_yaml, compose, options
 from pipeline.config import Config
 
@@ -48,11 +48,11 @@ def _run(config: Config) -> int:
     return guarded(lambda console: finish(config, console))
 
 
-def finish(config: Config, console: Console, wait: bool = True) -> int:
+def finish(config: Config, console: Console, step: str = "") -> int:
     """Runs the main job and tells what it came to."""
     from pipeline.run import run
 
-    outcome = run(config, console, wait)
+    outcome = run(config, console, step)
     if outcome.manifest:
         from jobs.show import show_outcome
 
@@ -72,6 +72,9 @@ def guarded(work: Callable[[Console], int]) -> int:
     console = Console(stderr=True)
     try:
         return work(console)
+    except EngineError as error:  # what a provider says to a step of `eagleray batch`
+        console.print(f"[red]Stopped:[/] {escape(str(error))}", highlight=False)
+        return STOPPED
     except Stopped as stop:
         console.print(f"[red]Stopped:[/] {escape(str(stop))}", highlight=False)
         return STOPPED

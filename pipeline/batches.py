@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,8 @@ from rich.console import Console
 from engines.base import engine_class
 from engines.batch.connect import encoded, no_batch_api, wire_of
 from engines.batch.wire import BatchState, BatchStatus, Requests
-from engines.types import Completion, EngineError, Failure, Request
+from engines.text import one_line
+from engines.types import Completion, ConfigError, EngineError, Failure, Request
 from pipeline.config import Config
 from pipeline.crew import Interrupted, Stopped
 from pipeline.feed import Interpreter, Piece, Status, Summary, read_piece
@@ -47,6 +48,10 @@ WRITER = "batch"
 
 GO_ON = "batches under way go on at the provider, the same command fetches them (eagleray batch cancel ends them)"
 
+CANCEL = "eagleray batch cancel ends it"
+
+# How long a queue may be full with nothing of ours in it.
+QUEUE_S = 24 * 3600.0
 # Answers on their way into one segment.
 SEGMENT_ROWS, SEGMENT_BYTES = 5_000, 32 << 20
 # A poll comes after at least so long, and later each time that nothing has changed.
@@ -61,13 +66,17 @@ class Batch:
 
     name: str
     model: str
-    round: int  # 1: its rows are asked for the first time
+    round: int
+    first: int  # the round in which the run began that this one belongs to
+    settings: dict[str, Any]  # all that shapes its answers
     rows: int = 0
     size: int = 0  # bytes
     state: str = "spooled"
     file: str | None = None  # its id at the provider
     id: str | None = None  # likewise
     submitting_at: float = 0.0
+    foreign: list[str] = field(default_factory=list)  # ids of others' batches that were taken for this one
+    cancelled: bool = False  # at the user's word: its rows do not go again by themselves
     answered: int = 0
     failed: int = 0  # for good
     again: int = 0  # without an answer yet
@@ -77,6 +86,11 @@ class Batch:
     @property
     def open(self) -> bool:
         return self.state != "fetched"
+
+    @property
+    def tries(self) -> int:
+        """How often its rows have been asked, this time included."""
+        return self.round - self.first + 1
 
     @property
     def tokens(self) -> int:
@@ -117,6 +131,19 @@ class Book:
     def _open(self, path: str) -> BinaryIO:
         # Buffered: Arrow's own files have no `readline`, by which lines are gone through.
         return io.BufferedReader(self.fs.open_input_file(path), 1 << 20)
+
+    def sweep(self) -> None:
+        """Deletes copies of the dataset that whoever was killed left: of no batch, or of one that is done."""
+        needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
+        for info in listing(self.fs, f"{self.root}/{BATCHES}"):
+            if info.is_file and not info.path.endswith(".json") and info.base_name not in needed:
+                self.fs.delete_file(info.path)
+
+    def forget(self, batch: Batch) -> None:
+        """For one that is not at the provider: its rows are asked as if it had never been."""
+        self.batches.remove(batch)
+        self.fs.delete_file(self.path(batch, "json"))
+        self.drop_files(batch)
 
     def drop_files(self, batch: Batch) -> None:
         """The requests, a copy of the dataset, once nobody needs them."""
@@ -182,14 +209,22 @@ class BatchRun:
         if self.queued_tokens:
             self.most_bytes = min(self.most_bytes, self.queued_tokens * BYTES_PER_TOKEN)
         self.book = Book(fs, root)
+        self.settings = _plain({**config.engine.identity(), "generation": config.params().given()})
+        for batch in self.book.open:
+            if names := [name for name in self.settings if batch.settings.get(name) != self.settings[name]]:
+                there = ", ".join(f"{name}={batch.settings.get(name)}" for name in names)
+                raise ConfigError(
+                    f"batches under way were made with {there}: go on with that, or choose another output.path"
+                )
         # A run that goes on counts its rounds on; a new one begins anew.
         rounds = [batch.round for batch in self.book.batches]
-        self.first_round = min((b.round for b in self.book.open), default=max(rounds, default=0) + 1)
+        self.first_round = min((b.first for b in self.book.open), default=max(rounds, default=0) + 1)
         self.resumed = bool(self.book.open)
         self.full_until = 0.0  # the provider's queue is full, at least until then
         self.full_with = 0  # batches in it when it was found full
-        self.trouble, self.trouble_since = "", math.inf
+        self.troubles: dict[str, tuple[str, float]] = {}  # by batch: what it waits for, and until when at most
         self.status = Status()
+        self.interrupts: list[int] = []
 
     def ask(
         self,
@@ -197,14 +232,19 @@ class BatchRun:
         console: Console,
         interrupts: list[int],
         why_stop: Callable[[Status], str | None],
-        wait: bool,
+        step: str,
     ) -> dict[int, Summary] | None:
-        """Takes all rows through batches; without `wait`, as far as it goes now, and None where that is not to the end.
+        """Takes all rows through batches; in a `step` of "submit" or "fetch" as far as it goes now, and None where that
+        is not to the end.
 
         With `run.batch_fallback=live` the end is that of the first round. Also raises `Interrupted`.
         """
-        failed_too = self.resumed or not wait or not self.config.run.retry_failed
-        limits = self.config.run
+        failed_too = self.resumed or step == "fetch" or not self.config.run.retry_failed
+        limits, self.interrupts = self.config.run, interrupts
+        self.book.sweep()
+        for batch in [batch for batch in self.book.open if batch.state in ("spooled", "uploaded")]:
+            if batch.rows > self.most_rows or batch.size > self.most_bytes:  # the limits were lowered
+                self.book.forget(batch)
         with RunProgress(console, limits.progress_s) as progress:
             while True:
                 rows, summaries = self.spool(pieces, read_index(self.fs, self.root).only(failed_too=failed_too))
@@ -217,19 +257,23 @@ class BatchRun:
                     progress.show(self.shown())
                     if reason := why_stop(self.status):
                         raise Stopped(f"{reason}; {GO_ON}")
-                    if time.monotonic() > self.trouble_since + limits.max_outage_s:
-                        raise Stopped(f"{self.trouble}; {GO_ON}")
+                    for trouble, until in self.troubles.values():
+                        if time.monotonic() > until:
+                            raise Stopped(f"{trouble}; {GO_ON}")
                     pause = POLL_FIRST_S if moved else min(pause * POLL_FACTOR, limits.batch_poll_s)
                     until = time.monotonic() + (pause if self.book.open else 0)
-                    if not moved and not wait:
+                    if not moved and step:
                         return None
-                    while time.monotonic() < until or interrupts:
-                        if interrupts:
-                            raise Interrupted(f"interrupted; {GO_ON}")
+                    while time.monotonic() < until:
+                        self._heed()
                         progress.show(self.shown())
                         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
                 if limits.batch_fallback == "live":
                     return summaries
+
+    def _heed(self) -> None:
+        if self.interrupts:
+            raise Interrupted(f"interrupted; {GO_ON}")
 
     def close(self) -> None:
         self.wire.client.close()
@@ -251,6 +295,7 @@ class BatchRun:
             summary = summaries[piece.number] = Summary()
             fail = self.config.dataset.on_bad_input == "fail"
             for table in read_piece(piece, self.interpreter, known, fail, summary):
+                self._heed()
                 fresh = table.filter(pa.array(seen.add(table["key"])))
                 for key, id, request in zip(*(fresh[name].to_pylist() for name in ("key", "id", "request")), strict=True):
                     rows += 1
@@ -265,7 +310,9 @@ class BatchRun:
                         spool = None
                     if spool is None:
                         name = f"eagleray-{secrets.token_hex(4)}-{len(self.book.batches) + len(spools) + 1:05d}"
-                        spool = spools[model] = _Spool(self.book, Batch(name, model, round))
+                        spool = spools[model] = _Spool(
+                            self.book, Batch(name, model, round, self.first_round, self.settings)
+                        )
                     spool.add(key, id, line)
         for spool in spools.values():
             self._advance(spool.close())
@@ -291,8 +338,11 @@ class BatchRun:
 
     def step(self) -> bool:
         """Takes every open batch as far as it goes now; whether any of them moved."""
-        moved = [self._advance(batch) for batch in self.book.open]
-        return any(moved)
+        moved = False
+        for batch in self.book.open:
+            self._heed()
+            moved |= self._advance(batch)
+        return moved
 
     def _advance(self, batch: Batch) -> bool:
         before = batch.state
@@ -304,29 +354,41 @@ class BatchRun:
                 batch.submitting_at = time.time()
                 self._now(batch, "submitting")
                 self._submit(batch)
-            elif batch.state == "submitting":  # whoever was here before may have come as far as the provider
-                known = {other.id for other in self.book.batches if other.id}
-                batch.id = self.wire.find(self.book.requests(batch), batch.file, batch.submitting_at, known)
-                if batch.id is None:
-                    self._submit(batch)
-                else:
-                    self._now(batch, "submitted")
+            elif batch.state == "submitting":
+                self._resubmit(batch)
             if batch.state == "submitted":
                 self._poll(batch)
         except EngineError as error:
             if error.type == "auth":
                 raise Stopped(f"the provider refuses the key ({error}); the same command goes on from here") from None
             if not error.retryable:
-                gone = error.type == "not_found" and batch.state == "submitted"
-                hint = (
-                    f"; if it is gone for good, delete {self.book.path(batch, 'json')}: its rows go again" if gone else ""
-                )
-                raise Stopped(f"batch {batch.id or batch.name} cannot be {_NEXT[batch.state]}: {error}{hint}") from None
-            # Asked again the next time; said if it lasts.
-            self.trouble, self.trouble_since = str(error), min(self.trouble_since, time.monotonic())
+                file = self.book.path(batch, "json")
+                reason = f"batch {batch.id or batch.name} cannot be {_NEXT[batch.state]}: {error}"
+                hint = f"if the provider has it no longer, delete {file}: its rows go again"
+                raise Stopped(f"{reason} ({hint if error.type == 'not_found' else CANCEL})") from None
+            self._wait_for(batch, str(error), self.config.run.max_outage_s)
             return False
-        self.trouble, self.trouble_since = "", math.inf
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"the provider's answer is not as documented ({type(error).__name__}: {one_line(error)})"
+            self._wait_for(batch, reason, self.config.run.max_outage_s)
+            return False
+        if batch.state != before:
+            self.troubles.pop(batch.name, None)
         return batch.state != before
+
+    def _wait_for(self, batch: Batch, trouble: str, patience_s: float) -> None:
+        """Its step is tried again; the run stops where that does not help for so long."""
+        _, until = self.troubles.get(batch.name, ("", time.monotonic() + patience_s))
+        self.troubles[batch.name] = trouble, until
+
+    def _resubmit(self, batch: Batch) -> None:
+        """Whoever was here before may have come as far as the provider, whose list may be late."""
+        known = {*batch.foreign, *(other.id for other in self.book.batches if other.id)}
+        batch.id = self.wire.find(self.book.requests(batch), batch.file, batch.submitting_at, known)
+        if batch.id is not None:
+            self._now(batch, "submitted")
+        elif time.time() > batch.submitting_at + self.config.run.batch_poll_s:
+            self._submit(batch)
 
     def _now(self, batch: Batch, state: str) -> None:
         batch.state = state
@@ -346,76 +408,135 @@ class BatchRun:
         except EngineError as error:
             if error.type != "rate_limit":
                 raise
-            self._full(batch)  # that much is sure: it made none
+            self._full(batch, str(error))  # that much is sure: it made none
             return
         self._now(batch, "submitted")
 
-    def _full(self, batch: Batch) -> None:
+    def _full(self, batch: Batch, reason: str) -> None:
         batch.id = None
         self._now(batch, "uploaded")
         self.full_until = time.monotonic() + self.config.run.batch_poll_s
         self.full_with = len([b for b in self.book.open if b.state == "submitted"])
+        if not self.full_with:  # nothing of ours will make room
+            hint = "engine.provider.batch.queued_tokens or .rows makes batches smaller"
+            self._wait_for(batch, f"the provider takes no batch: {reason} ({hint})", QUEUE_S)
 
     def _poll(self, batch: Batch) -> None:
         status = batch.status = self.wire.status(str(batch.id))
         if status.queue_full:
-            self._full(batch)
+            self._full(batch, status.error or "its queue is full")
         elif status.status is not BatchState.IN_PROGRESS:
             self._fetch(batch, status)
+
+    def cancel(self, batch: Batch) -> None:
+        """Ends a batch at the user's word. Raises `EngineError`."""
+        batch.cancelled = True
+        self.book.save(batch)
+        if batch.state == "submitting":
+            known = {*batch.foreign, *(other.id for other in self.book.batches if other.id)}
+            batch.id = self.wire.find(self.book.requests(batch), batch.file, batch.submitting_at, known)
+        if batch.id is None:  # it never came to the provider
+            self._close(batch, BatchStatus("", BatchState.CANCELLED), self._left(batch))
+            return
+        self._now(batch, "submitted")
+        try:
+            self.wire.cancel(batch.id)
+        except EngineError:
+            if self.wire.status(batch.id).status is BatchState.IN_PROGRESS:
+                raise  # or it has ended meanwhile
 
     # -- batches to rows ----------------------------------------------------------------------------------------------
 
     def _fetch(self, batch: Batch, status: BatchStatus) -> None:
-        """Everything that an ended batch came to, into the ledger."""
-        table = self.book.keys(batch)
-        keys, ids = table["key"].to_pylist(), table["id"].to_pylist()
-        left: dict[bytes, str] = dict(zip(keys, ids, strict=True))
-        last = batch.round - self.first_round >= self.config.engine.max_retries
-        batch.answered = batch.failed = batch.again = 0
-        for records in _portions(self._records(batch, status, left, last)):
+        """Everything that an ended batch came to, into the ledger. Raises `EngineError`, with what came before kept."""
+        left, found = self._left(batch), Counter[str]()
+        for records in _portions(self._records(batch, status, left, found)):
             self._commit(records)
-        for line, reason in status.lines.items():  # the provider took none of them, because of these
-            if line <= len(keys) and (id := left.pop(keys[line - 1], None)):
-                self._commit([self._failed(keys[line - 1], id, EngineError("bad_request", reason))])
-                batch.failed += 1
-        hopeless = status.error if status.status is BatchState.FAILED and not status.lines and not batch.answered else None
-        if last or hopeless:
-            reason = hopeless or f"no answer to it came back, {batch.round - self.first_round + 1} times"
-            error = EngineError("bad_request" if hopeless else "bad_response", reason)
-            self._commit([self._failed(key, id, error) for key, id in left.items()])
-            batch.failed += len(left)
-            left = {}
-        batch.again = len(left)
+        whole = status.status is BatchState.COMPLETED
+        short = found["answers"] < status.done if status.counts_rows else whole and not status.outputs
+        if short and status.status is not BatchState.FAILED:
+            told = f"of {status.done:,} answers" if status.counts_rows else "of the answers"
+            raise EngineError("bad_response", f"{told} {found['answers']:,} are there so far", retryable=True)
+        if found["lines"] and not found["ours"]:  # another's, that looked like it
+            batch.foreign.append(str(batch.id))
+            batch.id = None
+            self._now(batch, "submitting")
+            return
+        self._close(batch, status, left)
+
+    def _left(self, batch: Batch) -> dict[bytes, str]:
+        """The rows of a batch that have no answer yet, with their ids."""
+        table = self.book.keys(batch)
+        keys = table["key"].cast(pa.binary(32))
+        known = read_index(self.fs, self.root).only(failed_too=False)
+        table = table.filter(pa.array(known.find(keys) < 0))
+        return dict(zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True))
+
+    def _close(self, batch: Batch, status: BatchStatus, left: dict[bytes, str]) -> None:
+        """Settles the rows for which there is nothing more to come, and the batch."""
+        reasons: dict[bytes, EngineError] = {}
+        if status.lines:  # the provider took none of them, because of these
+            keys = self.book.keys(batch)["key"].to_pylist()
+            for line, reason in status.lines.items():
+                if 0 < line <= len(keys):
+                    reasons[keys[line - 1]] = EngineError("bad_request", reason)
+        live = self.config.run.batch_fallback == "live"
+        failed = status.status is BatchState.FAILED and not status.lines and len(left) == batch.rows
+        last: EngineError | None = None
+        if batch.cancelled:
+            last = EngineError("cancelled", "its batch was cancelled", retryable=True)
+        elif failed and not live:
+            last = EngineError("bad_request", status.error or "the batch failed")
+        elif self._last(batch):
+            last = EngineError("bad_response", f"no answer to it came back, {batch.tries} times", retryable=True)
+        settled = [self._failed(key, id, error) for key, id in left.items() if (error := reasons.get(key) or last)]
+        self._commit(settled)
+        batch.again = len(left) - len(settled)
+        batch.failed += len(settled)
+        batch.answered = batch.rows - batch.failed - batch.again
         batch.ended = str(status.status)
         self._now(batch, "fetched")
         self.book.drop_files(batch)
 
-    def _records(self, batch: Batch, status: BatchStatus, left: dict[bytes, str], last: bool) -> Iterator[Record]:
+    def _last(self, batch: Batch) -> bool:
+        """Whether its rows do not go again: neither in another batch nor live."""
+        live = self.config.run.batch_fallback == "live"
+        return batch.cancelled or (not live and batch.tries > self.config.engine.max_retries)
+
+    def _records(self, batch: Batch, status: BatchStatus, left: dict[bytes, str], found: Counter[str]) -> Iterator[Record]:
+        """What came back for the rows of `left`, taken out of it; `found` counts lines, answers, and those of ours."""
+        keys = set(self.book.keys(batch)["key"].to_pylist())
+        batch.failed = 0
         for custom_id, outcome in self.wire.results(status):
+            found["lines"] += 1
+            found["answers"] += not isinstance(outcome, EngineError)
             try:
                 key = bytes.fromhex(custom_id)
             except ValueError:
                 continue
+            found["ours"] += key in keys
             id = left.get(key)
             if id is None:  # none of ours, or it came before
                 continue
             try:
                 completion = self.engine.read(outcome)
-            except EngineError as error:
-                if error.retryable and not last:
+            except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
+                error = raised if isinstance(raised, EngineError) else _odd(raised)
+                if error.retryable and not self._last(batch):
                     continue
                 batch.failed += 1
                 del left[key]
                 yield self._failed(key, id, error)
                 continue
             completion.engine, completion.model = self.engine.kind, completion.model or batch.model
-            completion.attempts = batch.round - self.first_round + 1
-            batch.answered += 1
+            completion.attempts = batch.tries
             del left[key]
             yield Record(key, id, completion, time.time())
 
     def _failed(self, key: bytes, id: str, error: EngineError) -> Record:
-        completion = Completion(error=Failure.of(error), engine=self.engine.kind, model=self.config.engine.model)
+        said = self.wire.client.clean(" ".join(str(error).split()))[:500]
+        failure = dataclasses.replace(Failure.of(error), message=said)
+        completion = Completion(error=failure, engine=self.engine.kind, model=self.config.engine.model)
         return Record(key, id, completion, time.time())
 
     def _commit(self, records: list[Record]) -> None:
@@ -447,8 +568,18 @@ class BatchRun:
             done=self.status.done + done,
             answered=answered,
             in_flight=waiting - done,
-            trouble=self.trouble,
+            trouble=next((trouble for trouble, _ in self.troubles.values()), ""),
         )
+
+
+def _odd(error: Exception) -> EngineError:
+    reason = f"the answer is not as documented ({type(error).__name__}: {one_line(error)})"
+    return EngineError("bad_response", reason, retryable=True)
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a JSON file."""
+    return orjson.loads(orjson.dumps(value, default=str))
 
 
 # What the next step of a batch is, for an error that keeps it from there.

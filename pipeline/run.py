@@ -70,10 +70,10 @@ class Outcome:
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
-def run(config: Config, console: Console, wait: bool = True) -> Outcome:
+def run(config: Config, console: Console, step: str = "") -> Outcome:
     """Runs the main job. Raises `ConfigError`, `Stopped` or `Interrupted`; any other exception is a bug.
 
-    Without `wait`, where batches are still under way, it ends with status `STOPPED` and no manifest.
+    After a `step` of "submit" or "fetch", where batches are still under way, the status is `STOPPED`, with no manifest.
     """
     config.check()
     placed = placement(config.hardware, config.engine)
@@ -95,7 +95,7 @@ def run(config: Config, console: Console, wait: bool = True) -> Outcome:
             batches = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
             asked = batches.status
             with _signals() as interrupts:  # Ray is not needed for a day's waiting
-                found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), wait)
+                found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), step)
             if found is None:
                 return Outcome(STOPPED)
             summaries = found
@@ -127,9 +127,9 @@ def run(config: Config, console: Console, wait: bool = True) -> Outcome:
                 asked.failed += status.failed
                 asked.crashes += status.crashes
             elif again and batches is not None:
-                summaries = batches.ask(pieces, console, interrupts, partial(_why_stop, config), True) or summaries
+                summaries = batches.ask(pieces, console, interrupts, partial(_why_stop, config), "") or summaries
             index = _index(config)
-            if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces)) is not None:
+            if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces, index)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
             result = _finalize(config, fs, root, pieces, summaries, interpreter, index, interrupts, console)
@@ -482,6 +482,7 @@ def _manifest(
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
         "input": _fingerprint(config, pieces),
+        "ledger": _ledger(index),
         "files": dict(sorted(result.files.items())),
         "versions": _versions(),
         "started_at": started,
@@ -499,11 +500,19 @@ def _fingerprint(config: Config, pieces: list[Piece]) -> dict[str, Any]:
     return {"files": files, "digest": hashlib.sha256(canonical(shape)).hexdigest()}
 
 
-def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piece]) -> dict[str, Any] | None:
+def _ledger(index: Index) -> dict[str, int]:
+    """By which an output tells how far the ledger was when it was put together."""
+    return {"requests": len(index), "failed": int(index.failed.sum())}
+
+
+def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piece], index: Index) -> dict[str, Any] | None:
     """The manifest, where it stands for exactly this input and configuration and its files are all there."""
     try:
         with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
             manifest: dict[str, Any] = orjson.loads(stream.read())
+        # An older one, where a run was killed between its last answer and the output.
+        if manifest["ledger"] != _ledger(index):
+            return None
         same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
         there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
         return manifest if same and there.issuperset(manifest["files"]) else None

@@ -67,14 +67,14 @@ class Job:
     def ended(self) -> bool:
         return self.state not in ("in_progress", "cancelling")
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counter[str]:
         """Rows by their fate; all of them in progress before the end."""
         if not self.ended:
-            return {"processing": len(self.ids)}
+            return Counter(processing=len(self.ids))
         if self.cancelled is not None:
-            return {"cancelled": len(self.ids)}
+            return Counter(cancelled=len(self.ids))
         found = Counter(self.fates.values())
-        return {**found, "ok": len(self.ids) - sum(found.values())}
+        return found + Counter(ok=len(self.ids) - found.total())
 
     def outcomes(self) -> Iterator[list[tuple[str, dict[str, Any], str]]]:
         """Rows with their fates, not in order."""
@@ -125,6 +125,8 @@ class BatchServer:
     key: str | None = None
     fail_next: dict[str, int] = field(default_factory=dict)
     break_results_after: int | None = None
+    lose_results_after: int | None = None  # once: the file ends there, as if that were all
+    refuse_results: str | None = None  # all reading of results, with a 401 that says so
     on_step: Callable[[str, str], None] = lambda step, when: None
     keep: bool = True  # the bodies of all rows
     submitted: list[tuple[str, list[str]]] = field(default_factory=list)
@@ -221,6 +223,8 @@ class BatchServer:
         if "/messages/" in request.path and request.headers.get("anthropic-version") != "2023-06-01":
             self.bad.append(f"{request.path} came without anthropic-version")
         step = _step(request)
+        if step == "results" and self.refuse_results:
+            return web.json_response({"error": {"message": self.refuse_results}}, status=401)
         wrong = self.fail_next.get(step, 0) > 0
         if wrong:
             self.fail_next[step] -= 1
@@ -311,6 +315,9 @@ class BatchServer:
                 self.break_results_after = None
                 await asyncio.sleep(0.1)
                 self._cut(request)
+            if self.lose_results_after is not None and sent >= self.lose_results_after:
+                self.lose_results_after = None
+                break
         await response.write_eof()
         return response
 
@@ -323,7 +330,7 @@ class BatchServer:
                 found = line(id, body, fate) if fate != "missing" else None
                 if found is not None:
                     sent += 1
-                    yield json.dumps(found).encode() + b"\n", sent
+                    yield json.dumps(found, ensure_ascii=False).encode() + b"\n", sent
                     if not halfway and 2 * sent >= len(job.ids):
                         halfway = True
                         await asyncio.sleep(0.05)
@@ -360,7 +367,7 @@ class BatchServer:
 
     def _openai(self, job: Job) -> dict[str, Any]:
         counts = job.counts()
-        done, ended = counts.get("ok", 0), job.ended and not job.errors
+        done, ended = 0 if job.errors else counts["ok"], job.ended and not job.errors
         found = {
             "id": job.id, "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": job.input,
             "completion_window": "24h", "status": job.state, "created_at": int(job.created), "metadata": job.extra,
@@ -412,9 +419,9 @@ class BatchServer:
             "cancel_initiated_at": rfc3339(job.cancelled) if job.cancelled else None, "archived_at": None,
             "results_url": f"{self.url}/v1/messages/batches/{job.id}/results" if job.ended else None,
             "request_counts": {
-                "processing": counts.get("processing", 0), "succeeded": counts.get("ok", 0) + counts.get("missing", 0),
-                "errored": counts.get("error400", 0) + counts.get("error500", 0), "expired": counts.get("expired", 0),
-                "canceled": counts.get("cancelled", 0),
+                "processing": counts["processing"], "succeeded": counts["ok"], "expired": counts["expired"],
+                "canceled": counts["cancelled"],
+                "errored": counts.total() - sum(counts[name] for name in ("processing", "ok", "expired", "cancelled")),
             },
         }  # fmt: skip
 

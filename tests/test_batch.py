@@ -271,6 +271,64 @@ def test_starting_over_does_not_forget_batches_under_way(server: BatchServer, in
         infer(data, *CASES["openai"].overrides(server, "run.resume=false"), engine="openai")
 
 
+def test_a_short_file_of_results_is_fetched_again(
+    case: Case, server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    if case.engine == "together":
+        pytest.skip("it does not tell how many rows are answered")
+    server.lose_results_after = 3
+    assert infer(write_jsonl(conversations(9)), *case.overrides(server), engine=case.engine).exit_status == 0
+    assert len(server.submitted) == 1 and [row["attempts"] for row in infer.rows()] == [1] * 9
+
+
+def test_odd_characters_in_an_answer_do_not_cut_its_line(
+    case: Case, server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    odd = "a\u2028b\u2029c\u0085d"
+    assert infer(write_jsonl([ask(odd), ask("plain")]), *case.overrides(server), engine=case.engine).exit_status == 0
+    assert [row["response"] for row in infer.rows()] == [f"answer to: {odd}", "answer to: plain"]
+
+
+def test_a_key_that_an_error_repeats_is_cut_out(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    server.refuse_results = f"the key {KEY} may not read files"
+    with pytest.raises(Stopped, match="refuses the key") as stopped:
+        infer(write_jsonl(conversations(2)), *CASES["openai"].overrides(server), engine="openai")
+    assert KEY not in str(stopped.value) and KEY not in infer.printed
+
+
+def test_batches_under_way_are_gone_on_with_as_they_were_made(
+    server: BatchServer, tmp_path: Path, write_jsonl: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.delay_s = 60
+    data = write_jsonl(conversations(3))
+    args = ["engine=openai", f"dataset.path={data}", f"output.path={tmp_path}/out", *CASES["openai"].overrides(server)]
+    assert batch_main(["submit", *args, "generation.temperature=0.5"]) == 0
+    assert batch_main(["fetch", *args]) == 2
+    assert "were made with generation={'temperature': 0.5}: go on with that" in " ".join(capfd.readouterr().err.split())
+    assert len(server.submitted) == 1
+
+
+def test_a_queue_that_is_full_without_us_is_told(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    fates = iter(["token_limit_exceeded"] * 3)
+    server.batch_fate = lambda number: next(fates, "ok")
+    more = CASES["openai"].overrides(server, "run.progress_s=0.01")
+    assert infer(write_jsonl(conversations(3)), *more, engine="openai").exit_status == 0
+    assert "the provider takes no batch: the batch is token_limit_exceeded (engine.provider.batch" in infer.printed
+
+
+def test_rounds_are_counted_over_steps(server: BatchServer, tmp_path: Path, write_jsonl: Write, local_ray: None) -> None:
+    server.fate = by_text({"question 1": ["expired"] * 99})
+    data = write_jsonl(conversations(3))
+    args = ["engine=openai", f"dataset.path={data}", f"output.path={tmp_path}/out", *CASES["openai"].overrides(server)]
+    args.append("engine.max_retries=2")
+    for _ in range(30):
+        if (status := batch_main(["fetch", *args])) != STOPPED:
+            break
+        time.sleep(0.25)
+    assert status == WITH_FAILURES and len(server.submitted) == 3
+    assert list_rows(tmp_path / "out")[0]["attempts"] == 1
+
+
 # --- step by step
 
 
@@ -294,11 +352,13 @@ def test_the_steps_of_eagleray_batch(
     printed = do("list")[1]
     assert all(batch.id in printed for batch in Book(*resolve(str(out))).batches if batch.id)
     assert do("cancel")[0] == 0
-    server.delay_s = 0.2  # for those that are submitted now
+    server.delay_s = 0.2  # for those that are submitted later
     deadline = time.monotonic() + 60
     while (found := do("fetch")) and found[0] == STOPPED and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert found[0] == 0, found
+    assert found[0] == WITH_FAILURES and len(server.submitted) == 2, found  # nothing goes again by itself
+    assert {row["error"]["type"] for row in list_rows(out)} == {"cancelled"}
+    assert batch_main(args) == 0
     rows = list_rows(out)
     assert [row["response"] for row in rows] == [f"answer to: question {i}" for i in range(10)]
 
@@ -357,6 +417,14 @@ def test_a_program_cancels(case: Case, server: BatchServer) -> None:
         assert status.status.value == "cancelled"
         results = engine.get_batch_results(id, conversations(4))
     assert {result.error.type for result in results if result.error} <= {"cancelled", "not_found"}
+
+
+def test_a_batch_of_a_program_has_one_model(server: BatchServer) -> None:
+    with (
+        load_engine("fireworks", **CASES["fireworks"].keys(server)) as engine,
+        pytest.raises(ConfigError, match="one model at a time, not m-1, m-2"),
+    ):
+        engine.infer_batch([ask("a"), ask("b", model="m-2")])
 
 
 def test_engines_without_a_batch_api_name_those_that_have_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class AnthropicBatches(BatchWire):
 
         # A comma before each line but the first, in the place of each line's end.
         size = len(_OPEN) + requests.size - 1 + len(_CLOSE)
-        headers = {"content-length": str(size), "content-type": "application/json"}
+        headers = {"content-length": str(size), "content-type": "application/json", **self.once(requests)}
         made = self.client.json("POST", _BATCHES, body=lambda: {"content": stream(), "headers": headers}, once=True)
         return str(made["id"])
 
@@ -108,8 +108,8 @@ class AnthropicBatches(BatchWire):
 def _read(result: dict[str, Any]) -> dict[str, Any] | EngineError:
     kind = result.get("type")
     if kind == "succeeded":
-        message: dict[str, Any] = result["message"]
-        return message
+        message = result.get("message")
+        return message if isinstance(message, dict) else EngineError("bad_response", "an answer without a message")
     if kind == "expired":
         return expired()
     if kind == "canceled":

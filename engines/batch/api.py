@@ -43,7 +43,10 @@ class Batches:
                 f"a batch of engine={engine.kind} holds at most {wire.most_rows:,} requests and {wire.most_bytes:,} bytes, "
                 f"not {len(lines):,} and {len(data):,}; eagleray batch splits datasets"
             )
-        model = str(engine.config.model)
+        models = {str(body.get("model")) for body in lines.values()}
+        if len(models) > 1:
+            raise ConfigError(f"infer_batch takes one model at a time, not {', '.join(sorted(models))}")
+        model = models.pop()
         requests = Requests(f"eagleray-{secrets.token_hex(8)}", model, len(lines), len(data), lambda: io.BytesIO(data))
         try:
             return wire.submit(requests, wire.upload(requests))

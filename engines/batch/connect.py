@@ -42,7 +42,7 @@ def wire_of(engine: Engine) -> tuple[RemoteEngine, BatchWire]:
         base = f"{parts.scheme}://{parts.netloc}/v1/accounts/{account}"
     headers = {name: value for name, value in engine.headers.items() if name.lower() != "content-type"}
     client = Client(base, {**headers, **engine.auth.fixed}, engine.auth.clean, PATIENCE_S)
-    return engine, wire(client, path)
+    return engine, wire(client, path, engine.provider.idempotency_header)
 
 
 def no_batch_api(kind: str) -> ConfigError:

@@ -37,14 +37,20 @@ class OpenAIBatches(BatchWire):
             "completion_window": "24h",
             "metadata": {"eagleray": requests.name},
         }
-        return str(self.client.json("POST", "/batches", body=lambda: {"json": batch}, once=True)["id"])
+        made = self.client.json("POST", "/batches", body=lambda: {"json": batch, "headers": self.once(requests)}, once=True)
+        return str(made["id"])
 
     def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
-        for batch in self.list():
-            if batch.input == file or batch.name == requests.name:
-                return batch.id
-            if batch.created_at < since - _SKEW_S:
-                break
+        try:
+            for batch in self.list():
+                if batch.created_at < since - _SKEW_S:
+                    break
+                if (batch.input == file or batch.name == requests.name) and batch.id not in known:
+                    return batch.id
+        except EngineError as error:
+            if error.status in (404, 405):
+                raise EngineError("not_found", "the server lists no batches, so nobody knows if it is there") from None
+            raise
         return None
 
     def status(self, id: str) -> BatchStatus:
@@ -66,7 +72,7 @@ class OpenAIBatches(BatchWire):
         )
         if found.status is BatchState.FAILED:
             found.error = "; ".join(str(error.get("message")) for error in errors[:3]) or "the batch failed"
-            found.lines = {error["line"]: str(error.get("message")) for error in errors if error.get("line")}
+            found.lines = {error["line"]: str(error.get("message")) for error in errors if type(error.get("line")) is int}
             found.queue_full = any(error.get("code") == "token_limit_exceeded" for error in errors)
         return found
 
@@ -81,12 +87,7 @@ class OpenAIBatches(BatchWire):
     def list(self) -> Iterator[BatchStatus]:
         after = ""
         while True:
-            try:
-                page = self.client.json("GET", f"/batches?limit={_PAGE}{after}")
-            except EngineError as error:
-                if error.status in (404, 405) and not after:  # servers that can do the rest may not list
-                    return
-                raise
+            page = self.client.json("GET", f"/batches?limit={_PAGE}{after}")
             yield from map(self._status, page["data"])
             if not page.get("has_more") or not page["data"]:
                 return

@@ -65,6 +65,7 @@ class TogetherBatches(OpenAIBatches):
             batch["id"],
             state,
             total=100,  # it tells a percentage only
+            counts_rows=False,
             done=int(batch.get("progress") or 0),
             created_at=datetime.fromisoformat(created).timestamp() if created else 0.0,
             input=batch.get("input_file_id"),

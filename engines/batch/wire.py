@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from engines.types import EngineError
 # A file of hundreds of MB is on its way for minutes, with the server silent.
 TIMEOUT = httpx.Timeout(connect=10.0, read=600.0, write=600.0, pool=10.0)
 MOST_REDIRECTS = 5
+# A download that breaks off begins again after these; a later poll may try it once more.
+DOWNLOAD_WAITS_S = (1.0, 5.0, 20.0)
 
 # Where an answer belongs, and its body or why there is none.
 Outcome = tuple[str, dict[str, Any] | EngineError]
@@ -50,6 +53,7 @@ class BatchStatus:
     error: str | None = None  # why all of it failed
     lines: dict[int, str] = field(default_factory=dict)  # lines of the input (from 1) that made it fail: why
     queue_full: bool = False  # it failed for want of room only
+    counts_rows: bool = True  # or shares of a hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ class Client:
                 answer = self.http.request(method, self.url(path), headers=headers, **given)
             except httpx.HTTPError as error:
                 raise self._clean(broken(error)) from None
+            except httpx.InvalidURL:
+                raise EngineError("bad_response", "the provider named an address that is none", retryable=True) from None
             if not answer.is_success and answer.status_code not in fine:
                 raise self._clean(failure(answer.status_code, answer.content, answer.headers))
             return answer
@@ -108,25 +114,15 @@ class Client:
 
     def lines(self, path: str, *, signed: bool = False) -> Iterator[dict[str, Any]]:
         """The JSON lines of a file. Where the connection breaks they come again from the start."""
-        tries = iter(self._retrying())
-        while True:
-            with next(tries), self._download(path, signed) as answer:
-                for line in answer.iter_lines():
-                    if line.strip():
-                        yield self._line(line, path)
+        for wait in (*DOWNLOAD_WAITS_S, None):
+            try:
+                with _Download(self, self.url(path), {} if signed else self.headers) as answer:
+                    yield from _objects(answer.iter_bytes())
                 return
-
-    def _line(self, line: str, path: str) -> dict[str, Any]:
-        try:
-            found = orjson.loads(line)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):  # cut off, most likely
-            raise EngineError("bad_response", f"{path}: a line is no JSON object: {line[:100]}", retryable=True)
-        return found
-
-    def _download(self, path: str, signed: bool) -> _Download:
-        return _Download(self, self.url(path), {} if signed else self.headers)
+            except EngineError as error:
+                if wait is None or not error.retryable:
+                    raise
+                time.sleep(wait)
 
     def url(self, path: str) -> str:
         return path if "://" in path else f"{self.base}{path}"
@@ -167,20 +163,48 @@ class _Download:
             for _ in range(MOST_REDIRECTS):
                 request = self.client.http.build_request("GET", url, headers=headers)
                 self.answer = self.client.http.send(request, stream=True)
-                if not self.answer.is_redirect:
+                if not self.answer.has_redirect_location:
                     break
                 url, headers = urljoin(url, self.answer.headers["location"]), {}
                 self.answer.close()
+            else:
+                raise EngineError("bad_response", f"more than {MOST_REDIRECTS} redirects", retryable=True)
             if not self.answer.is_success:
-                raise failure(self.answer.status_code, self.answer.read(), self.answer.headers)
+                said = self.answer.read()
+                self.answer.close()
+                raise self.client._clean(failure(self.answer.status_code, said, self.answer.headers))
         except httpx.HTTPError as error:
             raise self.client._clean(broken(error)) from None
+        except httpx.InvalidURL:
+            raise EngineError("bad_response", "the provider named an address that is none", retryable=True) from None
         return self.answer
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         self.answer.close()
         if isinstance(error, httpx.HTTPError):
             raise self.client._clean(broken(error)) from None
+
+
+def _objects(chunks: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of lines; a whole line that is none is passed over, and its row goes again."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")  # at no other character: JSON may hold them as they are
+        for line in lines:
+            if (found := _object(line)) is not None:
+                yield found
+    if rest.strip():
+        if (found := _object(rest)) is None:
+            raise EngineError("bad_response", "the results end within a line", retryable=True)
+        yield found
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = orjson.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class BatchWire(ABC):
@@ -190,9 +214,14 @@ class BatchWire(ABC):
     most_rows: ClassVar[int] = 50_000
     most_bytes: ClassVar[int] = 200_000_000
 
-    def __init__(self, client: Client, path: str) -> None:
+    def __init__(self, client: Client, path: str, idempotency_header: str | None = None) -> None:
         self.client = client
         self.path = path  # of the API that the requests in a batch go to: "/chat/completions", say
+        self.idempotency_header = idempotency_header
+
+    def once(self, requests: Requests) -> dict[str, str]:
+        """The header by which a provider that knows it makes one batch only, however often it is asked."""
+        return {self.idempotency_header: requests.name} if self.idempotency_header else {}
 
     @abstractmethod
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +237,10 @@ class BatchWire(ABC):
 
     @abstractmethod
     def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
-        """The batch that an interrupted `submit` may have made after `since`; none of those `known`."""
+        """The batch that an interrupted `submit` may have made after `since`; none of those `known`.
+
+        Raises `EngineError` also where the provider cannot tell.
+        """
 
     @abstractmethod
     def status(self, id: str) -> BatchStatus:
@@ -232,7 +264,8 @@ def outcome(line: dict[str, Any]) -> Outcome:
     custom_id = str(line.get("custom_id"))
     response, error = line.get("response"), line.get("error")
     if isinstance(response, dict):
-        status = response.get("status_code", 200)
+        status = response.get("status_code")
+        status = status if isinstance(status, int) else 200
         body = response.get("body", response)
         if status < 300 and isinstance(body, dict) and not error:
             return custom_id, body
