@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
@@ -263,6 +264,7 @@ class Engine(Batches, ABC):
     def __init__(self, config: EngineConfig | None = None, /, **keys: Any) -> None:
         self.config = config if config is not None else config_from_keys(self.kind, keys)
         self._dropped: set[str] = set()
+        self.counts: Counter[str] = Counter()  # for metrics: what only the engine sees
         self._load()
 
     def _load(self) -> None:

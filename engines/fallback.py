@@ -20,6 +20,7 @@ class FallbackEngine(Engine):
         except BaseException:
             self.close()
             raise
+        self.counts = self.engines[0].counts
 
     @property
     def concurrency(self) -> int:

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engines.base import Engine, EngineConfig, load_engine
@@ -18,7 +18,8 @@ from pipeline.feed import Lease, Status
 from pipeline.fs import resolve
 from pipeline.ledger import Record, write_segment
 from pipeline.limiter import source_of
-from pipeline.lossless import loads
+from pipeline.lossless import dumps, loads
+from pipeline.metrics import Metrics
 
 DRAIN_FLUSH_S = 0.5
 
@@ -52,6 +53,7 @@ class _Row:
     key: bytes
     id: str
     request: bytes
+    since: float = 0.0  # when it came here
 
 
 class Worker:
@@ -62,6 +64,9 @@ class Worker:
         self.fs, self.root = resolve(config.output_path)
         self.flush_s = config.flush_s
         self.moves = False
+        self.busy = 0  # rows in the engine
+        self.untold: list[Record] = []  # what metrics do not have yet
+        self.waits: list[float] = []  # likewise: seconds that rows waited here
         self.queue: deque[_Row] = deque()
         self.held = 0  # rows in the queue or in the engine
         self.ended = False  # no more rows will come
@@ -90,6 +95,7 @@ class Worker:
         else:
             os.environ.pop("OMP_NUM_THREADS", None)
         await self.dispatcher.join.remote(self.name)
+        self.metrics = Metrics(self.config.engine)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
         engine.attach(source_of, self.config.max_outage_s)
@@ -111,6 +117,7 @@ class Worker:
                 flusher.cancel()
             await asyncio.gather(flusher, return_exceptions=True)
             await self._flush()
+            self._tell()
             await self.dispatcher.leave.remote(self.name)
             await asyncio.to_thread(engine.close)
         return self.moves
@@ -160,7 +167,8 @@ class Worker:
             self._maybe_idle()
             rows = zip(lease.keys, lease.ids, lease.requests, strict=True)
             async with self.work:
-                self.queue.extend(_Row(lease.number, at, lease.deaths, *row) for at, row in enumerate(rows))
+                now = time.monotonic()
+                self.queue.extend(_Row(lease.number, at, lease.deaths, *row, now) for at, row in enumerate(rows))
                 self.work.notify(len(lease))
             while lease.alone and self.held:
                 self.less.clear()
@@ -177,6 +185,8 @@ class Worker:
                 if not self.queue:
                     return
             row = self.queue.popleft()
+            self.waits.append(time.monotonic() - row.since)
+            self.busy += 1
             try:
                 completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
@@ -185,6 +195,8 @@ class Worker:
                 logger.exception("row %s: a bug", row.id)
                 reason = f"a bug: {type(error).__name__}: {one_line(error)}"
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
+            finally:
+                self.busy -= 1
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
             if engine.outage is not None and completion.error is not None and completion.error.retryable:
@@ -226,6 +238,8 @@ class Worker:
             counts.input_tokens += completion.usage.input
             counts.output_tokens += completion.usage.output
         else:
+            told = {"event": "row failed", "key": row.key.hex(), "id": row.id, **asdict(completion.error)}
+            logger.warning("%s", dumps({**told, "attempts": completion.attempts}).decode())
             counts.failed += 1
             counts.errors[completion.error.type] += 1
             counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
@@ -240,6 +254,7 @@ class Worker:
                 await asyncio.wait_for(self.idle.wait(), self.flush_s)
             self.idle.clear()
             await self._flush()
+            self._tell()
 
     async def _flush(self) -> None:
         async with self.flushing:
@@ -258,8 +273,14 @@ class Worker:
                             self.places.setdefault(lease, []).extend(offsets)
                         raise
                     await asyncio.sleep(wait)
+            self.untold += records
             counts, self.counts = self.counts, Status()
             await self.dispatcher.commit.remote(self.name, places, counts)
+
+    def _tell(self) -> None:
+        if self.engine is not None:
+            self.metrics.tell(self.untold, self.waits, self.engine.counts, self.busy, len(self.queue))
+            self.untold, self.waits = [], []
 
 
 async def _until(puller: asyncio.Task[None], others: list[asyncio.Task[None]]) -> None:

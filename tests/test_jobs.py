@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -34,6 +36,7 @@ class Standing:
 
     env: dict[str, str]
     path: Path
+    metrics: str
 
     def ray(self, *args: str, ok: tuple[int, ...] = (0,)) -> str:
         done = subprocess.run([RAY, *args], env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
@@ -71,18 +74,18 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Standing]:
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     env = {**own_ray(), **TOKEN, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with folder() as path:
         command = [
             RAY, "start", "--head", "--num-cpus=2", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
             f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={path}", "--disable-usage-stats",
-            "--include-dashboard=true",
+            "--include-dashboard=true", f"--metrics-export-port={ports[3]}",
         ]  # fmt: skip
         try:
             subprocess.run(command, env=env, check=True, capture_output=True, timeout=PATIENCE_S)
             addresses = {"RAY_ADDRESS": f"127.0.0.1:{ports[0]}", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-            yield Standing({**env, **addresses}, Path(path))
+            yield Standing({**env, **addresses}, Path(path), f"http://127.0.0.1:{ports[3]}/metrics")
         finally:
             ours = [process for process in psutil.process_iter() if path in title(process)]
             end([*(child for process in ours for child in family(process.pid)), *ours])
@@ -174,3 +177,54 @@ def test_a_job_whose_driver_is_killed_goes_on_when_submitted_again(
     # In flight, or done and not yet durable (run.flush_s=0.2, 8 at a time, 0.2 s each).
     assert len(server.requests) - 400 == sent - kept <= 8 * 3
     assert json.loads((out / "manifest.json").read_text())["this_run"]["asked"] == 400 - kept
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def scraped(cluster: Standing) -> dict[str, float]:
+    """Prometheus' samples of ours: the name with the tag that tells them apart, and the sum of their values."""
+    found: dict[str, float] = {}
+    for line in httpx.get(cluster.metrics, timeout=30).text.splitlines():
+        if match := re.match(r"ray_(eagleray_\w+)\{(.*)\} (\S+)$", line):
+            tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
+            which = tags.get("result") or tags.get("kind") or tags.get("le") or ""
+            assert tags["engine"] == "remote_vllm" and tags["model"] == "m"
+            name = f"{match[1]} {which}".strip()
+            found[name] = found.get(name, 0.0) + float(match[3])
+    return found
+
+
+def test_prometheus_sees_rows_tokens_cost_and_waits(cluster: Standing, server: ProviderServer, tmp_path: Path) -> None:
+    data, out = write(tmp_path / "in.jsonl", 1500), tmp_path / "out"
+    server.plan |= {f"question {i}": ["400"] for i in range(3)} | {f"question {i}": ["429"] for i in range(3, 9)}
+    server.latency_s = 0.1
+    more = ["engine.requests_per_minute=6000", "engine.price.input=1"]
+    cluster.submit("measured", *remote(server), *more, *args(data, out))
+    seen: dict[str, float] = {}
+
+    def enough() -> bool:
+        seen.update(scraped(cluster))
+        return seen.get("eagleray_rows_total ok", 0) > 300
+
+    cluster.until("measured", enough)
+    assert seen["eagleray_rows_total bad_request"] == 3
+    assert seen["eagleray_throttled_total"] == 6
+    assert seen["eagleray_retries_total"] >= 6
+    assert seen["eagleray_tokens_total input"] > 0 and seen["eagleray_tokens_total output"] > 0
+    assert seen["eagleray_cost_usd_total"] == pytest.approx(seen["eagleray_tokens_total input"] / 1e6)
+    assert 0 < seen["eagleray_rows_in_flight"] <= 2 * 8 and seen["eagleray_rows_at_hand"] >= 0
+    assert seen["eagleray_latency_seconds_count"] >= 300 and seen["eagleray_queue_wait_seconds_count"] >= 300
+    assert seen["eagleray_limiter_wait_seconds_total"] >= 0
+    board = json.loads((ROOT / "docs/grafana.json").read_text())
+    shown = {name for panel in board["panels"] for target in panel["targets"] for name in names(target["expr"])}
+    unknown = {name for name in shown if not any(found.startswith(name) for found in seen)}
+    assert not unknown
+    assert cluster.ended("measured") == ("FAILED", 3)
+    logs = list(cluster.path.glob("**/logs/worker-*.err"))
+    failed = [line for path in logs for line in path.read_text().splitlines() if '"event":"row failed"' in line]
+    assert {json.loads(line[line.index("{") :])["id"] for line in failed} >= {"r0", "r1", "r2"}
+
+
+def names(expression: str) -> list[str]:
+    return re.findall(r"ray_(eagleray_\w+)", expression)

@@ -195,6 +195,7 @@ class RemoteEngine(Engine):
         try:
             if not self.stopping.is_set():
                 await self.limits.take(model, cost)
+                self.counts["limiter_wait_seconds"] += time.monotonic() - sent  # type: ignore[assignment]
             if self.stopping.is_set():
                 raise cancelled()
             sent = time.monotonic()
@@ -239,6 +240,7 @@ class RemoteEngine(Engine):
             endpoint.probing = False
             return
         if error.status in OVERLOAD:
+            self.counts["throttled"] += 1
             self.slots.overloaded(sent)
             if error.retry_after:
                 self.limits.tell(model, min(error.retry_after, MOST_PAUSE_S), {})
