@@ -22,10 +22,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from engines.types import Completion
-from pipeline.fs import listing, patiently, store_failed, write_atomic
+from pipeline.fs import TRIES, listing, patiently, store_failed, write_atomic
 from pipeline.lossless import dumps
 
 SEGMENTS = "_segments"
+# So many segments become one, while they have less than so many bytes.
+FAN, FULL_BYTES = 64, 128 << 20
 
 USAGE = pa.struct([("input", pa.int64()), ("cached_input", pa.int64()), ("output", pa.int64())])
 ERROR = pa.struct([("type", pa.string()), ("message", pa.string()), ("status", pa.int64()), ("retryable", pa.bool_())])
@@ -102,18 +104,45 @@ def write_segment(fs: pafs.FileSystem, root: str, writer: str, records: Sequence
         *completion_columns([r.completion for r in records]),
         pa.array([int(r.done_at * 1000) for r in records], pa.timestamp("ms", tz="UTC")),
     ]
+    return _put(fs, root, writer, pa.Table.from_arrays(columns, schema=SEGMENT_SCHEMA))
+
+
+def _put(fs: pafs.FileSystem, root: str, writer: str, table: pa.Table) -> str:
     sink = io.BytesIO()
     # The keys are random bytes: a dictionary or statistics for them would only cost time.
-    pq.write_table(
-        pa.Table.from_arrays(columns, schema=SEGMENT_SCHEMA),
-        sink,
-        compression="zstd",
-        use_dictionary=["finish_reason", "model", "engine"],
-        write_statistics=False,
-    )
+    options = {"use_dictionary": ["finish_reason", "model", "engine"], "write_statistics": False}
+    pq.write_table(table, sink, compression="zstd", **options)
     path = f"{root}/{SEGMENTS}/{writer}-{uuid.uuid4().hex[:12]}.parquet"
     write_atomic(fs, path, sink.getvalue())
     return path
+
+
+class Compactor:
+    """Merges one writer's own segments, so that a long run leaves few: a day of `flush_s=2` would be 43,000 files.
+
+    As soon as there are `FAN` of one level they become one of the next, unless they have `FULL_BYTES` already. The merged
+    one is whole before the others go: a reader may see rows twice, never less than once.
+    """
+
+    def __init__(self, fs: pafs.FileSystem, root: str, writer: str) -> None:
+        self.fs, self.root, self.writer = fs, root, writer
+        self.levels: list[list[str]] = []
+
+    def add(self, path: str, level: int = 0) -> None:
+        """Takes note of a new segment. Raises `OSError` where merging fails, with nothing lost."""
+        if level == len(self.levels):
+            self.levels.append([])
+        self.levels[level].append(path)
+        if len(self.levels[level]) < FAN:
+            return
+        paths, self.levels[level] = self.levels[level], []
+        if sum(info.size for info in patiently(lambda: self.fs.get_file_info(paths))) > FULL_BYTES:
+            return
+        table = pa.concat_tables(read_segment(self.fs, path) for path in paths)
+        merged = _put(self.fs, self.root, self.writer, table)
+        for old in paths:
+            self.fs.delete_file(old)
+        self.add(merged, level + 1)
 
 
 def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
@@ -206,9 +235,14 @@ def split_keys(keys: Sequence[bytes] | pa.Array) -> tuple[npt.NDArray[np.uint64]
 
 def read_index(fs: pafs.FileSystem, root: str) -> Index:
     """Reads the keys of all segments. A segment that cannot be read is passed over and named in `torn`."""
-    paths = list_segments(fs, root)
-    with ThreadPoolExecutor(8) as pool:
-        return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path), paths)))
+    for _ in range(TRIES):
+        paths = list_segments(fs, root)
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path), paths)))
+        except FileNotFoundError:  # merged meanwhile, into one that the next listing has
+            continue
+    raise OSError(f"the segments under {root} change faster than they can be read")
 
 
 def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
@@ -232,6 +266,8 @@ def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
 def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
     try:
         table = patiently(lambda: _read(fs, path, ["key", "error.type", "done_at", "usage"]))
+    except FileNotFoundError:
+        raise
     except (OSError, pa.ArrowException) as error:
         if store_failed(error):  # it may be whole; asking its rows again would cost them a second time
             raise

@@ -16,7 +16,7 @@ from engines.text import one_line
 from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
 from pipeline.feed import Lease, Status
 from pipeline.fs import resolve
-from pipeline.ledger import Record, write_segment
+from pipeline.ledger import Compactor, Record, write_segment
 from pipeline.limiter import source_of
 from pipeline.lossless import dumps, loads
 from pipeline.metrics import Metrics
@@ -62,6 +62,7 @@ class Worker:
     def __init__(self, config: WorkerConfig, name: str, dispatcher: Any) -> None:
         self.config, self.name, self.dispatcher = config, name, dispatcher
         self.fs, self.root = resolve(config.output_path)
+        self.compactor = Compactor(self.fs, self.root, name)
         self.flush_s = config.flush_s
         self.moves = False
         self.busy = 0  # rows in the engine
@@ -264,7 +265,7 @@ class Worker:
             places, self.places = list(self.places.items()), {}
             for wait in (0.5, 2.0, None):
                 try:
-                    await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
+                    path = await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
                     break
                 except OSError:
                     if wait is None:  # whoever flushes next may have more luck
@@ -276,6 +277,8 @@ class Worker:
             self.untold += records
             counts, self.counts = self.counts, Status()
             await self.dispatcher.commit.remote(self.name, places, counts)
+            with contextlib.suppress(OSError):  # everything is durable as it is
+                await asyncio.to_thread(self.compactor.add, path)
 
     def _tell(self) -> None:
         if self.engine is not None:

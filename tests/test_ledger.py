@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.types import Choice, Completion, Failure, Usage, answer
+from pipeline import ledger
 from pipeline.fs import resolve
-from pipeline.ledger import Record, SeenKeys, read_index, read_segment, split_keys, write_segment
+from pipeline.ledger import Compactor, Record, SeenKeys, list_segments, read_index, read_segment, split_keys, write_segment
 
 
 def key(n: int) -> bytes:
@@ -51,6 +54,48 @@ def test_a_success_beats_a_failure_and_the_latest_beats_the_earlier(tmp_path: Pa
     assert segment["response"][index.row[at[0]]].as_py() == "new"
     assert list(index.only(failed_too=False).find([key(1), key(3)]) >= 0) == [True, False]
     assert index.tokens[at[0]].tolist() == [10, 3, 5]
+
+
+def test_a_writers_segments_are_merged_and_no_row_is_ever_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "FAN", 4)
+    fs, root = resolve(str(tmp_path))
+    other = write_segment(fs, root, "w2", [Record(key(-1), "another's", good(), 0.0)])
+    compactor = Compactor(fs, root, "w1")
+    stop, fewest = threading.Event(), []
+
+    def look() -> None:
+        while not stop.is_set():
+            at_least = len(done)
+            fewest.append(len(read_index(fs, root)) - 1 - at_least)
+
+    done: list[int] = []
+    reader = threading.Thread(target=look)
+    reader.start()
+    for n in range(70):
+        compactor.add(write_segment(fs, root, "w1", [Record(key(n), f"r{n}", good(str(n)) if n % 3 else bad(), float(n))]))
+        done.append(n)
+    stop.set()
+    reader.join()
+    assert min(fewest) >= 0 and len(fewest) > 3
+    paths = list_segments(fs, root)
+    assert other in paths and len(paths) == 1 + 1 + 1 + 2  # 64, 4, and 2 that wait
+    index = read_index(fs, root)
+    assert len(index) == 71 and not index.torn and int(index.failed.sum()) == 24
+    for n in range(70):
+        at = index.find([key(n)])[0]
+        row = read_segment(fs, index.paths[index.segment[at]]).slice(index.row[at], 1).to_pylist()[0]
+        assert (row["id"], row["response"]) == (f"r{n}", str(n) if n % 3 else None)
+
+
+def test_segments_that_are_large_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "FAN", 2)
+    monkeypatch.setattr(ledger, "FULL_BYTES", 100)
+    fs, root = resolve(str(tmp_path))
+    compactor = Compactor(fs, root, "w")
+    paths = [write_segment(fs, root, "w", [Record(key(n), "", good(), 0.0)]) for n in range(5)]
+    for path in paths:
+        compactor.add(path)
+    assert list_segments(fs, root) == sorted(paths)
 
 
 def test_an_empty_ledger_finds_nothing(tmp_path: Path) -> None:
