@@ -127,6 +127,10 @@ def markdown(results: dict[str, Any]) -> str:
             rows.append(("… against a bare AsyncLLM, all submitted at once", f"{one['ratio']:.3f}", "≥ 0.97"))
         if one := found.get("order"):
             rows.append(("vllm, two replicas, shared prompts: by prefix against in turn", f"{one['ratio']:.2f}", "≥ 1.3"))
+        if one := found.get("lora"):
+            same = f"{one['identical']} of {one['rows']}"
+            rows.append((f"vllm, {one['adapters']} adapters in one batch: answers as each gives alone", same, "all"))
+            rows.append(("… tokens/s, against one adapter alone", f"{one['tokens_per_s'] / one['alone_tokens_per_s']:.2f}", ""))
         for one in filter(None, (found.get("peers"), found.get("long"))):
             rows.append((f"vllm, {one['rows']:,} rows, the whole command, s", f"{one['eagleray']}", ""))
             rows.append(("… `vllm run-batch`, s", f"{one['run_batch']}", "more"))
