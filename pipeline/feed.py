@@ -20,7 +20,7 @@ from engines.base import SINGLE_MODEL_KINDS
 from engines.types import ConfigError, EngineError, Failure, invalid
 from pipeline.formats import Parsed, RowParser
 from pipeline.keys import Keyer
-from pipeline.ledger import Index, SeenKeys
+from pipeline.ledger import FarIndex, Index, SeenKeys
 from pipeline.lossless import dumps
 from pipeline.ready import Ask, Ready, prefix_of
 from pipeline.schema import ColumnKinds
@@ -112,7 +112,7 @@ class Summary:
 
 
 def read_piece(
-    piece: Piece, interpreter: Interpreter, done: Index, fail_on_bad_input: bool, summary: Summary
+    piece: Piece, interpreter: Interpreter, done: Index | FarIndex, fail_on_bad_input: bool, summary: Summary
 ) -> Iterator[pa.Table]:
     """Tables of the rows of `piece` that are still to be asked; fills `summary` on the way."""
     for items in interpreter.read(piece):
@@ -156,7 +156,7 @@ def _request(parsed: Parsed) -> bytes:
 
 
 def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on_bad_input: bool, report: Any) -> Any:
-    """A Ray Dataset of the rows to ask. `done` is a reference to an `Index`; `report(number, summary)` a remote method."""
+    """A Ray Dataset of the rows to ask. `done` is a reference to an index; `report(number, summary)` a remote method."""
     import ray
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
@@ -258,6 +258,7 @@ class Dispatcher:
         self.crashes: Counter[bytes] = Counter()
         self.crash_reason = ""
         self.leases: dict[str, dict[int, _Out]] = {}
+        self.lent = 0  # rows in the state LEASED
         self.joined: set[str] = set()  # workers that are here, or loading their engine
         self.gone: set[str] = set()  # workers that left; a call of theirs may still be under way
         self.next_lease = 0
@@ -339,6 +340,7 @@ class Dispatcher:
             out = mine.get(number)
             if out is not None:
                 for at in offsets:
+                    self.lent -= out.states[at] == LEASED
                     out.states[at] = max(out.states[at], COMPLETED)
         self.joined.add(worker)
         # One that has its share by now asks again soon, when it has less.
@@ -364,8 +366,7 @@ class Dispatcher:
 
     def _share(self) -> int:
         """The most rows that one worker may hold: an equal part of all that are left, so that none idles at the end."""
-        left = len(self.ready) + len(self.suspects)
-        left += sum(out.states.count(LEASED) for mine in self.leases.values() for out in mine.values())
+        left = len(self.ready) + len(self.suspects) + self.lent
         return -(-left // len(self.joined))
 
     def _lease(self, worker: str, mine: dict[int, _Out], want: int) -> Lease:
@@ -384,6 +385,7 @@ class Dispatcher:
 
     def _lend(self, mine: dict[int, _Out], rows: list[Ask], last: bool) -> Lease:
         self.next_lease += 1
+        self.lent += len(rows)
         mine[self.next_lease] = _Out(rows, bytearray(len(rows)))
         return Lease(
             self.next_lease, [row.key for row in rows], [row.id for row in rows], [row.request for row in rows], last=last
@@ -398,6 +400,7 @@ class Dispatcher:
                 continue
             for at in offsets:
                 out.durable += out.states[at] != DURABLE
+                self.lent -= out.states[at] == LEASED
                 out.states[at] = DURABLE
             if out.durable == len(out.states):
                 del mine[number]
@@ -422,6 +425,7 @@ class Dispatcher:
         self.ready.leave(worker)
         for out in self.leases.pop(worker, {}).values():
             back: list[Ask] = []
+            self.lent -= out.states.count(LEASED)
             for row, state in zip(out.rows, out.states, strict=True):
                 if state == DURABLE:
                     continue
@@ -457,7 +461,7 @@ class Dispatcher:
         status.read = sum(s.rows for s in found)
         status.invalid = sum(s.invalid for s in found)
         status.answered = sum(s.answered for s in found)
-        status.in_flight = sum(out.states.count(LEASED) for mine in self.leases.values() for out in mine.values())
+        status.in_flight = self.lent
         status.workers = len(self.leases)
         status.finished = self._over() or self.stopping
         return status

@@ -36,7 +36,7 @@ from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, pla
 from pipeline.formats import RowParser
 from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic
 from pipeline.keys import Keyer
-from pipeline.ledger import SEGMENTS, Index, list_segments, read_index
+from pipeline.ledger import SEGMENTS, FarIndex, Index, Lookup, list_segments, read_index
 from pipeline.limiter import limiter
 from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
@@ -58,6 +58,8 @@ GRACE_S = 20.0
 REFUSALS_TO_STOP = 20
 # What all providers ask for a row in a batch, as a share of the live price.
 BATCH_PRICE = 0.5
+# A larger index stays on the driver's node and is asked, where there are others.
+FAR_ROWS = 100_000
 # `max_error_rate` says nothing about the first few rows.
 RATE_NEEDS_ROWS = 100
 
@@ -109,11 +111,10 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             _look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
 
-        index = _index(config)
-        for path in index.torn:
-            _warn(console, f"{path} cannot be read; its rows are asked again.")
         failed_too = batches is not None or not config.run.retry_failed
-        known = index.only(failed_too=failed_too)
+        known = Answers(config, failed_too=failed_too)
+        for path in known.index.torn:
+            _warn(console, f"{path} cannot be read; its rows are asked again.")
         missing = sys.maxsize
         for again in range(MAX_PASSES):
             if live:
@@ -121,25 +122,25 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
                     status, summaries = _ask(config, placed, pieces, interpreter, known, interrupts, console)
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
-                    known = _index(config).only(failed_too=failed_too)
+                    known = Answers(config, failed_too=failed_too)
                     continue
                 asked.done += status.done
                 asked.failed += status.failed
                 asked.crashes += status.crashes
             elif again and batches is not None:
                 summaries = batches.ask(pieces, console, interrupts, partial(_why_stop, config), "") or summaries
-            index = _index(config)
+            answers = known = Answers(config)  # in place of what the feed skipped, which is given up
+            index = answers.index
             if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces, index)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
-            result = _finalize(config, fs, root, pieces, summaries, interpreter, index, interrupts, console)
+            result = _finalize(config, fs, root, pieces, summaries, interpreter, answers, interrupts, console)
             if not result.missing:
                 break
             if result.missing >= missing:
                 raise Stopped(f"{result.missing:,} rows have no answer though they were asked: do all nodes see {root}?")
             missing = result.missing
             console.print(f"{missing:,} rows have no answer yet; asking them.", highlight=False)
-            known = index.only(failed_too=True)
         else:
             raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
         manifest = _manifest(config, pieces, fs, summaries, result, index, asked, started)
@@ -161,17 +162,35 @@ def _exit_status(manifest: dict[str, Any]) -> int:
 # -- before -----------------------------------------------------------------------------------------------------------
 
 
-def _index(config: Config) -> Index:
-    """What the ledger has. Built in a task, so that its arrays lie in shared memory and the driver stays small."""
+class Answers:
+    """What the ledger has, read in a task beside the driver: its arrays lie in shared memory, the driver stays small."""
+
+    def __init__(self, config: Config, *, failed_too: bool = True) -> None:
+        import ray
+
+        self.index = Index.empty()
+        if list_segments(*resolve(str(config.output.path))):
+            read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=_here())(_read_index)
+            self.ref = read.remote(str(config.output.path), failed_too)
+            self.index = ray.get(self.ref)
+        else:
+            self.ref = ray.put(self.index)
+        if len(self.index) > FAR_ROWS and len(ray.nodes()) > 1:
+            lookup = ray.remote(Lookup).options(num_cpus=0, scheduling_strategy=_here())
+            self.near = [self.ref]
+            self.ref = ray.put(FarIndex(lookup.remote(self.near), self.index.paths))
+
+
+def _read_index(path: str, failed_too: bool) -> Index:
+    return read_index(*resolve(path)).only(failed_too=failed_too)
+
+
+def _here() -> Any:
+    """On the driver's node; what is beside the driver dies with it anyway, and with no node that only came for the work."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if not list_segments(*resolve(str(config.output.path))):
-        return Index.empty()
-    return ray.get(ray.remote(num_cpus=0.25, max_retries=3)(_read_index).remote(str(config.output.path)))
-
-
-def _read_index(path: str) -> Index:
-    return read_index(*resolve(path))
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def list_pieces(config: Config, console: Console) -> list[Piece]:
@@ -290,21 +309,18 @@ def _ask(
     placed: Placement,
     pieces: list[Piece],
     interpreter: Interpreter,
-    known: Index,
+    known: Answers,
     interrupts: list[int],
     console: Console,
 ) -> tuple[Status, dict[int, Summary]]:
     """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     fail = config.dataset.on_bad_input == "fail"
     # In a list, so that the reference itself arrives: only the read tasks look into it.
-    done = [ray.put(known)]
-    # Beside the driver, which it could not outlive anyway, and so on no node that only came for the work.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    done = [known.ref]
     dispatcher = (
-        ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here).remote(pieces, interpreter, done, fail)
+        ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=_here()).remote(pieces, interpreter, done, fail)
     )
     worker = WorkerConfig(
         engine=spread(config.engine, placed),
@@ -395,7 +411,7 @@ def _finalize(
     pieces: list[Piece],
     summaries: dict[int, Summary],
     interpreter: Interpreter,
-    index: Index,
+    answers: Answers,
     interrupts: list[int],
     console: Console,
 ) -> JobResult:
@@ -409,13 +425,14 @@ def _finalize(
     params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
     optional = [name for name, param in OPTIONAL.items() if param in params]
     raw = any(summary.invalid for summary in summaries.values())
-    writer = ray.put(PartWriter(interpreter, index, columns, optional, raw, config.output))
+    writer = ray.put(PartWriter(interpreter, columns, optional, raw, config.output))
     do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
-    waiting = [do.remote(writer, job) for job in plan_jobs(pieces, summaries)]
+    waiting = [do.remote(writer, answers.ref, job) for job in plan_jobs(pieces, summaries)]
     total = JobResult()
+    used = np.zeros(len(answers.index), np.bool_)
     with console.status("putting the output together"):
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=0.5)
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
             if interrupts:
                 raise Interrupted("interrupted while putting the output together; the same command does it again")
             for ref in done:
@@ -429,13 +446,15 @@ def _finalize(
                 total.failed += result.failed
                 total.missing += result.missing
                 total.errors.update(result.errors)
-                total.used += result.used
                 total.files.update(result.files)
+                for positions in result.used:
+                    used[positions] = True
+    total.used = [used]
     return total
 
 
-def _do_job(writer: PartWriter, job: Any) -> JobResult:
-    return writer.run(job)
+def _do_job(writer: PartWriter, answers: Index | FarIndex, job: Any) -> JobResult:
+    return writer.run(job, answers)
 
 
 def _drop_stale(fs: pafs.FileSystem, root: str, result: JobResult) -> None:
@@ -456,12 +475,12 @@ def _manifest(
     asked: Status,
     started: float,
 ) -> dict[str, Any]:
-    used = np.zeros(len(index), np.bool_)
-    for positions in result.used:
-        used[positions] = True
-    tokens = index.tokens[used].sum(axis=0, dtype=np.int64) if len(index) else np.zeros(3, np.int64)
+    (used,) = result.used
+    tokens = index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None])
     batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
-    cheap = index.tokens[used & batched[index.segment]].sum(axis=0, dtype=np.int64) if len(index) else tokens
+    cheap = np.zeros(3, np.int64)
+    if batched.any():
+        cheap = index.tokens.sum(axis=0, dtype=np.int64, where=(used & batched[index.segment])[:, None])
     share = float(config.engine.provider.get("batch", {}).get("price", BATCH_PRICE))
     price = config.engine.price
     cost = price.of(*map(int, tokens - cheap)) + share * price.of(*map(int, cheap))
