@@ -250,9 +250,12 @@ class Status:
 class Dispatcher:
     """The actor between the feed and the workers. Its methods are short, so that one serves hundreds of workers."""
 
-    def __init__(self, pieces: list[Piece], interpreter: Interpreter, done: list[Any], fail_on_bad_input: bool) -> None:
+    def __init__(
+        self, pieces: list[Piece], interpreter: Interpreter, done: list[Any], fail_on_bad_input: bool, small: bool = False
+    ) -> None:
         self.pieces, self.interpreter, self.done = pieces, interpreter, done[0]
         self.fail_on_bad_input = fail_on_bad_input
+        self.small = small  # so small that the processes of a Ray Dataset would take longer to start than to read it
         self.ready = Ready()
         self.suspects: deque[Ask] = deque()
         self.crashes: Counter[bytes] = Counter()
@@ -272,14 +275,13 @@ class Dispatcher:
     async def start(self, report: Any, buffer_rows: int) -> None:
         """Starts reading. `report` is this actor's own method of that name."""
         self.buffer_rows = buffer_rows
-        loop = asyncio.get_running_loop()
+        loop = self.loop = asyncio.get_running_loop()
         seen = SeenKeys()
 
         def feed() -> None:
             failure = None
             try:
-                dataset = dataset_of(self.pieces, self.interpreter, self.done, self.fail_on_bad_input, report)
-                for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+                for table in self._tables(report):
                     if not len(table):
                         continue
                     fresh = table.filter(pa.array(seen.add(table["key"])))
@@ -293,6 +295,20 @@ class Dispatcher:
             asyncio.run_coroutine_threadsafe(self._fed(failure), loop).result()
 
         threading.Thread(target=feed, name="feed", daemon=True).start()
+
+    def _tables(self, report: Any) -> Iterator[pa.Table]:
+        """The rows to ask, from a thread."""
+        if not self.small:
+            dataset = dataset_of(self.pieces, self.interpreter, self.done, self.fail_on_bad_input, report)
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+            return
+        import ray
+
+        done = ray.get(self.done)
+        for piece in self.pieces:
+            summary = Summary()
+            yield from read_piece(piece, self.interpreter, done, self.fail_on_bad_input, summary)
+            self.loop.call_soon_threadsafe(self.summaries.__setitem__, piece.number, summary)
 
     async def _add(self, rows: list[Ask], duplicates: int) -> None:
         self.status_.duplicates += duplicates

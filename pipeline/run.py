@@ -32,11 +32,11 @@ from pipeline.batches import BATCHES, WRITER, BatchRun, Book
 from pipeline.config import Config, without_secrets
 from pipeline.crew import Crew, Interrupted, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
-from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, plan_columns, plan_jobs
+from pipeline.finalize import DATA, ERRORS, OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
 from pipeline.formats import RowParser
 from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic
 from pipeline.keys import Keyer
-from pipeline.ledger import SEGMENTS, FarIndex, Index, Lookup, list_segments, read_index
+from pipeline.ledger import SEGMENTS, FarIndex, Index, Lookup, read_index
 from pipeline.limiter import limiter
 from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
@@ -58,6 +58,8 @@ GRACE_S = 20.0
 REFUSALS_TO_STOP = 20
 # What all providers ask for a row in a batch, as a share of the live price.
 BATCH_PRICE = 0.5
+# Up to so much is read here and now: a process for it takes seconds to start.
+SMALL_FILES, SMALL_BYTES = 8, 8 << 20
 # A larger index stays on the driver's node and is asked, where there are others.
 FAR_ROWS = 100_000
 # `max_error_rate` says nothing about the first few rows.
@@ -103,10 +105,10 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             summaries = found
         live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
-            planned = planner.submit(list_pieces, config, console)
+            planned = planner.submit(_plan, config, console)
             own = stack.enter_context(_ray())
             interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
-            pieces = planned.result()
+            pieces, small = planned.result()
         if live:
             _look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
@@ -119,7 +121,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         for again in range(MAX_PASSES):
             if live:
                 try:
-                    status, summaries = _ask(config, placed, pieces, interpreter, known, interrupts, console)
+                    status, summaries = _ask(config, placed, pieces, small, interpreter, known, interrupts, console)
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
                     known = Answers(config, failed_too=failed_too)
@@ -134,7 +136,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces, index)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
-            result = _finalize(config, fs, root, pieces, summaries, interpreter, answers, interrupts, console)
+            result = _finalize(config, fs, root, pieces, small, summaries, interpreter, answers, interrupts, console)
             if not result.missing:
                 break
             if result.missing >= missing:
@@ -163,18 +165,21 @@ def _exit_status(manifest: dict[str, Any]) -> int:
 
 
 class Answers:
-    """What the ledger has, read in a task beside the driver: its arrays lie in shared memory, the driver stays small."""
+    """What the ledger has. A large one is read in a task beside the driver: its arrays lie in shared memory, and the driver
+    stays small."""
 
     def __init__(self, config: Config, *, failed_too: bool = True) -> None:
         import ray
 
-        self.index = Index.empty()
-        if list_segments(*resolve(str(config.output.path))):
+        where = resolve(str(config.output.path))
+        self.small = sum(info.size or 0 for info in listing(where[0], f"{where[1]}/{SEGMENTS}")) <= SMALL_BYTES
+        if self.small:
+            self.index = read_index(*where).only(failed_too=failed_too)
+            self.ref = ray.put(self.index)
+        else:
             read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=_here())(_read_index)
             self.ref = read.remote(str(config.output.path), failed_too)
             self.index = ray.get(self.ref)
-        else:
-            self.ref = ray.put(self.index)
         if len(self.index) > FAR_ROWS and len(ray.nodes()) > 1:
             lookup = ray.remote(Lookup).options(num_cpus=0, scheduling_strategy=_here())
             self.near = [self.ref]
@@ -191,6 +196,14 @@ def _here() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def _plan(config: Config, console: Console) -> tuple[list[Piece], bool]:
+    """The pieces, and whether they are so small that no other process is started to read them."""
+    pieces = list_pieces(config, console)
+    few = list(dict.fromkeys(piece.chunk.file for piece in pieces))[: SMALL_FILES + 1]
+    small = len(few) <= SMALL_FILES and sum(info_of(*resolve(name)).size for name in few) <= SMALL_BYTES
+    return pieces, small
 
 
 def list_pieces(config: Config, console: Console) -> list[Piece]:
@@ -259,7 +272,8 @@ def _ray() -> Iterator[bool]:
         scratch = tempfile.mkdtemp(prefix="eagleray-")
         keep = True
         try:
-            ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
+            with _only_what_works():
+                ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
             yield True
             keep = False
         except EaglerayError:
@@ -269,6 +283,24 @@ def _ray() -> Iterator[bool]:
             ray.shutdown()
             if not keep:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_what_works() -> Iterator[None]:
+    """Within it Ray starts without its autoscaler, its reader of logs and its web server: of no use on one machine, they
+    cost three seconds of processor time, and Ray waits for the last. Where it has them no more, nothing changes."""
+    from ray._private.node import Node
+
+    os.environ.setdefault("RAY_worker_niceness", "0")  # this Ray has one run, which is not there to give way
+    unused = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]
+    before = {name: getattr(Node, name) for name in unused}
+    for name in unused:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
 
 
 def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
@@ -308,6 +340,7 @@ def _ask(
     config: Config,
     placed: Placement,
     pieces: list[Piece],
+    small: bool,
     interpreter: Interpreter,
     known: Answers,
     interrupts: list[int],
@@ -319,9 +352,8 @@ def _ask(
     fail = config.dataset.on_bad_input == "fail"
     # In a list, so that the reference itself arrives: only the read tasks look into it.
     done = [known.ref]
-    dispatcher = (
-        ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=_here()).remote(pieces, interpreter, done, fail)
-    )
+    beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=_here())
+    dispatcher = beside.remote(pieces, interpreter, done, fail, small)
     worker = WorkerConfig(
         engine=spread(config.engine, placed),
         generation=config.params(),
@@ -332,7 +364,7 @@ def _ask(
         cpus=config.hardware.cpus,
     )
     crew = Crew(ray.remote(Worker), worker, placed, dispatcher, config.run.max_engine_deaths)
-    ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
+    reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
     # Held here: Ray ends an actor with whoever made it.
     limits = limiter(config.engine) if config.engine.provider else None
     told = False
@@ -342,6 +374,7 @@ def _ask(
     began = time.monotonic()
     try:
         crew.start()
+        ray.get(reads)
         with RunProgress(console, config.run.progress_s) as progress:
             while True:
                 status: Status = ray.get(dispatcher.status.remote())
@@ -409,6 +442,7 @@ def _finalize(
     fs: pafs.FileSystem,
     root: str,
     pieces: list[Piece],
+    small: bool,
     summaries: dict[int, Summary],
     interpreter: Interpreter,
     answers: Answers,
@@ -416,7 +450,6 @@ def _finalize(
     console: Console,
 ) -> JobResult:
     """Writes data/ and errors/ on all nodes at once."""
-    import ray
     from ray.exceptions import RayTaskError
 
     if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
@@ -425,23 +458,12 @@ def _finalize(
     params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
     optional = [name for name, param in OPTIONAL.items() if param in params]
     raw = any(summary.invalid for summary in summaries.values())
-    writer = ray.put(PartWriter(interpreter, columns, optional, raw, config.output))
-    do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
-    waiting = [do.remote(writer, answers.ref, job) for job in plan_jobs(pieces, summaries)]
+    writer = PartWriter(interpreter, columns, optional, raw, config.output)
     total = JobResult()
     used = np.zeros(len(answers.index), np.bool_)
     with console.status("putting the output together"):
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
-            if interrupts:
-                raise Interrupted("interrupted while putting the output together; the same command does it again")
-            for ref in done:
-                try:
-                    result: JobResult = ray.get(ref)
-                except RayTaskError as error:
-                    if isinstance(error.cause, OSError):
-                        raise Stopped(f"putting the output together failed: {error.cause}") from None
-                    raise
+        try:
+            for result in _written(writer, plan_jobs(pieces, summaries), answers, small and answers.small, interrupts):
                 total.rows += result.rows
                 total.failed += result.failed
                 total.missing += result.missing
@@ -449,11 +471,34 @@ def _finalize(
                 total.files.update(result.files)
                 for positions in result.used:
                     used[positions] = True
+        except (OSError, RayTaskError) as error:
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, OSError):
+                raise Stopped(f"putting the output together failed: {cause}") from None
+            raise
     total.used = [used]
     return total
 
 
-def _do_job(writer: PartWriter, answers: Index | FarIndex, job: Any) -> JobResult:
+def _written(
+    writer: PartWriter, jobs: list[Job], answers: Answers, here: bool, interrupts: list[int]
+) -> Iterator[JobResult]:
+    import ray
+
+    if here:
+        yield from (writer.run(job, answers.index) for job in jobs)
+        return
+    shared = ray.put(writer)
+    do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
+    waiting = [do.remote(shared, answers.ref, job) for job in jobs]
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
+        if interrupts:
+            raise Interrupted("interrupted while putting the output together; the same command does it again")
+        yield from ray.get(done)
+
+
+def _do_job(writer: PartWriter, answers: Index | FarIndex, job: Job) -> JobResult:
     return writer.run(job, answers)
 
 
