@@ -43,6 +43,7 @@ from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
 from pipeline.source import list_chunks, read_chunk
+from pipeline.traces import Trace, run_span
 from pipeline.worker import Worker, WorkerConfig
 
 MANIFEST = "manifest.json"
@@ -90,6 +91,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
     if config.run.dry_run:
         return _dry_run(config, fs, root, interpreter, console)
     with contextlib.ExitStack() as stack:
+        span = stack.enter_context(run_span(config.run.traces, config.engine, console))
         stack.enter_context(run_lock(fs, root))
         started = time.time()
         if not config.run.resume:
@@ -121,7 +123,9 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         for again in range(MAX_PASSES):
             if live:
                 try:
-                    status, summaries = _ask(config, placed, pieces, small, interpreter, known, interrupts, console)
+                    status, summaries = _ask(
+                        config, placed, pieces, small, interpreter, known, span.trace if span else None, interrupts, console
+                    )
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
                     known = Answers(config, failed_too=failed_too)
@@ -146,6 +150,8 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         else:
             raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
         manifest = _manifest(config, pieces, fs, summaries, result, index, asked, started)
+        if span is not None:
+            span.rows(manifest["rows"])
         _drop_stale(fs, root, result)
         abort_uploads(str(config.output.path))
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
@@ -343,6 +349,7 @@ def _ask(
     small: bool,
     interpreter: Interpreter,
     known: Answers,
+    trace: Trace | None,
     interrupts: list[int],
     console: Console,
 ) -> tuple[Status, dict[int, Summary]]:
@@ -362,6 +369,7 @@ def _ask(
         drain_s=config.run.drain_s,
         max_outage_s=config.run.max_outage_s,
         cpus=config.hardware.cpus,
+        trace=trace,
     )
     crew = Crew(ray.remote(Worker), worker, placed, dispatcher, config.run.max_engine_deaths)
     reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
