@@ -50,6 +50,7 @@ class RunConfig:
     batch_fallback: str = key("batch", "what a batch left unanswered goes to: another batch, or live")
     batch_poll_s: float = key(60.0, "look at batches at least so often, in seconds")
     dry_run: bool = key(False, "read, check and count the input, ask nothing, write nothing")
+    traces: str | None = key(None, "send OpenTelemetry traces there: an OTLP/HTTP address, e.g. http://localhost:4318")
     progress_s: float = key(10.0, "seconds between progress lines where there is no terminal")
 
 
@@ -161,6 +162,8 @@ class Config:
         _at_least("run.max_errors", self.run.max_errors, 1)
         _at_least("run.max_engine_deaths", self.run.max_engine_deaths, 0)
         _above_zero("run.progress_s", self.run.progress_s)
+        if self.run.traces is not None and not self.run.traces.startswith(("http://", "https://")):
+            raise ConfigError(f"run.traces must be an http:// or https:// address, not {self.run.traces!r}")
         rate = self.run.max_error_rate
         if rate is not None and not 0 <= rate <= 1:
             raise ConfigError(f"run.max_error_rate must be between 0 and 1, not {rate}")

@@ -25,7 +25,7 @@ from pipeline.config import OutputConfig
 from pipeline.feed import Interpreter, Item, Piece, Summary
 from pipeline.formats import passthrough_names
 from pipeline.fs import resolve, write_atomic
-from pipeline.ledger import COMPLETION_FIELDS, ERROR, Index, completion_columns, read_segment
+from pipeline.ledger import COMPLETION_FIELDS, ERROR, FarIndex, Index, completion_columns, read_rows
 from pipeline.lossless import dumps, loads, plain
 from pipeline.schema import ColumnKinds, common_type, to_array, type_of
 from pipeline.source import parquet_schema, read_table
@@ -67,7 +67,9 @@ class JobResult:
     failed: int = 0
     missing: int = 0  # rows that no segment answers: the run is not over
     errors: Counter[str] = field(default_factory=Counter)
-    used: list[npt.NDArray[np.uint32]] = field(default_factory=list)  # positions in the index
+    used: list[npt.NDArray[Any]] = field(
+        default_factory=list
+    )  # positions in the index; of all jobs together, one mask of it
     files: dict[str, int] = field(default_factory=dict)  # path below the output -> rows
 
 
@@ -141,23 +143,22 @@ class PartWriter:
     def __init__(
         self,
         interpreter: Interpreter,
-        index: Index,
         columns: list[Column],
         optional: Sequence[str],
         raw: bool,
         output: OutputConfig,
     ) -> None:
-        self.interpreter, self.index, self.columns, self.output = interpreter, index, columns, output
+        self.interpreter, self.columns, self.output = interpreter, columns, output
         self.raw = raw  # whether some line of the input could not be read
         self.schema = output_schema(columns, optional)
         self.own_schema = pa.schema([(c.source, c.type or pa.string()) for c in columns])
         self.fs, self.root = resolve(str(output.path))
 
-    def run(self, job: Job) -> JobResult:
+    def run(self, job: Job, answers: Index | FarIndex) -> JobResult:
         """Writes the job's `data/part-N` files and, where rows failed, `errors/part-N`; stops at a missing row."""
         result = JobResult()
         size = -(-job.rows // job.parts)
-        part, index, rows = job.first_part, job.index, _Rows()
+        part, first, rows = job.first_part, job.index, _Rows()
         read = 0
         for items, own in self._read(job.pieces):
             read += len(items)
@@ -168,16 +169,16 @@ class PartWriter:
                 rows.add(items[:room], own.slice(0, room))
                 items, own = items[room:], own.slice(room)
                 if len(rows.ids) == size:
-                    self._write(part, index, rows, result)
+                    self._write(part, first, rows, answers, result)
                     if result.missing:
                         return result
-                    part, index, rows = part + 1, index + size, _Rows()
+                    part, first, rows = part + 1, first + size, _Rows()
         if read != job.rows:  # never a shorter or shifted output because a read broke off
             raise OSError(
                 f"{job.pieces[0].chunk.name} and on: {read} rows where there were {job.rows}; did the input change?"
             )
         if rows.ids or not result.files:
-            self._write(part, index, rows, result)
+            self._write(part, first, rows, answers, result)
         return result
 
     def _read(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[Item], pa.Table]]:
@@ -207,14 +208,14 @@ class PartWriter:
         columns = [to_array([row.get(c.source) for row in values], c.type) for c in self.columns]
         return pa.Table.from_arrays(columns, schema=self.own_schema)
 
-    def _write(self, part: int, index: int, rows: _Rows, result: JobResult) -> None:
+    def _write(self, part: int, first: int, rows: _Rows, answers: Index | FarIndex, result: JobResult) -> None:
         at = np.full(len(rows.ids), -1, np.int64)
         keyed = np.array([key is not None for key in rows.keys], np.bool_)
-        at[keyed] = self.index.find([key for key in rows.keys if key is not None])
+        at[keyed], *where = answers.locate([key for key in rows.keys if key is not None])
         result.missing += int((keyed & (at < 0)).sum())
         if result.missing:
             return
-        completions = self._completions(rows, at)
+        completions = self._completions(rows, at, answers.paths, *where)
         failed = np.asarray(completions["error"].is_valid())
         result.rows += len(rows.ids)
         result.failed += int(failed.sum())
@@ -222,27 +223,31 @@ class PartWriter:
         result.used.append(at[at >= 0].astype(np.uint32))
         own = pa.concat_tables(rows.own) if rows.own else self.own_schema.empty_table()
         name = f"part-{part:05d}.{self.output.format}"
-        self._save(f"{DATA}/{name}", self._data(rows, own, completions, index), rows.values, result)
+        self._save(f"{DATA}/{name}", self._data(rows, own, completions, first), rows.values, result)
         if failed.any():
             wrong = np.flatnonzero(failed)
             self._save(f"{ERRORS}/{name}", self._errors(rows, own, completions, wrong), [], result)
 
-    def _completions(self, rows: _Rows, at: npt.NDArray[np.int64]) -> pa.Table:
-        """What came back for each row, in the rows' order; every segment is read once."""
-        names = [name for name, _ in COMPLETION_FIELDS]
+    def _completions(
+        self,
+        rows: _Rows,
+        at: npt.NDArray[np.int64],
+        paths: list[str],
+        segment: npt.NDArray[np.int32],
+        row: npt.NDArray[np.int32],
+    ) -> pa.Table:
+        """What came back for each row, in the rows' order; every segment is opened once."""
         tables: list[pa.Table] = []
         order: list[npt.NDArray[np.int64]] = []
         answered = np.flatnonzero(at >= 0)
-        segments = self.index.segment[at[answered]]
-        for segment in np.unique(segments):
-            mine = answered[segments == segment]
-            table = read_segment(self.fs, self.index.paths[segment])
-            tables.append(table.select(names).take(pa.array(self.index.row[at[mine]])))
-            order.append(mine)
+        for number in np.unique(segment):
+            mine = segment == number
+            tables.append(read_rows(self.fs, paths[number], row[mine]))
+            order.append(answered[mine])
         unasked = np.flatnonzero(at < 0)
         if len(unasked) or not tables:
             failures = [Completion(error=rows.failures[row], attempts=0) for row in unasked]
-            tables.append(pa.Table.from_arrays(completion_columns(failures), names=names))
+            tables.append(pa.Table.from_arrays(completion_columns(failures), schema=pa.schema(COMPLETION_FIELDS)))
             order.append(unasked)
         back = np.argsort(np.concatenate(order), kind="stable")
         return pa.concat_tables(tables).take(pa.array(back))

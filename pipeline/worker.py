@@ -20,6 +20,7 @@ from pipeline.ledger import Compactor, Record, write_segment
 from pipeline.limiter import source_of
 from pipeline.lossless import dumps, loads
 from pipeline.metrics import Metrics
+from pipeline.traces import RequestSpans, Trace
 
 DRAIN_FLUSH_S = 0.5
 
@@ -35,6 +36,7 @@ class WorkerConfig:
     drain_s: float
     max_outage_s: float
     cpus: float  # 0: the whole machine's
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Worker:
         self.flushing = asyncio.Lock()
         self.puller: asyncio.Task[None] | None = None
         self.engine: Engine | None = None
+        self.spans: RequestSpans | None = None
 
     async def run(self, secrets: Secrets) -> bool:
         """Loads the engine and works; whether it ended for its node only (`clear_out`).
@@ -97,6 +100,8 @@ class Worker:
             os.environ.pop("OMP_NUM_THREADS", None)
         await self.dispatcher.join.remote(self.name)
         self.metrics = Metrics(self.config.engine)
+        if self.config.trace is not None:
+            self.spans = RequestSpans(self.config.trace, self.config.engine, self.name)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
         engine.attach(source_of, self.config.max_outage_s)
@@ -121,6 +126,8 @@ class Worker:
             self._tell()
             await self.dispatcher.leave.remote(self.name)
             await asyncio.to_thread(engine.close)
+            if self.spans is not None:
+                await asyncio.to_thread(self.spans.close)
         return self.moves
 
     async def clear_out(self, nodes: frozenset[str]) -> None:
@@ -188,6 +195,7 @@ class Worker:
             row = self.queue.popleft()
             self.waits.append(time.monotonic() - row.since)
             self.busy += 1
+            began_ns = time.time_ns()
             try:
                 completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
@@ -198,6 +206,8 @@ class Worker:
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
             finally:
                 self.busy -= 1
+            if self.spans is not None:
+                self.spans.add(row.key, row.id, began_ns, completion)
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
             if engine.outage is not None and completion.error is not None and completion.error.retryable:
