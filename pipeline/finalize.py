@@ -21,14 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engines.types import Completion, Failure, answer
+from pipeline.chat import shown_row
 from pipeline.config import OutputConfig
 from pipeline.feed import Interpreter, Item, Piece, Summary
 from pipeline.formats import passthrough_names
 from pipeline.fs import resolve, write_atomic
-from pipeline.ledger import COMPLETION_FIELDS, ERROR, Index, completion_columns, read_segment
+from pipeline.ledger import COMPLETION_FIELDS, ERROR, SEGMENT_SCHEMA, Index, completion_columns, read_segment
 from pipeline.lossless import dumps, loads, plain
 from pipeline.schema import ColumnKinds, common_type, to_array, type_of
 from pipeline.source import parquet_schema, read_table
+from pipeline.stats import Stats
 from pipeline.styles import STYLES
 
 ROWS_PER_PART = 32_768
@@ -69,6 +71,7 @@ class JobResult:
     errors: Counter[str] = field(default_factory=Counter)
     used: list[npt.NDArray[np.uint32]] = field(default_factory=list)  # positions in the index
     files: dict[str, int] = field(default_factory=dict)  # path below the output -> rows
+    stats: Stats = field(default_factory=Stats)
 
 
 def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_per_part: int = ROWS_PER_PART) -> list[Job]:
@@ -214,7 +217,7 @@ class PartWriter:
         result.missing += int((keyed & (at < 0)).sum())
         if result.missing:
             return
-        completions = self._completions(rows, at)
+        completions, done_at = self._completions(rows, at)
         failed = np.asarray(completions["error"].is_valid())
         result.rows += len(rows.ids)
         result.failed += int(failed.sum())
@@ -226,9 +229,28 @@ class PartWriter:
         if failed.any():
             wrong = np.flatnonzero(failed)
             self._save(f"{ERRORS}/{name}", self._errors(rows, own, completions, wrong), [], result)
+        self._count(at, index, rows, completions, done_at, result.stats)
 
-    def _completions(self, rows: _Rows, at: npt.NDArray[np.int64]) -> pa.Table:
-        """What came back for each row, in the rows' order; every segment is read once."""
+    def _count(
+        self,
+        at: npt.NDArray[np.int64],
+        index: int,
+        rows: _Rows,
+        completions: pa.Table,
+        done_at: pa.ChunkedArray,
+        stats: Stats,
+    ) -> None:
+        """Adds to what the report tells."""
+
+        def show(row: int) -> dict[str, Any]:
+            completion = completions.slice(row, 1).to_pylist()[0]
+            own = (rows.ids[row], index + row, rows.messages[row], rows.raw[row], rows.values[row])
+            return shown_row(*own, completion)
+
+        stats.add(at, index, completions, done_at, rows.ids, show)
+
+    def _completions(self, rows: _Rows, at: npt.NDArray[np.int64]) -> tuple[pa.Table, pa.ChunkedArray]:
+        """What came back for each row, in the rows' order, and when; every segment is read once."""
         names = [name for name, _ in COMPLETION_FIELDS]
         tables: list[pa.Table] = []
         order: list[npt.NDArray[np.int64]] = []
@@ -237,15 +259,17 @@ class PartWriter:
         for segment in np.unique(segments):
             mine = answered[segments == segment]
             table = read_segment(self.fs, self.index.paths[segment])
-            tables.append(table.select(names).take(pa.array(self.index.row[at[mine]])))
+            tables.append(table.select([*names, "done_at"]).take(pa.array(self.index.row[at[mine]])))
             order.append(mine)
         unasked = np.flatnonzero(at < 0)
         if len(unasked) or not tables:
             failures = [Completion(error=rows.failures[row], attempts=0) for row in unasked]
-            tables.append(pa.Table.from_arrays(completion_columns(failures), names=names))
+            never = pa.nulls(len(failures), SEGMENT_SCHEMA.field("done_at").type)
+            tables.append(pa.Table.from_arrays([*completion_columns(failures), never], names=[*names, "done_at"]))
             order.append(unasked)
         back = np.argsort(np.concatenate(order), kind="stable")
-        return pa.concat_tables(tables).take(pa.array(back))
+        table = pa.concat_tables(tables).take(pa.array(back))
+        return table.select(names), table["done_at"]
 
     def _data(self, rows: _Rows, own: pa.Table, completions: pa.Table, index: int) -> pa.Table:
         columns: dict[str, Any] = {

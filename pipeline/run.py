@@ -21,11 +21,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
 from rich.text import Text
 
+from engines.base import Price
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
 from pipeline.batches import BATCHES, WRITER, BatchRun, Book
@@ -42,6 +44,7 @@ from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
+from pipeline.report import REPORT, write_report
 from pipeline.source import list_chunks, read_chunk
 from pipeline.worker import Worker, WorkerConfig
 
@@ -145,6 +148,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         manifest = _manifest(config, pieces, fs, summaries, result, index, asked, started)
         _drop_stale(fs, root, result)
         abort_uploads(str(config.output.path))
+        write_report(fs, root, manifest, result.stats, console)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         return Outcome(_exit_status(manifest), manifest)
 
@@ -209,6 +213,8 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
         )
     if exists(fs, f"{root}/{MANIFEST}"):
         fs.delete_file(f"{root}/{MANIFEST}")
+    if exists(fs, f"{root}/{REPORT}"):
+        fs.delete_file(f"{root}/{REPORT}")
     for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
         for info in listing(fs, f"{root}/{folder}"):
             if info.is_file and not info.base_name.startswith((".lock", CLAIM)):
@@ -431,6 +437,7 @@ def _finalize(
                 total.errors.update(result.errors)
                 total.used += result.used
                 total.files.update(result.files)
+                total.stats.merge(result.stats)
     return total
 
 
@@ -463,8 +470,7 @@ def _manifest(
     batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
     cheap = index.tokens[used & batched[index.segment]].sum(axis=0, dtype=np.int64) if len(index) else tokens
     share = float(config.engine.provider.get("batch", {}).get("price", BATCH_PRICE))
-    price = config.engine.price
-    cost = price.of(*map(int, tokens - cheap)) + share * price.of(*map(int, cheap))
+    cost = _cost(config.engine.price, tokens - cheap + share * cheap)
     return {
         "status": "complete",
         "rows": {
@@ -477,7 +483,8 @@ def _manifest(
         "errors": dict(result.errors),
         "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": cost,
+        "cost_usd": sum(cost.values()),
+        "cost_parts_usd": cost,
         "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
@@ -487,6 +494,16 @@ def _manifest(
         "versions": _versions(),
         "started_at": started,
         "finished_at": time.time(),
+    }
+
+
+def _cost(price: Price, tokens: npt.NDArray[np.float64]) -> dict[str, float]:
+    """What input, cached input and output come to."""
+    read, cached, written = tokens.tolist()
+    return {
+        "input": price.of(read - cached, 0, 0),
+        "cached_input": price.of(cached, cached, 0),
+        "output": price.of(0, 0, written),
     }
 
 
@@ -515,7 +532,8 @@ def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piec
             return None
         same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
         there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
-        return manifest if same and there.issuperset(manifest["files"]) else None
+        whole = there.issuperset(manifest["files"]) and exists(fs, f"{root}/{REPORT}")
+        return manifest if same and whole else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
