@@ -33,6 +33,11 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
+def short(value: float) -> str:
+    """For an axis, which has room for six characters: 12k, not 12,000."""
+    return f"{value / 1000:.3g}k" if 10_000 <= abs(value) < 1e6 else number(value)
+
+
 def seconds(value: float) -> str:
     """12 ms, 3.4 s, 5 min 20 s, 2 h 5 min, 3 d 4 h."""
     if value < 0.9995:
@@ -77,14 +82,15 @@ class Drawing:
     low: float
     high: float
     top: float  # the value at the upper edge
+    left: float = LEFT
 
     def y(self, value: float) -> float:
         return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * min(1.0, value / self.top), 1)
 
     def x(self, value: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * (value - self.low) / (self.high - self.low), 1)
+        return round(self.left + (WIDTH - self.left - RIGHT) * (value - self.low) / (self.high - self.low), 1)
 
-    def scale_y(self, text: Callable[[float], str] = number) -> None:
+    def scale_y(self, text: Callable[[float], str] = short) -> None:
         for value in ticks(0, self.top, 4):
             y = self.y(value)
             self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
@@ -93,7 +99,7 @@ class Drawing:
     def mark_x(self, value: float, text: str) -> None:
         x = self.x(value)
         self.parts.append(f'<line class="tick" x1="{x}" x2="{x}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>')
-        where = "mid" if LEFT + 12 < x < WIDTH - 22 else "end" if x > WIDTH - 22 else "start"
+        where = "mid" if 14 < x < WIDTH - 22 else "end" if x > WIDTH - 22 else "start"
         at = x if where == "mid" else WIDTH - 1 if where == "end" else max(x - 6, 1)
         self.parts.append(f'<text class="{where}" x="{at}" y="{HEIGHT - 6}">{text}</text>')
 
@@ -111,7 +117,7 @@ class Drawing:
 
     def base(self) -> None:
         y = HEIGHT - BOTTOM
-        self.parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        self.parts.append(f'<line class="axis" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
 
     def done(self, label: str) -> Markup:
         drawn = "".join(self.parts)
@@ -161,7 +167,7 @@ def series_of(timeline: Timeline) -> Series:
         least = int(np.argmin(stretches[1:, 0] - stretches[:-1, 1]))
         stretches = np.delete(stretches.ravel(), [2 * least + 1, 2 * least + 2]).reshape(-1, 2)
     rows = sum(int(np.asarray(timeline.cells[name]).sum()) for name in ("answered", "failed"))
-    most = len(stretches) + max(8, min(COLUMNS, rows // 3))
+    most = len(stretches) + max(12, min(COLUMNS, rows // 2))
     while sum(end // timeline.width_ms - start // timeline.width_ms + 1 for start, end in stretches.tolist()) > most:
         timeline.widen()
     width = timeline.width_ms
@@ -189,7 +195,7 @@ def series_of(timeline: Timeline) -> Series:
     return Series(columns, breaks, at)
 
 
-def _over_time(series: Series, top: float, scale: Callable[[float], str] = number) -> Drawing:
+def _over_time(series: Series, top: float, scale: Callable[[float], str] = short) -> Drawing:
     drawing = Drawing([], 0, series.end, top)
     drawing.scale_y(scale)
     pauses = 0.0
@@ -258,24 +264,25 @@ def latency_over_time(series: Series) -> Markup:
 def histogram(found: Histogram, label: str, whole: bool) -> Markup:
     """The shape of a distribution, its axis logarithmic where it is long; `whole` for whole numbers."""
     least, most = found.least, found.most
+    bars = min(BARS, max(10, round(3 * math.sqrt(len(found)))))  # of few values, more would show the gaps
     long = most > 20 * max(found.quantile(0.05), 1.0 if whole else 1e-4)
     forth, back = _SCALES[(1 + whole) * long]
     ends = np.array([least, most + 1]) if whole else np.array([least * 0.98, most * 1.02])
     if ends[1] - ends[0] < (6 if whole else 0):
         ends = np.array([max(0, least - 3), most + 4])
     if whole and not long:
-        step = max(1, math.ceil((ends[1] - ends[0]) / BARS))
+        step = max(1, math.ceil((ends[1] - ends[0]) / bars))
         edges = np.arange(ends[0], ends[1] + step, step)
     else:
         low, high = forth(np.maximum(ends, 0 if whole else 1e-5)).tolist()
-        edges = back(np.linspace(low, high, BARS + 1))
+        edges = back(np.linspace(low, high, bars + 1))
         edges = np.unique(np.round(edges)) if whole else edges
     counts = _rebinned(found, edges, whole)
     places = forth(edges)
     heights = counts / np.diff(places)
-    drawing = Drawing([], float(places[0]), float(places[-1]), float(heights.max()) * 1.12)
+    drawing = Drawing([], float(places[0]), float(places[-1]), float(heights.max()) * 1.3, RIGHT)
     marks = _log_ticks(edges[0], edges[-1]) if long else ticks(edges[0], edges[-1], 5)
-    shown = number if whole else seconds
+    shown = short if whole else seconds
     middle = 0.5 if whole else 0.0  # a whole number is as wide as one
     for value in marks:
         if (not whole or value == round(value)) and edges[0] <= value < edges[-1]:

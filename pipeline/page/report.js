@@ -47,7 +47,7 @@ if ($("rows")) {
     const box = make("div", `turn ${["user", "assistant", "note"].includes(turn.role) ? turn.role : "other"}`);
     if (turn.answer) box.classList.add("answer");
     if (turn.role !== "note") {
-      box.append(make("div", "who", turn.role + (turn.answer ? ", the answer" : "") + (turn.note ? ` ${turn.note}` : "")));
+      box.append(make("div", "who", [turn.role, turn.answer && "answer", turn.note].filter(Boolean).join(" · ")));
     }
     for (const one of turn.parts) box.append(part(one));
     for (const node of box.children) node.dir = "auto";
