@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engines.types import answer
 from pipeline.lossless import dumps, loads
 
 # Characters of one text, and of a whole row; the answer is taken first.
@@ -21,12 +22,7 @@ Turn = dict[str, Any]
 
 def visible(text: str) -> str:
     """The text with control, reordering and half characters made visible."""
-    return _UNSEEN.sub(_picture, text.replace("\r\n", "\n"))
-
-
-def _picture(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return chr(0x2400 + code) if code < 0x20 else f"<U+{code:04X}>"
+    return _UNSEEN.sub(lambda match: f"<U+{ord(match[0]):04X}>", text.replace("\r\n", "\n"))
 
 
 class _Cutter:
@@ -76,20 +72,17 @@ def shown_row(
 
 
 def _answers(completion: Mapping[str, Any], cut: _Cutter) -> Iterator[Turn]:
-    choices = loads(completion["choices"].encode()) if completion["choices"] else []
-    if choices:
-        for number, choice in enumerate(choices, 1):
-            turn = _turn(choice["message"], cut)
-            yield {**turn, "answer": True, "note": f"{number} of {len(choices)}, {choice['finish_reason']}"}
-        return
-    parts = []
-    if completion["reasoning"]:
-        parts.append({"kind": "reasoning", "text": cut(completion["reasoning"])})
-    if completion["response"]:
-        parts.append({"kind": "text", "text": cut(completion["response"])})
-    if completion["tool_calls"]:
-        parts += _calls(loads(completion["tool_calls"].encode()), cut)
-    yield {"role": "assistant", "answer": True, "parts": parts or [{"kind": "note", "text": "an empty answer"}]}
+    """The answer, or each of several (`n`)."""
+    choices = loads(completion["choices"].encode()) if completion["choices"] else [None]
+    for number, choice in enumerate(choices, 1):
+        if choice:
+            turn = _turn({**choice["message"], "reasoning": completion["reasoning"] if number == 1 else None}, cut)
+            turn["note"] = f"{number} of {len(choices)}, {choice['finish_reason']}"
+        else:
+            calls = completion["tool_calls"] and loads(completion["tool_calls"].encode())
+            message = answer(completion["response"], calls)
+            turn = _turn({**message, "reasoning": completion["reasoning"]}, cut)
+        yield {**turn, "answer": True, "parts": turn["parts"] or [{"kind": "note", "text": "an empty answer"}]}
 
 
 def _turns(messages: list[Any], cut: _Cutter) -> Iterator[Turn]:
@@ -123,7 +116,8 @@ def _whose(url: Any) -> str:
     """What an image is, for its placeholder: never its bytes, and of a URL nothing that may be a signature."""
     text = str(url)
     if match := _DATA_URL.match(text):
-        return f"{match[1] or 'image'}, {len(text) * 3 // 4 / 1024:,.0f} KiB"
+        size = (len(text) - match.end()) * 3 // 4
+        return f"{match[1] or 'image'}, {size // 1024:,} KiB" if size >= 1024 else f"{match[1] or 'image'}, {size} bytes"
     return re.split(r"[?#]", text, maxsplit=1)[0]
 
 

@@ -133,7 +133,9 @@ def _given(value: Any) -> Any:
 
 
 def _dollars(value: float) -> str:
-    return f"${value:,.2f}" if value >= 1 or value == 0 else f"${value:.4g}" if value >= 1e-4 else f"${value:.1e}"
+    if value >= 1 or round(value, 2) == value:
+        return f"${value:,.2f}"
+    return f"${value:.4g}" if value >= 1e-4 else f"${value:.1e}"
 
 
 def _size(value: float) -> str:

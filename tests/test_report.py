@@ -239,7 +239,7 @@ def test_a_row_shown_is_bounded_whatever_is_in_it() -> None:
     assert KEY not in text
     assert row["turns"][1]["parts"] == [
         {"kind": "text", "text": "see"},
-        {"kind": "image", "text": "image/png, 293 KiB"},
+        {"kind": "image", "text": "image/png, 292 KiB"},
         {"kind": "image", "text": "https://bucket.example/a.png"},
         {"kind": "other", "text": "input_audio"},
     ]

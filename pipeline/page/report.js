@@ -37,7 +37,7 @@ if ($("rows")) {
       const box = make("div", "call");
       let text = part.text;
       try { text = JSON.stringify(JSON.parse(text), null, 2); } catch { /* cut, or no JSON: as it is */ }
-      box.append(make("b", "", part.name), make("pre", "", text));
+      box.append(make("div", "who", "tool call"), make("b", "", part.name), make("pre", "", text));
       return box;
     }
     return make("div", "thing", `${part.kind === "image" ? "image" : "content of another kind"}: ${part.text}`);
