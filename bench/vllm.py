@@ -1,4 +1,4 @@
-"""How much of vLLM's own speed `engine=vllm` keeps: `python -m bench --only vllm` (or vllm.engine, vllm.order, vllm.lora, vllm.peers).
+"""How much of vLLM's own speed `engine=vllm` keeps: `python -m bench --only vllm` (or vllm.engine, …).
 
 SmolLM2-135M as a checkpoint (made by tests/checkpoint.py), eager, one machine. Each step takes turns:
 - `engine`: 256 questions through ours, and through a bare `AsyncLLM.generate` with everything submitted at once;

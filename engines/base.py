@@ -49,7 +49,7 @@ class Price:
     cached_input: float | None = None  # None: as `input`
     output: float = 0.0
 
-    def of(self, input: int, cached_input: int, output: int) -> float:
+    def of(self, input: float, cached_input: float, output: float) -> float:
         """What so many tokens cost; the cached ones are among the input."""
         cached = self.cached_input if self.cached_input is not None else self.input
         return ((input - cached_input) * self.input + cached_input * cached + output * self.output) / 1e6

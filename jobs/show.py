@@ -32,7 +32,7 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
         highlight=False,
     )
     bad = f"; failed rows: {path}/errors" if rows["failed"] else ""
-    console.print(f"Results: {path}/data, {path}/manifest.json{bad}", highlight=False, soft_wrap=True)
+    console.print(f"Results: {path}/data, {path}/report.html, {path}/manifest.json{bad}", highlight=False, soft_wrap=True)
 
 
 def _errors(errors: dict[str, int]) -> str:

@@ -21,14 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engines.types import Completion, Failure, answer
+from pipeline.chat import shown_row
 from pipeline.config import OutputConfig
 from pipeline.feed import Interpreter, Item, Piece, Summary
 from pipeline.formats import passthrough_names
 from pipeline.fs import resolve, write_atomic
-from pipeline.ledger import COMPLETION_FIELDS, ERROR, FarIndex, Index, completion_columns, read_rows
+from pipeline.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, FarIndex, Index, completion_columns, read_rows
 from pipeline.lossless import dumps, loads, plain
 from pipeline.schema import ColumnKinds, common_type, to_array, type_of
 from pipeline.source import parquet_schema, read_table
+from pipeline.stats import Stats
 from pipeline.styles import STYLES
 
 ROWS_PER_PART = 32_768
@@ -71,6 +73,7 @@ class JobResult:
         default_factory=list
     )  # positions in the index; of all jobs together, one mask of it
     files: dict[str, int] = field(default_factory=dict)  # path below the output -> rows
+    stats: Stats = field(default_factory=Stats)
 
 
 def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_per_part: int = ROWS_PER_PART) -> list[Job]:
@@ -215,7 +218,7 @@ class PartWriter:
         result.missing += int((keyed & (at < 0)).sum())
         if result.missing:
             return
-        completions = self._completions(rows, at, answers.paths, *where)
+        completions, done_at = self._completions(rows, at, answers.paths, *where)
         failed = np.asarray(completions["error"].is_valid())
         result.rows += len(rows.ids)
         result.failed += int(failed.sum())
@@ -227,6 +230,25 @@ class PartWriter:
         if failed.any():
             wrong = np.flatnonzero(failed)
             self._save(f"{ERRORS}/{name}", self._errors(rows, own, completions, wrong), [], result)
+        self._count(at, first, rows, completions, done_at, result.stats)
+
+    def _count(
+        self,
+        at: npt.NDArray[np.int64],
+        first: int,
+        rows: _Rows,
+        completions: pa.Table,
+        done_at: pa.ChunkedArray,
+        stats: Stats,
+    ) -> None:
+        """Adds to what the report tells."""
+
+        def show(row: int) -> dict[str, Any]:
+            completion = completions.slice(row, 1).to_pylist()[0]
+            own = (rows.ids[row], first + row, rows.messages[row], rows.raw[row], rows.values[row])
+            return shown_row(*own, completion)
+
+        stats.add(at, first, completions, done_at, rows.ids, show)
 
     def _completions(
         self,
@@ -235,8 +257,8 @@ class PartWriter:
         paths: list[str],
         segment: npt.NDArray[np.int32],
         row: npt.NDArray[np.int32],
-    ) -> pa.Table:
-        """What came back for each row, in the rows' order; every segment is opened once."""
+    ) -> tuple[pa.Table, pa.ChunkedArray]:
+        """What came back for each row, in the rows' order, and when; every segment is opened once."""
         tables: list[pa.Table] = []
         order: list[npt.NDArray[np.int64]] = []
         answered = np.flatnonzero(at >= 0)
@@ -247,10 +269,12 @@ class PartWriter:
         unasked = np.flatnonzero(at < 0)
         if len(unasked) or not tables:
             failures = [Completion(error=rows.failures[row], attempts=0) for row in unasked]
-            tables.append(pa.Table.from_arrays(completion_columns(failures), schema=pa.schema(COMPLETION_FIELDS)))
+            never = pa.nulls(len(failures), ANSWER_SCHEMA.field("done_at").type)
+            tables.append(pa.Table.from_arrays([*completion_columns(failures), never], schema=ANSWER_SCHEMA))
             order.append(unasked)
         back = np.argsort(np.concatenate(order), kind="stable")
-        return pa.concat_tables(tables).take(pa.array(back))
+        table = pa.concat_tables(tables).take(pa.array(back))
+        return table.drop_columns("done_at"), table["done_at"]
 
     def _data(self, rows: _Rows, own: pa.Table, completions: pa.Table, index: int) -> pa.Table:
         columns: dict[str, Any] = {

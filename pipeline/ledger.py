@@ -49,9 +49,9 @@ COMPLETION_FIELDS = [
     ("choices", pa.string()),
     ("logprobs", pa.string()),
 ]
-SEGMENT_SCHEMA = pa.schema(
-    [("key", pa.binary(32)), ("id", pa.string()), *COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))]
-)
+# What finalize reads of a segment.
+ANSWER_SCHEMA = pa.schema([*COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))])
+SEGMENT_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), *ANSWER_SCHEMA])
 
 
 @dataclass(slots=True)
@@ -158,8 +158,8 @@ def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
 
 
 def read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:
-    """The columns of `COMPLETION_FIELDS` of some rows of a segment, in the order given."""
-    return patiently(lambda: _read_rows(fs, path, rows)).cast(pa.schema(COMPLETION_FIELDS))
+    """The columns of `ANSWER_SCHEMA` of some rows of a segment, in the order given."""
+    return patiently(lambda: _read_rows(fs, path, rows)).cast(ANSWER_SCHEMA)
 
 
 def _read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:
@@ -173,7 +173,7 @@ def _read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> p
         # Where each group begins, in the file and in what was read of it.
         shift = np.zeros(len(sizes), np.int64)
         shift[groups] = (ends[groups] - read) - (np.cumsum(read) - read)
-        table = file.read_row_groups(groups.tolist(), columns=[name for name, _ in COMPLETION_FIELDS])
+        table = file.read_row_groups(groups.tolist(), columns=ANSWER_SCHEMA.names)
     return table.take(pa.array(rows - shift[group_of]))
 
 

@@ -21,11 +21,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
 from rich.text import Text
 
+from engines.base import Price
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
 from pipeline.batches import BATCHES, WRITER, BatchRun, Book
@@ -42,6 +44,7 @@ from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
+from pipeline.report import REPORT, write_report
 from pipeline.source import list_chunks, read_chunk
 from pipeline.traces import Trace, run_span
 from pipeline.worker import Worker, WorkerConfig
@@ -154,6 +157,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             span.rows(manifest["rows"])
         _drop_stale(fs, root, result)
         abort_uploads(str(config.output.path))
+        write_report(fs, root, manifest, result.stats, console)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         return Outcome(_exit_status(manifest), manifest)
 
@@ -247,6 +251,8 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
         )
     if exists(fs, f"{root}/{MANIFEST}"):
         fs.delete_file(f"{root}/{MANIFEST}")
+    if exists(fs, f"{root}/{REPORT}"):
+        fs.delete_file(f"{root}/{REPORT}")
     for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
         for info in listing(fs, f"{root}/{folder}"):
             if info.is_file and not info.base_name.startswith((".lock", CLAIM)):
@@ -479,6 +485,7 @@ def _finalize(
                 total.files.update(result.files)
                 for positions in result.used:
                     used[positions] = True
+                total.stats.merge(result.stats)
         except (OSError, RayTaskError) as error:
             cause = getattr(error, "cause", error)
             if isinstance(cause, OSError):
@@ -535,8 +542,7 @@ def _manifest(
     if batched.any():
         cheap = index.tokens.sum(axis=0, dtype=np.int64, where=(used & batched[index.segment])[:, None])
     share = float(config.engine.provider.get("batch", {}).get("price", BATCH_PRICE))
-    price = config.engine.price
-    cost = price.of(*map(int, tokens - cheap)) + share * price.of(*map(int, cheap))
+    cost = _cost(config.engine.price, tokens - cheap + share * cheap)
     return {
         "status": "complete",
         "rows": {
@@ -549,7 +555,8 @@ def _manifest(
         "errors": dict(result.errors),
         "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": cost,
+        "cost_usd": sum(cost.values()),
+        "cost_parts_usd": cost,
         "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
@@ -559,6 +566,16 @@ def _manifest(
         "versions": _versions(),
         "started_at": started,
         "finished_at": time.time(),
+    }
+
+
+def _cost(price: Price, tokens: npt.NDArray[np.float64]) -> dict[str, float]:
+    """What input, cached input and output come to."""
+    read, cached, written = tokens.tolist()
+    return {
+        "input": price.of(read - cached, 0, 0),
+        "cached_input": price.of(cached, cached, 0),
+        "output": price.of(0, 0, written),
     }
 
 
@@ -587,7 +604,8 @@ def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piec
             return None
         same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
         there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
-        return manifest if same and there.issuperset(manifest["files"]) else None
+        whole = there.issuperset(manifest["files"]) and exists(fs, f"{root}/{REPORT}")
+        return manifest if same and whole else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -198,6 +198,8 @@ async def misbehave(fault: str, request: web.Request, body: dict[str, Any], text
     if fault.startswith("say="):  # "say=400=the text of the error"
         _, status, message = fault.split("=", 2)
         return error(request, int(status), message)
+    if fault.startswith("body="):  # a whole answer
+        return web.Response(text=fault.removeprefix("body="), content_type="application/json")
     if fault == "redirect":
         raise web.HTTPTemporaryRedirect(location=request.headers.get("x-redirect", "http://localhost:1/elsewhere"))
     if fault == "hang":
