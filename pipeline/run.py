@@ -94,7 +94,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         if config.run.mode == "batch":
             batches = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
             asked = batches.status
-            with _signals() as interrupts:  # Ray is not needed for a day's waiting
+            with note_signals() as interrupts:  # Ray is not needed for a day's waiting
                 found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), step)
             if found is None:
                 return Outcome(STOPPED)
@@ -102,11 +102,11 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(list_pieces, config, console)
-            own = stack.enter_context(_ray())
-            interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
+            own = stack.enter_context(running_ray())
+            interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
             pieces = planned.result()
         if live:
-            _look_for_room(placed, own, console)
+            look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
 
         index = _index(config)
@@ -216,7 +216,7 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
 
 
 @contextlib.contextmanager
-def _ray() -> Iterator[bool]:
+def running_ray() -> Iterator[bool]:
     """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone: then
     yields True."""
     import ray
@@ -252,7 +252,7 @@ def _ray() -> Iterator[bool]:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
+def look_for_room(placed: Placement, own: bool, console: Console) -> None:
     """Says what is missing for the replicas. Raises `ConfigError` where none has room and no node can join."""
     import ray
 
@@ -265,7 +265,7 @@ def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def note_signals() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM instead of dying of them; the second one kills."""
     seen: list[int] = []
 

@@ -12,9 +12,10 @@ from engines.types import Delta, Stream
 
 
 class Joined(Protocol):
-    """A wire's half: `add` takes an event and tells the text in it; `payload` is then what a plain answer would have been."""
+    """A wire's half: `add` takes an event and tells the text in it, `payload` is then what a plain answer would be."""
 
-    finished: bool
+    @property
+    def finished(self) -> bool: ...
 
     def add(self, event: dict[str, Any]) -> Iterable[Delta]: ...
 

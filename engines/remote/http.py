@@ -88,7 +88,10 @@ class Transport(httpx.AsyncBaseTransport):
 
         `feed` gets the body in the pieces that come where it is a stream of events.
         """
-        request = self.client.request(method, url).headers(headers).body_bytes(content).build_streamed()
+        builder = self.client.request(method, url).headers(headers).body_bytes(content)
+        if feed is not None:  # else the head comes with the first 64 KiB, which is whole answers
+            builder = builder.streamed_read_buffer_limit(0)
+        request = builder.build_streamed()
         try:
             async with request as response:
                 chunks: list[bytes] = []
