@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import sys
 import unicodedata
@@ -35,7 +36,8 @@ def _run(config: Config) -> int:
 
     config.check(runs=False)
     for stream in (sys.stdin, sys.stdout):  # whatever they hold or cannot hold ends no conversation
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with load_engine(config.engine) as engine:
         engine.check(config.params())
         return Chat(config, engine).run()

@@ -224,6 +224,8 @@ def serve_engine(config: Config, console: Console) -> None:
             _show(config, f"http://{address}:{port}", console)
         _watch(interrupts, console)
         console.print(f"Ending; requests under way get {config.run.drain_s:g} s.", highlight=False)
+        with contextlib.suppress(TimeoutError):  # a minute, whatever `drain_s` is
+            serve.delete(NAME)  # lets them finish, which shutdown does not
         del limits
 
 
