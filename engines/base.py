@@ -13,7 +13,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -296,7 +296,7 @@ class Engine(Batches, ABC):
             completion.model = request.model or self.config.model
         return completion
 
-    async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
+    async def stream(self, request: Request) -> AsyncGenerator[Delta | Completion, None]:
         """As `generate`, with the text piece by piece as it comes, where the engine can; else whole at the end.
 
         The last item is the `Completion`. The pieces before it add up to the texts in it, unless it is an error: one that

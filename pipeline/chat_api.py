@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from engines.base import Engine
 from engines.types import Choice, Completion, Delta, EngineError, Failure, GenerationParams, Request, Usage, invalid
 from pipeline.formats import RowParser
 from pipeline.lossless import dumps
@@ -39,10 +38,10 @@ class Asked:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def asked(body: Any, engine: Engine, served: str, base: GenerationParams) -> Asked:
+def asked(body: Any, served: str, base: GenerationParams) -> Asked:
     """A body, checked. Raises `EngineError` for what is wrong with it.
 
-    Nothing in it may make this machine read a file or load weights: whoever asks is not whoever started it.
+    Whoever asks did not start this: nothing in a body may choose what is paid for, read a file here, or load weights.
     """
     if not isinstance(body, dict):
         raise invalid("the body must be a JSON object")
@@ -56,16 +55,14 @@ def asked(body: Any, engine: Engine, served: str, base: GenerationParams) -> Ask
             url = source.get("url") if isinstance(source, dict) else source
             if part["type"] == "image_url" and not str(url).startswith(("http://", "https://", "data:")):
                 raise invalid(f"messages[{i}]: an image must be an http(s) or data URL")
-    model = None if parsed.model in (None, served) else parsed.model
+    if parsed.model not in (None, served):
+        raise EngineError("not_found", f"The model '{parsed.model:.200}' does not exist; this endpoint serves '{served}'")
     generation = base.override(parsed.generation)
     if (generation.n or 1) > MOST_CHOICES:
         raise invalid(f"n may be at most {MOST_CHOICES}")
-    request = Request(parsed.messages, generation, model)
-    if model is not None and not engine.capabilities_for(request).row_model:
-        raise EngineError("not_found", f"The model '{model:.200}' does not exist; this endpoint serves '{served}'")
     options = body.get("stream_options")
     include_usage = isinstance(options, dict) and options.get("include_usage") is True
-    return Asked(request, model or served, body.get("stream") is True, include_usage)
+    return Asked(Request(parsed.messages, generation), served, body.get("stream") is True, include_usage)
 
 
 def whole(asked: Asked, completion: Completion) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ class Replica:
         secrets: Secrets = ray.get(desk.take.remote())
         settle_environment(secrets, config.cpus)
         self.config = config
-        self.key = secrets.values[config.api_key_env] if config.api_key_env else None
+        self.key = secrets.values[config.api_key_env].strip() if config.api_key_env else None
         self.served = config.engine.model or config.engine.kind
         self.broken: str | None = None
         try:
@@ -121,6 +121,8 @@ class Replica:
     async def _respond(self, http: HttpRequest) -> Response:
         path = http.url.path.rstrip("/")
         if path == "/health":
+            if self.broken is not None:
+                raise EngineError("engine_crash", self.broken)
             return _json({"status": "ok"})
         self._admit(http.headers.get("authorization", ""))
         if path == "/v1/chat/completions":
@@ -135,8 +137,9 @@ class Replica:
         raise EngineError("not_found", f"there is nothing at {path:.200}", status=404)
 
     def _admit(self, authorization: str) -> None:
-        given = authorization.removeprefix("Bearer ").strip()
-        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+        scheme, _, given = authorization.partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), (self.key or "").encode()) and scheme.lower() == "bearer"
+        if self.key is not None and not right:
             raise EngineError("auth", "this endpoint needs its API key: authorization: Bearer …", status=401)
 
     async def _chat(self, content: bytes) -> Response:
@@ -144,24 +147,26 @@ class Replica:
             body = loads(content)
         except ValueError as error:
             raise invalid(f"the body: {error}") from None
-        what = asked(body, self.engine, self.served, self.config.generation)
+        what = asked(body, self.served, self.config.generation)
         if not what.stream:
             completion = await self.engine.generate(what.request)
             return self._failed(completion.error) if completion.error else _json(whole(what, completion))
         items = self.engine.stream(what.request)
         first = await anext(items)  # what fails before there is any text has a status of its own
         if isinstance(first, Completion) and first.error is not None:
+            await items.aclose()
             return self._failed(first.error)
         return StreamingResponse(self._events(what, first, items), media_type="text/event-stream")
 
     async def _events(
-        self, what: Asked, item: Delta | Completion, items: AsyncIterator[Delta | Completion]
+        self, what: Asked, item: Delta | Completion, items: AsyncGenerator[Delta | Completion, None]
     ) -> AsyncIterator[bytes]:
         chunks = Chunks(what)
         try:
-            while isinstance(item, Delta):
-                yield chunks.piece(item)
-                item = await anext(items)
+            async with contextlib.aclosing(items):  # who hangs up stops the engine
+                while isinstance(item, Delta):
+                    yield chunks.piece(item)
+                    item = await anext(items)
             if item.error is not None:
                 self._failed(item.error)
             for chunk in chunks.end(item):
@@ -220,8 +225,9 @@ def serve_engine(config: Config, console: Console) -> None:
             if wanted == concurrency:
                 break
             concurrency = wanted
-        if not interrupts:
-            _show(config, f"http://{address}:{port}", console)
+        if interrupts:
+            return
+        _show(config, f"http://{address}:{port}", console)
         _watch(interrupts, console)
         console.print(f"Ending; requests under way get {config.run.drain_s:g} s.", highlight=False)
         with contextlib.suppress(TimeoutError):  # a minute, whatever `drain_s` is
@@ -232,7 +238,7 @@ def serve_engine(config: Config, console: Console) -> None:
 def _secrets(config: Config) -> Secrets:
     """What the replicas need of this process's environment. Raises `ConfigError` where the endpoint's key is not there."""
     variable = config.serve.api_key_env
-    if variable and not os.environ.get(variable):
+    if variable and not os.environ.get(variable, "").strip():
         raise ConfigError(f"serve.api_key_env={variable}: there is no such environment variable, or it is empty")
     names = secret_variables(config.engine) | ({variable} if variable else set())
     return Secrets({name: os.environ[name] for name in names if name in os.environ})
@@ -340,7 +346,14 @@ def _watch(interrupts: list[int], console: Console) -> None:
         time.sleep(0.1)
         if time.monotonic() > looked + LOOK_S:
             looked = time.monotonic()
-            app = serve.status().applications[NAME]
+            app = serve.status().applications.get(NAME)
+            if app is None:
+                raise Stopped("Ray Serve was ended by somebody else")
             if app.status != state and app.status in ("RUNNING", "UNHEALTHY"):
                 state = app.status
-                console.print("All replicas work." if state == "RUNNING" else f"A replica failed: {app.message}")
+                text = (
+                    "All replicas work."
+                    if state == "RUNNING"
+                    else f"A replica failed: {' '.join(app.message.split())[:300]}"
+                )
+                console.print(Text(text, "yellow"))
