@@ -33,6 +33,7 @@ from pipeline.run import PATIENCE_S, look_for_room, note_signals, running_ray
 from pipeline.worker import Secrets, settle_environment
 
 NAME = "eagleray"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Requests in one replica until the first one has loaded and tells how many its engine wants.
 FIRST_CONCURRENCY = 64
 # Replicas are added when those there are have so large a share of the requests they can hold.
@@ -192,6 +193,7 @@ def serve_engine(config: Config, console: Console) -> None:
     """Serves until Ctrl-C or SIGTERM. Raises `ConfigError` or `Stopped` where it cannot."""
     import ray
     from ray import serve
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config.check(runs=False)
     placed = placement(config.hardware, config.engine)
@@ -207,8 +209,10 @@ def serve_engine(config: Config, console: Console) -> None:
             raise ConfigError("Ray Serve runs on this cluster already: end it first, with serve shutdown")
         address, port = _address(config, own), _port(config, own)
         name = f"eagleray-serve-{uuid.uuid4().hex[:8]}"
-        # Owned by this process, as the limits are: Ray ends both with it.
-        desk = ray.remote(Desk).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+        # Beside this process and owned by it, as the limits are: it goes when this goes, and not with another node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+        desk = ray.remote(Desk).options(**options).remote()
         ray.get(desk.open.remote(secrets))
         limits = limiter(config.engine) if config.engine.provider else None
         pool = stack.enter_context(ThreadPoolExecutor(1))
@@ -250,9 +254,9 @@ def _address(config: Config, own: bool) -> str:
 
     host = config.serve.host
     if own:
-        return "127.0.0.1" if host in ("0.0.0.0", "localhost", "::", "::1") else host
+        return "127.0.0.1" if host in ("0.0.0.0", "::", *LOOPBACK) else host
     head = next(node["NodeManagerAddress"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in LOOPBACK:
         return str(head)
     if head not in ("127.0.0.1", ray.util.get_node_ip_address()):
         raise ConfigError(f"serve.host={host} would be the head node's ({head}) own, out of reach: set serve.host=0.0.0.0")
@@ -335,6 +339,8 @@ def _show(config: Config, url: str, console: Console) -> None:
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     curl = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"
     console.print(curl, highlight=False, markup=False, soft_wrap=True)
+    if config.serve.host not in LOOPBACK and not key:
+        console.print(Text("Whoever reaches this machine can use it: serve.api_key_env asks for a key.", "yellow"))
 
 
 def _watch(interrupts: list[int], console: Console) -> None:
