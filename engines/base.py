@@ -13,7 +13,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -22,13 +22,16 @@ from engines.types import (
     Completion,
     ConfigError,
     Conversation,
+    Delta,
     EngineError,
     Failure,
     GenerationParams,
     Request,
+    Stream,
     check_messages,
     invalid,
     nearest,
+    text_of,
 )
 
 T = TypeVar("T")
@@ -292,6 +295,33 @@ class Engine(Batches, ABC):
         if completion.model is None:
             completion.model = request.model or self.config.model
         return completion
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta | Completion, None]:
+        """As `generate`, with the text piece by piece as it comes, where the engine can; else whole at the end.
+
+        The last item is the `Completion`. The pieces before it add up to the texts in it, unless it is an error: one that
+        comes after the first piece was not retried. Tool calls and log probabilities are in the completion only.
+        """
+        pieces: asyncio.Queue[Delta | None] = asyncio.Queue()
+        task = asyncio.create_task(self.generate(replace(request, stream=Stream(pieces))))
+        task.add_done_callback(lambda _: pieces.put_nowait(None))
+        texts: Counter[int] = Counter()  # characters so far, by choice
+        thoughts = 0
+        try:
+            while (piece := await pieces.get()) is not None:
+                texts[piece.index] += len(piece.text)
+                thoughts += len(piece.reasoning)
+                yield piece
+            completion = await task
+            rest = Delta(reasoning=(completion.reasoning or "")[thoughts:])
+            if rest.reasoning:
+                yield rest
+            for at, choice in enumerate(completion.choices):
+                if text := (text_of(choice.message) or "")[texts[at] :]:
+                    yield Delta(text, index=at)
+            yield completion
+        finally:
+            task.cancel()
 
     def prepared(self, request: Request) -> Request:
         """The request as this engine can serve it. Raises `EngineError("invalid_input")` where it cannot."""

@@ -49,7 +49,8 @@ class FallbackEngine(Engine):
             refused = completion.finish_reason == "content_filter"
             # An engine that is broken must be replaced, and not hidden behind what may cost money.
             ends = completion.error is not None and completion.error.type in ("cancelled", "engine_crash")
-            if ends or (completion.error is None and not refused):
+            seen = request.stream is not None and request.stream.begun  # another's words would follow the first one's
+            if ends or seen or (completion.error is None and not refused):
                 break
             # The row's own model and adapter are names of the first engine.
             request = dataclasses.replace(request, model=None, adapter=None)

@@ -6,6 +6,8 @@ keeps every field its author wrote, known to us or not. Everything Eagleray itse
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
@@ -244,6 +246,29 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer as it is made: text, or the reasoning before it, of the choice `index`."""
+
+    text: str = ""
+    reasoning: str = ""
+    index: int = 0
+
+
+class Stream:
+    """Takes the pieces of one answer, from any thread. Once it has `begun`, nothing may be asked anew: its reader has seen
+    them."""
+
+    def __init__(self, pieces: asyncio.Queue[Delta | None]) -> None:
+        self.loop, self.pieces = asyncio.get_running_loop(), pieces
+        self.begun = False
+
+    def put(self, delta: Delta) -> None:
+        self.begun = True
+        with contextlib.suppress(RuntimeError):  # its loop has ended, and whoever read here with it
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, delta)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One effective request: a conversation with all its parameters settled. `key` names it for logs and ledgers."""
 
@@ -252,6 +277,7 @@ class Request:
     model: str | None = None  # None: the engine's own
     adapter: str | None = None
     key: str = ""
+    stream: Stream | None = None  # where an engine that can puts text as it comes; set by `Engine.stream`
 
 
 @dataclass(slots=True)

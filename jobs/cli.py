@@ -9,6 +9,8 @@ import sys
 JOBS = {
     "infer": "ask a model every conversation of a dataset",
     "batch": "the same through a provider's batch API, for half the price: submit, status, fetch, list, cancel",
+    "serve": "an engine as an endpoint for OpenAI's clients",
+    "chat": "talk to an engine in the terminal",
     "plan": "whether a model fits the hardware, and what a dataset holds, before anything is asked",
 }
 

@@ -14,6 +14,7 @@ from engines.types import ConfigError, nearest
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
 GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")
+SECTIONS = (*GROUPS, "serve")
 
 
 def conf_dir() -> Path:
@@ -101,15 +102,15 @@ def _nearest_key(name: str) -> str:
     known = list(_types())
     section, _, rest = name.lower().partition(".")
     if not rest:
-        leaves = [*GROUPS, *(key.partition(".")[2] for key in known)]
+        leaves = [*SECTIONS, *(key.partition(".")[2] for key in known)]
         close = difflib.get_close_matches(section, leaves, n=1)
         if not close:
-            return nearest(section, GROUPS)
-        found = close if close[0] in GROUPS else [key for key in known if key.partition(".")[2] == close[0]]
+            return nearest(section, SECTIONS)
+        found = close if close[0] in SECTIONS else [key for key in known if key.partition(".")[2] == close[0]]
         return f" (did you mean {' or '.join(repr(key) for key in found)}?)"
-    sections = difflib.get_close_matches(section, GROUPS, n=1)
+    sections = difflib.get_close_matches(section, SECTIONS, n=1)
     if not sections:
-        return nearest(section, GROUPS)
+        return nearest(section, SECTIONS)
     mine = [key.partition(".")[2] for key in known if key.startswith(f"{sections[0]}.")]
     if not rest.startswith("price."):
         rest = rest.partition(".")[0]

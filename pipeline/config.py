@@ -88,6 +88,15 @@ class HardwareConfig:
 
 
 @dataclass(slots=True)
+class ServeConfig:
+    host: str = key("127.0.0.1", "where eagleray serve listens; 0.0.0.0 is every address of the machine")
+    port: int = key(8000, "its port; 0 takes any that is free on this machine")
+    api_key_env: str | None = key(
+        None, "the environment variable with the key that its clients must send; unset asks for none"
+    )
+
+
+@dataclass(slots=True)
 class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -95,6 +104,7 @@ class Config:
     generation: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(GENERATION_FIELDS))
     output: OutputConfig = field(default_factory=OutputConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     def params(self) -> GenerationParams:
         """The generation parameters, checked."""
@@ -167,6 +177,8 @@ class Config:
         rate = self.run.max_error_rate
         if rate is not None and not 0 <= rate <= 1:
             raise ConfigError(f"run.max_error_rate must be between 0 and 1, not {rate}")
+        if not 0 <= self.serve.port <= 65535:
+            raise ConfigError(f"serve.port must be between 0 and 65535, not {self.serve.port}")
         self.hardware.bounds()
         self.params()
 

@@ -103,7 +103,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         if config.run.mode == "batch":
             batches = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
             asked = batches.status
-            with _signals() as interrupts:  # Ray is not needed for a day's waiting
+            with note_signals() as interrupts:  # Ray is not needed for a day's waiting
                 found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), step)
             if found is None:
                 return Outcome(STOPPED)
@@ -111,11 +111,11 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(_plan, config, console)
-            own = stack.enter_context(_ray())
-            interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
+            own = stack.enter_context(running_ray())
+            interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
             pieces, small = planned.result()
         if live:
-            _look_for_room(placed, own, console)
+            look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
 
         failed_too = batches is not None or not config.run.retry_failed
@@ -260,7 +260,7 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
 
 
 @contextlib.contextmanager
-def _ray() -> Iterator[bool]:
+def running_ray() -> Iterator[bool]:
     """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone: then
     yields True."""
     import ray
@@ -315,7 +315,7 @@ def _only_what_works() -> Iterator[None]:
             setattr(Node, name, start)
 
 
-def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
+def look_for_room(placed: Placement, own: bool, console: Console) -> None:
     """Says what is missing for the replicas. Raises `ConfigError` where none has room and no node can join."""
     import ray
 
@@ -328,7 +328,7 @@ def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def note_signals() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM instead of dying of them; the second one kills."""
     seen: list[int] = []
 

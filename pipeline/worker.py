@@ -47,6 +47,17 @@ class Secrets:
     values: dict[str, str] = field(repr=False)
 
 
+def settle_environment(secrets: Secrets, cpus: float) -> None:
+    """What an engine is to find in its process's environment."""
+    for name, value in secrets.values.items():
+        os.environ.setdefault(name, value)
+    # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
+    if cpus >= 1:
+        os.environ["OMP_NUM_THREADS"] = str(int(cpus))
+    else:
+        os.environ.pop("OMP_NUM_THREADS", None)
+
+
 @dataclass(slots=True)
 class _Row:
     lease: int
@@ -91,13 +102,7 @@ class Worker:
 
         Raises `ConfigError` where the engine cannot be loaded, `Outage` where its server is gone.
         """
-        for name, value in secrets.values.items():
-            os.environ.setdefault(name, value)
-        # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
-        if self.config.cpus >= 1:
-            os.environ["OMP_NUM_THREADS"] = str(int(self.config.cpus))
-        else:
-            os.environ.pop("OMP_NUM_THREADS", None)
+        settle_environment(secrets, self.config.cpus)
         await self.dispatcher.join.remote(self.name)
         self.metrics = Metrics(self.config.engine)
         if self.config.trace is not None:

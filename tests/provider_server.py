@@ -136,6 +136,8 @@ class ProviderServer:
                     return error(request, 429, "quota", headers | {"x-ratelimit-reset-requests": "1s"})
             planned = self.plan.get(text)
             fault = planned.pop(0) if planned else self.fault(text, self.attempts[text])
+            if fault in (None, "break", "break-error", "end") and body.get("stream"):
+                return await stream(request, body, text, fault)
             if fault is None:
                 return web.json_response(answer(request, body, text), headers=headers)
             self.faults[fault] += 1
@@ -173,6 +175,45 @@ def answer(request: web.Request, body: dict[str, Any], text: str | None, finish:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
     return {"id": "c", "object": "chat.completion", "created": 1, "model": body.get("model"), "choices": [choice],
             "usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}}  # fmt: skip
+
+
+async def stream(request: web.Request, body: dict[str, Any], text: str, fault: str | None) -> web.StreamResponse:
+    """The answer as events, a word each, each in two pieces; or a part of them, and then a fault."""
+    whole = answer(request, body, text)
+    words = [word + " " for word in text.split(" ")]
+    words[-1] = words[-1][:-1]
+    events: list[dict[str, Any]] = []
+    if request.path.endswith("/messages"):
+        start = {"role": "assistant", "model": whole["model"], "usage": {**whole["usage"], "output_tokens": 1}}
+        events = [{"type": "message_start", "message": start}, {"type": "ping"},
+                  {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}]  # fmt: skip
+        deltas = ({"type": "text_delta", "text": word} for word in words)
+        events += ({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas)
+        events += [{"type": "content_block_stop", "index": 0},
+                   {"type": "message_delta", "delta": {"stop_reason": whole["stop_reason"]}, "usage": whole["usage"]},
+                   {"type": "message_stop"}]  # fmt: skip
+    else:
+        found: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": word}} for word in words]
+        found.append({"delta": {}, "finish_reason": whole["choices"][0]["finish_reason"]})
+        events = [{"model": whole["model"], "choices": [{"index": 0, **choice}]} for choice in found]
+        if body.get("stream_options", {}).get("include_usage"):
+            events.append({"model": whole["model"], "choices": [], "usage": whole["usage"]})
+    if fault is not None:
+        events = events[: len(events) - 4]
+    if fault == "break-error":
+        events.append({"type": "error", "error": {"type": "overloaded_error", "message": "fell over"}})
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    for event in events:
+        line = f"event: {event.get('type')}\r\ndata: {json.dumps(event, ensure_ascii=False)}\r\n\r\n".encode()
+        for piece in (line[: len(line) // 2], line[len(line) // 2 :]):
+            await response.write(piece)
+            await asyncio.sleep(0.002)
+    if fault == "break":
+        return abort(request)
+    if fault is None and not request.path.endswith("/messages"):
+        await response.write(b"data: [DONE]\n\n")
+    return response
 
 
 def error(request: web.Request, status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:

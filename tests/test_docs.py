@@ -14,14 +14,16 @@ from jobs.infer import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for line in README.splitlines() if re.match(r"(\w+=\S+ )*(eagleray (infer|plan)|ray job submit) ", line)]
+COMMANDS = [
+    line for line in README.splitlines() if re.match(r"(\w+=\S+ )*(eagleray (infer|plan|serve|chat)|ray job submit) ", line)
+]
 RUNNABLE = [line for line in COMMANDS if "docs/examples" in line]
 PLANS = [line for line in RUNNABLE if "eagleray plan " in line]
 
 
 def overrides(command: str) -> list[str]:
     words = shlex.split(command)
-    start = next(at for at, word in enumerate(words) if word in ("infer", "plan", "jobs.infer"))
+    start = next(at for at, word in enumerate(words) if word in ("infer", "plan", "serve", "chat", "jobs.infer"))
     return words[start + 1 :]
 
 
@@ -33,7 +35,7 @@ def test_the_readme_shows_enough_examples() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_is_a_valid_configuration(command: str) -> None:
-    compose(overrides(command)).check(runs="eagleray plan " not in command)
+    compose(overrides(command)).check(runs=re.search("eagleray (plan|serve|chat) ", command) is None)
 
 
 @pytest.mark.parametrize("command", PLANS)
