@@ -6,17 +6,15 @@ import argparse
 import io
 import json
 import os
-import posixpath
 import re
 import shlex
 import socket
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -30,7 +28,7 @@ from rich.text import Text
 from engines.text import one_line as said
 from engines.types import ConfigError, nearest
 from pipeline.fs import TRIES, exists, listing, resolve, steadily
-from pipeline.ledger import SEGMENTS, Index, read_index
+from pipeline.ledger import SEGMENTS, read_index
 from pipeline.lock import STALE_S, held
 from pipeline.lossless import loads, plain
 from pipeline.state import STATE
@@ -73,16 +71,9 @@ class Output:
             return None
         from jobs.compose import command_of
 
-        config = {**self.config, "run": {**self.config["run"], **changes}}
-        own = str(config["output"]["path"])
-        before = ""
-        if "://" not in own and not Path(own).is_absolute() and self.root.endswith("/" + posixpath.normpath(own)):
-            base = self.root.removesuffix("/" + posixpath.normpath(own))
-            before = "" if base == str(Path.cwd()) else f"cd {shlex.quote(base)} && "
-        elif resolve(own)[1] != self.root:  # it was moved
-            config["output"] = {**config["output"], "path": self.path}
-        words = command_of(config)
-        return before + shlex.join(words) if words else None
+        run, output = {**self.config["run"], **changes}, {**self.config["output"], "path": self.path}
+        words = command_of({**self.config, "run": run, "output": output})
+        return shlex.join(words) if words else None
 
 
 def open_output(path: str) -> Output:
@@ -93,12 +84,10 @@ def open_output(path: str) -> Output:
     if not names & {MANIFEST, STATE, SEGMENTS, BATCHES}:
         if not names and not exists(fs, root):
             raise ConfigError(f"there is no directory {path}")
-        above = posixpath.dirname(root)
-        hint = "; do you mean the directory above it?" if exists(fs, f"{above}/{SEGMENTS}") else ""
-        raise ConfigError(f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/{hint}")
+        raise ConfigError(f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/")
     live = held(fs, root)
     run, manifest = _json(fs, f"{root}/{STATE}"), _json(fs, f"{root}/{MANIFEST}")
-    if manifest is not None and not {"rows", "config", "files"} <= manifest.keys():
+    if manifest is not None and not {"rows", "config", "files", "finished_at"} <= manifest.keys():
         raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's")
     if run is not None and manifest is not None and run["started_at"] < manifest["finished_at"] and not live:
         run = None  # killed after all was done
@@ -123,14 +112,6 @@ def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Part:
-    path: str
-    rows: int
-    keep: frozenset[int] | None = None  # of a segment: the rows that are their keys' best
-    name: str = ""
-
-
 class Rows:
     """The finished rows of an output: those of data/, in input order, once it is complete; until then, what the ledger
     has, without prompts and places. Read in batches; only what is asked for."""
@@ -138,43 +119,42 @@ class Rows:
     def __init__(self, out: Output, failed: bool = False) -> None:
         """`failed` leaves out files without a failed row."""
         self.fs, self.style, self.complete = out.fs, out.style, out.manifest is not None
-        self.index: Index | None = None
+        self.paths: list[str] = []
+        self.sizes: list[int] = []
+        self.best: list[frozenset[int]] = []  # of each segment, the rows that are their keys' latest
         if out.manifest is not None:
-            files = {name: rows for name, rows in sorted(out.manifest["files"].items()) if name.startswith("data/")}
-            bad = {name.partition("/")[2] for name in out.manifest["files"] if name.startswith("errors/")}
-            self.parts = [
-                _Part(f"{out.root}/{name}", rows, None, name)
-                for name, rows in files.items()
-                if not failed or name.partition("/")[2] in bad
-            ]
+            files = out.manifest["files"]
+            for name in sorted(name for name in files if name.startswith("data/")):
+                if not failed or name.replace("data/", "errors/") in files:
+                    self.paths.append(f"{out.root}/{name}")
+                    self.sizes.append(files[name])
             return
-        index = self.index = read_index(out.fs, out.root)
-        self.parts = []
+        index = read_index(out.fs, out.root)
         for number, path in enumerate(index.paths):
             mine = index.row[(index.segment == number) & (index.failed | (not failed))]
             if len(mine):
-                self.parts.append(_Part(path, len(mine), frozenset(mine.tolist()), path.rsplit("/", 1)[1]))
+                self.paths.append(path)
+                self.best.append(frozenset(mine.tolist()))
 
     def scan(self, *columns: str) -> Iterator[tuple[Place, Row]]:
         """Every row with these columns, as far as there are such; all columns if none is named."""
-        for number, part in enumerate(self.parts):
-            for at, row in steadily(partial(self._read, part, columns)):
-                yield (number, at), row
+        for part in range(len(self.paths)):
+            for at, row in steadily(partial(self._read, part, columns, self.best[part] if self.best else None)):
+                yield (part, at), row
 
     def fetch(self, places: Iterable[Place]) -> Iterator[Row]:
         """Whole rows, in the order of their places."""
         wanted: dict[int, set[int]] = {}
-        for number, at in places:
-            wanted.setdefault(number, set()).add(at)
-        for number in sorted(wanted):
-            for _, row in steadily(partial(self._read, self.parts[number], (), wanted[number])):
+        for part, at in places:
+            wanted.setdefault(part, set()).add(at)
+        for part in sorted(wanted):
+            for _, row in steadily(partial(self._read, part, (), wanted[part])):
                 yield row
 
-    def _read(self, part: _Part, columns: Sequence[str], only: set[int] | None = None) -> Iterator[tuple[int, Row]]:
-        wanted = part.keep if only is None else only
-        last = max(wanted, default=-1) if wanted is not None else sys.maxsize
-        with self.fs.open_input_file(part.path) as file:
-            if part.path.endswith(".jsonl"):
+    def _read(self, part: int, columns: Sequence[str], wanted: Collection[int] | None) -> Iterator[tuple[int, Row]]:
+        last = max(wanted) if wanted else sys.maxsize
+        with self.fs.open_input_file(self.paths[part]) as file:
+            if self.paths[part].endswith(".jsonl"):
                 for at, line in enumerate(io.BufferedReader(file, BUFFER)):  # Arrow's own has no lines
                     if at > last:
                         return
@@ -184,19 +164,13 @@ class Rows:
             parquet = pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
             names = [name for name in columns if name in parquet.schema_arrow.names] if columns else None
             at = 0
-            for group in range(parquet.num_row_groups):
-                rows = parquet.metadata.row_group(group).num_rows
-                if only is not None and not any(at <= place < at + rows for place in only):
-                    at += rows
-                    continue
-                for batch in parquet.iter_batches(4096 if names else 256, row_groups=[group], columns=names):
-                    mine = range(len(batch)) if wanted is None else [i for i in range(len(batch)) if at + i in wanted]
-                    if len(mine):
-                        picked = batch if len(mine) == len(batch) else batch.take(pa.array(mine))
-                        yield from zip((at + i for i in mine), picked.to_pylist(), strict=True)
-                    at += len(batch)
-                    if at > last:
-                        return
+            for batch in parquet.iter_batches(4096 if names else 256, columns=names):
+                mine = range(len(batch)) if wanted is None else [i for i in range(len(batch)) if at + i in wanted]
+                if len(mine):
+                    yield from zip((at + i for i in mine), batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True)
+                at += len(batch)
+                if at > last:
+                    return
 
 
 def in_our_shape(row: Row, style: str) -> Row:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -42,78 +43,70 @@ def main(argv: list[str]) -> int:
     """Shows rows."""
     what = "Conversations with their answers. While a run is not complete: the answers it has so far."
     parser = Arguments("show", what, "out\nout --id q17 --id q18\nout --failed --limit 20\nout --index 1000 --json")
-    parser.add_argument("--id", action="append", help="the row of this id (may be given several times)")
-    parser.add_argument("--index", type=number(0), help="the row at this place of the input, from 0")
-    parser.add_argument("--failed", action="store_true", help="rows that failed")
-    parser.add_argument("--limit", type=number(1), help=f"at most so many rows (default: {LIMIT}, or all with --id)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--id", action="append", help="the row of this id (may be given several times)")
+    which.add_argument("--index", type=number(0), help="the row at this place of the input, from 0")
+    which.add_argument("--failed", action="store_true", help="rows that failed")
+    parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"at most so many rows (default: {LIMIT})")
     return inspect(parser, argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     out = open_output(args.OUT)
-    found = steady(lambda: list(_found(out, args)))
-    if args.json:
-        for row in found:
+    found = _found(out, args)
+    count = 0
+    # The ledger's files may be merged while they are read: then all of it again, before anything is printed.
+    for row in found if out.manifest is not None else steady(lambda: list(_found(out, args))):
+        count += 1
+        if args.json:
             print_json(parsed(row), indent=None)
+        else:
+            _show(parsed(row), console)
+    if args.json:
         return 0
-    for row in found:
-        _show(row, console)
-    if out.manifest is None:
-        say(console, f"The run is not complete: the prompts are in its input until it is ({_input(out)}).", "dim")
-    elif out.style == "openai_batch" and found:
-        say(console, "output.style=openai_batch keeps neither prompts, reasoning nor times: they are in the input.", "dim")
-    if not found:
+    if not count:
         say(console, "No row failed." if args.failed else "No row is answered yet.")
+    elif out.manifest is None:
+        path = brief(out.config.get("dataset", {}).get("path") or "not known here")
+        say(console, f"The run is not complete: until it is, the prompts are in its input only ({path}).", "dim")
+    elif out.style == "openai_batch":
+        say(console, "output.style=openai_batch keeps neither prompts, reasoning nor times: they are in the input.", "dim")
     return 0
-
-
-def _input(out: Output) -> str:
-    path = out.config.get("dataset", {}).get("path")
-    return brief(path if isinstance(path, str) else json.dumps(path)) if path else "not known"
 
 
 def _found(out: Output, args: argparse.Namespace) -> Iterator[Row]:
     rows = Rows(out, failed=args.failed)
-    if args.index is not None and not rows.complete:
-        raise ConfigError("rows have no --index until the run is complete: name an --id")
-    places = list(_places(rows, args))
-    missing = f"--index {args.index} is beyond the last row" if args.index is not None and not places else None
-    if missing:
-        raise ConfigError(missing)
-    yield from rows.fetch(places)
-
-
-def _places(rows: Rows, args: argparse.Namespace) -> Iterator[Place]:
-    limit = args.limit or (sys.maxsize if args.id else LIMIT)
-    ids = set(args.id or ())
-    seen: list[Any] = []
-    before, count = 0, 0
-    if args.index is not None and not (ids or args.failed):  # the files' sizes tell where
-        for part_number, part in enumerate(rows.parts):
-            if args.index < before + part.rows:
-                yield part_number, args.index - before
-                return
-            before += part.rows
+    if args.index is None:
+        yield from rows.fetch(_by_id(rows, args.id) if args.id else _first(rows, args.failed, args.limit))
         return
-    columns = (["id"] if ids else []) + (["error"] if args.failed or not ids else [])
-    for place, row in rows.scan(*columns, *(["index"] if args.index is not None else [])):
-        if len(seen) < IDS:
-            seen.append(row.get("id"))
-        if (
-            (args.id and row["id"] not in args.id)
-            or (args.failed and not row["error"])
-            or (args.index is not None and row["index"] != args.index)
-        ):
-            continue
-        ids.discard(row.get("id"))
-        yield place
-        count += 1
-        if count >= limit:
+    if not rows.complete:
+        raise ConfigError("rows have no --index until the run is complete: name an --id")
+    at = args.index
+    for part, size in enumerate(rows.sizes):
+        if at < size:
+            yield from rows.fetch([(part, at)])
             return
-    if ids:
-        near = nearest(min(ids), [id for id in seen if id]) if len(seen) < IDS else ""
-        so_far = "" if rows.complete else " among those answered so far"
-        raise ConfigError(f"no {'failed ' if args.failed else ''}row has the id {min(ids)!r}{so_far}{near}")
+        at -= size
+    raise ConfigError(f"--index {args.index} is beyond the last row, {sum(rows.sizes) - 1}")
+
+
+def _first(rows: Rows, failed: bool, limit: int) -> list[Place]:
+    return list(islice((place for place, row in rows.scan("error") if row["error"] or not failed), limit))
+
+
+def _by_id(rows: Rows, ids: list[str]) -> list[Place]:
+    wanted, places = set(ids), []
+    seen: list[str] = []
+    for place, row in rows.scan("id"):
+        if row["id"] in wanted:
+            wanted.remove(row["id"])
+            places.append(place)
+            if not wanted:
+                return places
+        elif len(seen) < IDS:
+            seen.append(row["id"])
+    so_far = "" if rows.complete else " among those answered so far"
+    raise ConfigError(f"no row has the id {min(wanted)!r}{so_far}{nearest(min(wanted), seen)}")
 
 
 def parsed(row: Row) -> Row:
@@ -126,7 +119,6 @@ def parsed(row: Row) -> Row:
 
 
 def _show(row: Row, console: Console) -> None:
-    row = parsed(row)
     index = f" · row {row['index']:,}" if row.get("index") is not None else ""
     console.print(Rule(Text(f"{brief(row['id'], 60)}{index}", "bold"), align="left"))
     own = {name: value for name, value in row.items() if name not in OURS and value is not None}

@@ -84,16 +84,17 @@ def _unfinished(out: Output) -> dict[str, Any]:
     run = out.run
     counts: dict[str, Any] = dict(run["status"]) if run else {}
     last = run["beat_at"] if run else None
-    if not out.live and (run is None or run["ended"] is None):  # it had no time for last words: the ledger knows more
-        found = steady(lambda: _ledger(out, run["began_at"] if run else 0.0))
+    fed = counts.get("fed", False)  # only then it is known which of the earlier answers count
+    if not out.live and not (fed and run and run["ended"]):  # it had no time for last words: the ledger knows more
+        found = steady(lambda: _ledger(out, run["began_at"] if run and fed else 0.0))
         last = max(filter(None, (last, found.pop("last_at"))), default=None)
-        counts |= found
+        counts |= found if fed else {**found, "answered": 0, "duplicates": 0}
     errors = {k: v for k, v in counts.get("errors", {}).items() if v}
     if counts.get("invalid"):
         errors["invalid_input"] = errors.get("invalid_input", 0) + counts["invalid"]
     done = counts.get("done", 0) + counts.get("answered", 0) + counts.get("duplicates", 0)
     failed = counts.get("failed", 0) + counts.get("invalid", 0)
-    total = counts.get("read") if counts.get("fed") else None
+    total = counts.get("read") if fed else None
     state = "running" if out.live else "stopped" if done or failed or run else "empty"
     told = {
         "state": state, "phase": run and run["phase"], "why": None,
@@ -142,9 +143,9 @@ def _ledger(out: Output, since: float) -> dict[str, Any]:
     if not done:
         return {"last_at": None}
     table = pa.concat_tables(done)
-    # A row may stand there twice, when its segment was being merged; of a failure and an answer the later counts.
+    # A row may stand there twice: when its segment was being merged, or answered after a failure.
     at = np.asarray(table["done_at"].cast(pa.int64()))
-    order = np.argsort(-at, kind="stable")
+    order = np.argsort(np.asarray(pc.is_valid(pc.struct_field(table["error"], "type"))), kind="stable")
     table = table.take(pa.array(order[np.unique(np.concatenate(keys)[order], return_index=True)[1]]))
     types = Counter(pc.struct_field(table["error"], "type").drop_null().to_pylist())
     tokens = {f.name: pc.sum(pc.struct_field(table["usage"], f.name)).as_py() or 0 for f in USAGE}
@@ -167,7 +168,8 @@ def _shown(told: dict[str, Any]) -> Text:
         since = f" since {_clock(told['started_at'])} ({ago(now - told['started_at'])})" if state == "running" else ""
         lines.append(("run", f"process {told['pid']} on {told['host']}{since}"))
     lines.append(("engine", " ".join(dict.fromkeys(filter(None, (told["engine"], told["model"]))))))
-    lines.append(("rows", _rows(told)))
+    if state != "running" or rows["read"]:
+        lines.append(("rows", _rows(told)))
     if rows["failed"]:
         types = sorted(told["errors"].items(), key=lambda item: -item[1])
         all = f"{rows['failed']:,}: " if len(types) != 1 else ""
@@ -182,7 +184,7 @@ def _shown(told: dict[str, Any]) -> Text:
         lines.append(("left", f"about {ago(left)}"))
     lines.append(("trouble", told.get("trouble") and f"trying again: {told['trouble']}"))
     if tokens["input"] or tokens["output"]:
-        by = "" if state == "complete" else ", by this run"
+        by = ", by this run" if state != "complete" and rows["total"] else ""
         lines.append(("tokens", f"{tokens['input']:,} in, {tokens['output']:,} out{by}"))
     if cost := told["cost_usd"]:
         lines.append(("cost", f"${cost:,.4f}" if cost < 1 else f"${cost:,.2f}"))
