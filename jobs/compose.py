@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from engines.base import Price
 from engines.types import ConfigError, nearest
@@ -134,9 +136,12 @@ def _readable(override: str) -> str:
             return override
     except HydraException:
         pass
-    # In Hydra's quotes a backslash means itself but before a quote.
-    quoted = re.sub(r"(\\*)(?:'|$)", lambda found: found[1] * 2 + ("\\'" if found[0].endswith("'") else ""), value)
-    return f"{name}='{quoted}'"
+    return f"{name}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    """In Hydra's quotes a backslash means itself but before a quote."""
+    return "'" + re.sub(r"(\\*)(?:'|$)", lambda found: found[1] * 2 + ("\\'" if found[0].endswith("'") else ""), text) + "'"
 
 
 _EXPECTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
@@ -188,3 +193,49 @@ def as_yaml(config: Config) -> str:
 
     text: str = OmegaConf.to_yaml(OmegaConf.create(without_secrets(config)))
     return text
+
+
+def command_of(config: Mapping[str, Any]) -> list[str] | None:
+    """The words of the command that stands for a configuration, as manifests have it; None where none says it exactly."""
+    from pipeline.lossless import dumps, loads
+
+    kind, batch = config["engine"]["kind"], config["run"]["mode"] == "batch"
+    job, mode = ("batch", ["run.mode=batch"]) if batch else ("infer", [])
+    given = [f"engine={kind}"] if kind in options("engine") else []
+    base = loads(dumps(without_secrets(compose([*given, *mode]))))
+    try:
+        given += sorted(_differences("", base, config), key=lambda word: not word.startswith("engine."))
+        same = loads(dumps(without_secrets(compose([*given, *mode])))) == config
+    except (ConfigError, ValueError):
+        return None
+    return ["eagleray", job, *given] if same else None
+
+
+def _differences(path: str, base: Any, value: Any) -> Iterator[str]:
+    """What to set, beginning with `base`, in order to get `value`."""
+    if value == base:
+        return
+    if not isinstance(value, Mapping) or not (isinstance(base, Mapping) or path in OPEN_KEYS) or not value:
+        yield f"{path}={_in_hydra(value)}"
+        return
+    base = base or {}
+    if all(re.fullmatch(r"[\w-]+", name) for name in value) and base.keys() <= value.keys():
+        for name, item in value.items():
+            yield from _differences(f"{path}.{name}".lstrip("."), base.get(name), item)
+    else:
+        yield f"{path}={_in_hydra(value)}"
+
+
+def _in_hydra(value: Any, inside: bool = False) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, Mapping):
+        if not all(re.fullmatch(r"[\w-]+", str(name)) for name in value):
+            raise ValueError("a key that overrides cannot have")
+        return "{" + ",".join(f"{name}:{_in_hydra(item, True)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_in_hydra(item, True) for item in value) + "]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    if not inside and re.fullmatch(r"[A-Za-z_/.][\w/.:@+-]*|\*{3}|s3://[\w/.:@+-]+", value):
+        return value
+    return _quoted(value)

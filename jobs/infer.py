@@ -54,7 +54,7 @@ def finish(config: Config, console: Console, step: str = "") -> int:
 
     outcome = run(config, console, step)
     if outcome.manifest:
-        from jobs.show import show_outcome
+        from jobs.outcome import show_outcome
 
         show_outcome(outcome.manifest, str(config.output.path), console)
     return outcome.exit_status

@@ -46,6 +46,7 @@ from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
 from pipeline.report import REPORT, write_report
 from pipeline.source import list_chunks, read_chunk
+from pipeline.state import RunState, told
 from pipeline.traces import Trace, run_span
 from pipeline.worker import Worker, WorkerConfig
 
@@ -99,13 +100,17 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         started = time.time()
         if not config.run.resume:
             _remove(fs, root)
+        state = stack.enter_context(told(config, fs, root))
         batches, asked = None, Status()
         if config.run.mode == "batch":
             batches = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
             asked = batches.status
+            state.enter("asking")
+            state.source = batches.shown
             with note_signals() as interrupts:  # Ray is not needed for a day's waiting
                 found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), step)
             if found is None:
+                state.ended = "batches are under way at the provider"
                 return Outcome(STOPPED)
             summaries = found
         live = batches is None or config.run.batch_fallback == "live"
@@ -127,8 +132,9 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             if live:
                 try:
                     status, summaries = _ask(
-                        config, placed, pieces, small, interpreter, known, span.trace if span else None, interrupts, console
-                    )
+                        config, placed, pieces, small, interpreter, known, span.trace if span else None, interrupts, state,
+                        console,
+                    )  # fmt: skip
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
                     known = Answers(config, failed_too=failed_too)
@@ -143,6 +149,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces, index)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
+            state.enter("putting the output together")
             result = _finalize(config, fs, root, pieces, small, summaries, interpreter, answers, interrupts, console)
             if not result.missing:
                 break
@@ -357,6 +364,7 @@ def _ask(
     known: Answers,
     trace: Trace | None,
     interrupts: list[int],
+    state: RunState,
     console: Console,
 ) -> tuple[Status, dict[int, Summary]]:
     """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
@@ -381,7 +389,9 @@ def _ask(
     reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
     # Held here: Ray ends an actor with whoever made it.
     limits = limiter(config.engine) if config.engine.provider else None
-    told = False
+    state.enter("asking")
+    state.source = None
+    said = False
     finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
     failure: EaglerayError | None = None  # of a replica; the others still commit what they have
     why, ends_by = "", math.inf
@@ -392,14 +402,15 @@ def _ask(
         with RunProgress(console, config.run.progress_s) as progress:
             while True:
                 status: Status = ray.get(dispatcher.status.remote())
+                state.status = status
                 progress.show(status)
                 try:
                     crew.tend(status)
                 except EaglerayError as error:
                     failure = failure or error
-                told = told or status.workers > 0
-                if not told and time.monotonic() - began > PATIENCE_S:
-                    told = True
+                said = said or status.workers > 0
+                if not said and time.monotonic() - began > PATIENCE_S:
+                    said = True
                     _warn(console, f"No replica works yet: each asks for {placed.wish()}, and may be loading its model.")
                 if status.done > finished:
                     finished, refused = status.done, status.errors["auth"]
@@ -415,7 +426,7 @@ def _ask(
                 if (status.finished and not status.workers) or time.monotonic() > ends_by:
                     break
                 time.sleep(0.05 if status.finished else 0.2)
-        status = ray.get(dispatcher.status.remote())
+        state.status = status = ray.get(dispatcher.status.remote())
         summaries = ray.get(dispatcher.take_summaries.remote())
     finally:
         crew.dismiss()
