@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from engines.base import Price
-from engines.types import ConfigError, nearest
+from engines.types import RESPONSE_FORMATS, ConfigError, nearest
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
 GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")
@@ -55,7 +57,24 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
+    config.generation["response_format"] = _from_file(config.generation.get("response_format"))
     return config
+
+
+def _from_file(response_format: Any) -> Any:
+    """A text names a file with a JSON schema, or a whole response_format: what is in it is what the run goes by."""
+    if not isinstance(response_format, str):
+        return response_format
+    where = f"generation.response_format={response_format}"
+    try:
+        found = json.loads(Path(response_format).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{where} is not a file that can be read ({error.strerror}), and no schema") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: the file is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: the file must hold a JSON schema, an object")
+    return found if found.get("type") in RESPONSE_FORMATS else {"type": "json_schema", "json_schema": {"schema": found}}
 
 
 _OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]*)?(?P<value>=.*)?$", re.DOTALL)

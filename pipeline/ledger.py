@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from engines.types import Completion
+from engines.types import Completion, Usage
 from pipeline.fs import TRIES, listing, patiently, store_failed, write_atomic
 from pipeline.lossless import dumps
 
@@ -46,6 +46,7 @@ COMPLETION_FIELDS = [
     ("error", ERROR),
     ("choices", pa.string()),
     ("logprobs", pa.string()),
+    ("dialogue", pa.string()),
 ]
 SEGMENT_SCHEMA = pa.schema(
     [("key", pa.binary(32)), ("id", pa.string()), *COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))]
@@ -69,7 +70,8 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
         [c.finish_reason for c in completions],
         [_json(c.tool_calls) for c in completions],
         [c.reasoning for c in completions],
-        [None if c.error else {"input": c.usage.input, "cached_input": c.usage.cached_input, "output": c.usage.output}
+        [None if c.error and c.usage == Usage() else
+         {"input": c.usage.input, "cached_input": c.usage.cached_input, "output": c.usage.output}
          for c in completions],
         [c.model for c in completions],
         [c.engine for c in completions],
@@ -79,6 +81,7 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
                       "retryable": c.error.retryable} for c in completions],
         [_choices(c) for c in completions],
         [_json(c.logprobs) for c in completions],
+        [_json(c.dialogue) for c in completions],
     )  # fmt: skip
     return [pa.array(values, type) for values, (_, type) in zip(columns, COMPLETION_FIELDS, strict=True)]
 
@@ -151,8 +154,12 @@ def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
 
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
-    """One whole segment."""
-    return patiently(lambda: _read(fs, path)).cast(SEGMENT_SCHEMA)
+    """One whole segment; columns that an earlier version did not write are null."""
+    table = patiently(lambda: _read(fs, path))
+    for part in SEGMENT_SCHEMA:
+        if part.name not in table.column_names:
+            table = table.append_column(part, pa.nulls(len(table), part.type))
+    return table.select(SEGMENT_SCHEMA.names).cast(SEGMENT_SCHEMA)
 
 
 def _read(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:

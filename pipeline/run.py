@@ -42,6 +42,7 @@ from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
+from pipeline.scores import score_columns
 from pipeline.source import list_chunks, read_chunk
 from pipeline.worker import Worker, WorkerConfig
 
@@ -405,11 +406,12 @@ def _finalize(
 
     if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
         fs.delete_file(f"{root}/{MANIFEST}")
-    columns = plan_columns(pieces, summaries, interpreter)
+    scores = score_columns(config.output.columns, config.params().response_format)
+    columns = plan_columns(pieces, summaries, interpreter, scores)
     params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
     optional = [name for name, param in OPTIONAL.items() if param in params]
     raw = any(summary.invalid for summary in summaries.values())
-    writer = ray.put(PartWriter(interpreter, index, columns, optional, raw, config.output))
+    writer = ray.put(PartWriter(interpreter, index, columns, optional, raw, config.output, scores))
     do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
     waiting = [do.remote(writer, job) for job in plan_jobs(pieces, summaries)]
     total = JobResult()
