@@ -57,23 +57,23 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
-    config.generation["response_format"] = _from_file(config.generation.get("response_format"))
+    config.generation["response_format"] = _response_format(config.generation.get("response_format"))
     return config
 
 
-def _from_file(response_format: Any) -> Any:
-    """A text names a file with a JSON schema, or a whole response_format: what is in it is what the run goes by."""
-    if not isinstance(response_format, str):
-        return response_format
-    where = f"generation.response_format={response_format}"
+def _response_format(given: Any) -> Any:
+    """A text is JSON, or names a file with it: a schema, or a whole response_format, by which the run goes from here on."""
+    if not isinstance(given, str):
+        return given
+    where = f"generation.response_format={given}"
     try:
-        found = json.loads(Path(response_format).read_bytes())
+        found = json.loads(given if given.lstrip().startswith("{") else Path(given).read_bytes())
     except OSError as error:
         raise ConfigError(f"{where} is not a file that can be read ({error.strerror}), and no schema") from None
     except ValueError as error:
-        raise ConfigError(f"{where}: the file is not JSON: {error}") from None
+        raise ConfigError(f"{where} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{where}: the file must hold a JSON schema, an object")
+        raise ConfigError(f"{where} must hold a JSON schema, an object")
     return found if found.get("type") in RESPONSE_FORMATS else {"type": "json_schema", "json_schema": {"schema": found}}
 
 

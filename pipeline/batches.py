@@ -539,17 +539,19 @@ class BatchRun:
                     continue
                 batch.failed += 1
                 del left[key]
-                yield self._failed(key, id, error, used)
+                record = self._failed(key, id, error)
+                record.completion.usage, record.completion.attempts = used, batch.tries
+                yield record
                 continue
             completion.engine, completion.model = self.engine.kind, completion.model or batch.model
             completion.attempts = batch.tries
             del left[key]
             yield Record(key, id, completion, time.time())
 
-    def _failed(self, key: bytes, id: str, error: EngineError, used: Usage | None = None) -> Record:
+    def _failed(self, key: bytes, id: str, error: EngineError) -> Record:
         said = self.wire.client.clean(" ".join(str(error).split()))[:500]
         failure = dataclasses.replace(Failure.of(error), message=said)
-        completion = Completion([], used or Usage(), self.config.engine.model, self.engine.kind, error=failure)
+        completion = Completion(error=failure, engine=self.engine.kind, model=self.config.engine.model)
         return Record(key, id, completion, time.time())
 
     def _commit(self, records: list[Record]) -> None:
