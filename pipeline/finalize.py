@@ -306,9 +306,12 @@ class PartWriter:
     def _lines(self, path: str, table: pa.Table, values: Sequence[Mapping[str, Any]]) -> bytes:
         """JSON lines; JSON text becomes JSON again, and the input's own values are written as they came."""
         own = {c.name: c.source for c in self.columns if c.name is not None} if values else {}
-        in_json = {*JSON_TEXT, *(s.name for s in self.scores if s.type is None)}
-        if not values:
-            in_json |= {c.source for c in self.columns if c.type is None}
+        texts = (
+            (s.name for s in self.scores if s.type is None)
+            if values
+            else (c.source for c in self.columns if c.type is None)
+        )
+        in_json = {*JSON_TEXT, *texts}
         style = STYLES[self.output.style if path.startswith(DATA) else "eagleray"]
         lines = []
         for at, row in enumerate(table.to_pylist()):
