@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
 from engines.batch.api import Batches
+from engines.script import ask_turns
+from engines.structured import ask_in_shape
 from engines.types import (
     Completion,
     ConfigError,
@@ -283,7 +285,14 @@ class Engine(Batches, ABC):
         return self.config.max_concurrency or 64
 
     async def generate(self, request: Request) -> Completion:
-        """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs."""
+        """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs.
+
+        An answer that is not in the shape asked for is asked for again; `turns` are asked one after the other.
+        """
+        return await ask_turns(functools.partial(ask_in_shape, self._answer), request)
+
+    async def _answer(self, request: Request) -> Completion:
+        """Asks the model once."""
         started = time.perf_counter()
         try:
             completion = await self._generate(self.prepared(request))
@@ -476,6 +485,7 @@ def to_request(conversation: Conversation | Mapping[str, Any], base: GenerationP
         model=conversation.model,
         adapter=conversation.adapter,
         key=conversation.id or "",
+        turns=conversation.turns,
     )
 
 

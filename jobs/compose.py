@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.base import Price
-from engines.types import ConfigError, nearest
+from engines.types import RESPONSE_FORMATS, ConfigError, nearest
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
 GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")
@@ -58,7 +59,24 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
+    config.generation["response_format"] = _response_format(config.generation.get("response_format"))
     return config
+
+
+def _response_format(given: Any) -> Any:
+    """A text is JSON, or names a file with it: a schema, or a whole response_format, by which the run goes from here on."""
+    if not isinstance(given, str):
+        return given
+    where = f"generation.response_format={given}"
+    try:
+        found = json.loads(given if given.lstrip().startswith("{") else Path(given).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{where} is not a file that can be read ({error.strerror}), and no schema") from None
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} must hold a JSON schema, an object")
+    return found if found.get("type") in RESPONSE_FORMATS else {"type": "json_schema", "json_schema": {"schema": found}}
 
 
 _OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]*)?(?P<value>=.*)?$", re.DOTALL)

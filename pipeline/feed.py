@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from engines.base import SINGLE_MODEL_KINDS
-from engines.types import ConfigError, EngineError, Failure, invalid
+from engines.types import ConfigError, EngineError, Failure, GenerationParams, Request, invalid
 from pipeline.formats import Parsed, RowParser
 from pipeline.keys import Keyer
 from pipeline.ledger import FarIndex, Index, SeenKeys
@@ -149,10 +149,22 @@ def _ask(key: bytes, id: str, parsed: Parsed) -> Ask:
 
 def _request(parsed: Parsed) -> bytes:
     request: dict[str, Any] = {"messages": parsed.messages}
-    for name in ("generation", "model", "adapter"):
+    for name in ("generation", "model", "adapter", "turns"):
         if value := getattr(parsed, name):
             request[name] = value
     return dumps(request)
+
+
+def request_of(values: Mapping[str, Any], generation: GenerationParams, key: bytes) -> Request:
+    """The request in what `_request` made, with its overrides laid over the run's parameters. Raises `EngineError`."""
+    return Request(
+        messages=values["messages"],
+        generation=generation.override(values.get("generation") or {}),
+        model=values.get("model"),
+        adapter=values.get("adapter"),
+        key=key.hex(),
+        turns=values.get("turns") or [],
+    )
 
 
 def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on_bad_input: bool, report: Any) -> Any:

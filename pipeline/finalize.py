@@ -24,11 +24,12 @@ from engines.types import Completion, Failure, answer
 from pipeline.chat import shown_row
 from pipeline.config import OutputConfig
 from pipeline.feed import Interpreter, Item, Piece, Summary
-from pipeline.formats import passthrough_names
+from pipeline.formats import OUTPUT_COLUMNS, passthrough_names
 from pipeline.fs import resolve, write_atomic
 from pipeline.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, FarIndex, Index, completion_columns, read_rows
 from pipeline.lossless import dumps, loads, plain
 from pipeline.schema import ColumnKinds, common_type, to_array, type_of
+from pipeline.scores import Score, score_arrays
 from pipeline.source import parquet_schema, read_table
 from pipeline.stats import Stats
 from pipeline.styles import STYLES
@@ -92,7 +93,9 @@ def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_pe
     return jobs
 
 
-def plan_columns(pieces: Sequence[Piece], summaries: Mapping[int, Summary], interpreter: Interpreter) -> list[Column]:
+def plan_columns(
+    pieces: Sequence[Piece], summaries: Mapping[int, Summary], interpreter: Interpreter, scores: Sequence[Score] = ()
+) -> list[Column]:
     """The input's own columns with one type each over all files, in the order they first appear."""
     types: dict[str, pa.DataType | None] = {}
     kinds = ColumnKinds()
@@ -106,15 +109,17 @@ def plan_columns(pieces: Sequence[Piece], summaries: Mapping[int, Summary], inte
                 types[column.name] = common_type(types.get(column.name, column.type), column.type)
     for name, bits in kinds.bits.items():
         types[name] = common_type(types.get(name, type_of(bits)), type_of(bits))
-    names = passthrough_names(types, interpreter.parser)
+    names = passthrough_names(types, interpreter.parser, {score.name for score in scores})
     return [Column(source, names.get(source), type) for source, type in types.items()]
 
 
-def output_schema(columns: Sequence[Column], optional: Sequence[str]) -> pa.Schema:
-    """`id`, `index`, the input's own columns, then what the engine gave."""
+def output_schema(columns: Sequence[Column], optional: Sequence[str], scores: Sequence[Score] = ()) -> pa.Schema:
+    """`id`, `index`, the input's own columns, those out of the answers, then what the engine gave."""
     own = [pa.field(c.name, c.type or pa.string()) for c in columns if c.name is not None]
-    first, *rest = [pa.field(n, t) for n, t in COMPLETION_FIELDS if n not in OPTIONAL or n in optional]
-    return pa.schema([("id", pa.string()), ("index", pa.int64()), *own, first, ("messages", pa.string()), *rest])
+    out = [pa.field(score.name, score.type or pa.string()) for score in scores]
+    given = [(n, t) for n, t in COMPLETION_FIELDS if n in OUTPUT_COLUMNS and (n not in OPTIONAL or n in optional)]
+    first, *rest = [pa.field(n, t) for n, t in given]
+    return pa.schema([("id", pa.string()), ("index", pa.int64()), *own, *out, first, ("messages", pa.string()), *rest])
 
 
 @dataclass(slots=True)
@@ -150,10 +155,12 @@ class PartWriter:
         optional: Sequence[str],
         raw: bool,
         output: OutputConfig,
+        scores: Sequence[Score] = (),
     ) -> None:
         self.interpreter, self.columns, self.output = interpreter, columns, output
         self.raw = raw  # whether some line of the input could not be read
-        self.schema = output_schema(columns, optional)
+        self.scores = scores
+        self.schema = output_schema(columns, optional, scores)
         self.own_schema = pa.schema([(c.source, c.type or pa.string()) for c in columns])
         self.fs, self.root = resolve(str(output.path))
 
@@ -282,9 +289,10 @@ class PartWriter:
             "index": pa.array(np.arange(index, index + len(rows.ids))),
             "messages": pa.array(
                 [
-                    _with_answer(messages, text, calls, error is None)
-                    for messages, text, calls, error in zip(
+                    _with_answer(messages, dialogue, text, calls, error is None)
+                    for messages, dialogue, text, calls, error in zip(
                         rows.messages,
+                        completions["dialogue"].to_pylist(),
                         completions["response"].to_pylist(),
                         completions["tool_calls"].to_pylist(),
                         completions["error"].to_pylist(),
@@ -295,7 +303,10 @@ class PartWriter:
             ),
         }
         columns.update({c.name: own[c.source] for c in self.columns if c.name is not None})
-        columns.update({name: completions[name] for name in completions.column_names if name in self.schema.names})
+        given = set(self.schema.names) & set(OUTPUT_COLUMNS) & set(completions.column_names)
+        columns.update({name: completions[name] for name in given})
+        if self.scores:  # a failed row has no response
+            columns.update(score_arrays(self.scores, completions["response"].to_pylist()))
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
 
     def _errors(self, rows: _Rows, own: pa.Table, completions: pa.Table, wrong: npt.NDArray[np.intp]) -> pa.Table:
@@ -324,7 +335,12 @@ class PartWriter:
     def _lines(self, path: str, table: pa.Table, values: Sequence[Mapping[str, Any]]) -> bytes:
         """JSON lines; JSON text becomes JSON again, and the input's own values are written as they came."""
         own = {c.name: c.source for c in self.columns if c.name is not None} if values else {}
-        in_json = {*JSON_TEXT, *(c.source for c in self.columns if c.type is None)} if not values else {*JSON_TEXT}
+        texts = (
+            (s.name for s in self.scores if s.type is None)
+            if values
+            else (c.source for c in self.columns if c.type is None)
+        )
+        in_json = {*JSON_TEXT, *texts}
         style = STYLES[self.output.style if path.startswith(DATA) else "eagleray"]
         lines = []
         for at, row in enumerate(table.to_pylist()):
@@ -337,7 +353,11 @@ class PartWriter:
         return b"".join(lines)
 
 
-def _with_answer(messages: bytes | None, text: str | None, calls: str | None, answered: bool) -> bytes | None:
+def _with_answer(
+    messages: bytes | None, dialogue: str | None, text: str | None, calls: str | None, answered: bool
+) -> bytes | None:
+    if messages is not None and dialogue is not None:
+        messages = messages[:-1] + b"," + dialogue[1:].encode()
     if messages is None or not answered:
         return messages
     reply = dumps(answer(text, orjson.loads(calls) if calls else None))

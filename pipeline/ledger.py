@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from engines.types import Completion
+from engines.types import Completion, Usage
 from pipeline.fs import TRIES, listing, patiently, store_failed, write_atomic
 from pipeline.lossless import dumps
 
@@ -48,6 +48,7 @@ COMPLETION_FIELDS = [
     ("error", ERROR),
     ("choices", pa.string()),
     ("logprobs", pa.string()),
+    ("dialogue", pa.string()),
 ]
 # What finalize reads of a segment.
 ANSWER_SCHEMA = pa.schema([*COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))])
@@ -71,7 +72,8 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
         [c.finish_reason for c in completions],
         [_json(c.tool_calls) for c in completions],
         [c.reasoning for c in completions],
-        [None if c.error else {"input": c.usage.input, "cached_input": c.usage.cached_input, "output": c.usage.output}
+        [None if c.error and c.usage == Usage() else
+         {"input": c.usage.input, "cached_input": c.usage.cached_input, "output": c.usage.output}
          for c in completions],
         [c.model for c in completions],
         [c.engine for c in completions],
@@ -81,6 +83,7 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
                       "retryable": c.error.retryable} for c in completions],
         [_choices(c) for c in completions],
         [_json(c.logprobs) for c in completions],
+        [_json(c.dialogue) for c in completions],
     )  # fmt: skip
     return [pa.array(values, type) for values, (_, type) in zip(columns, COMPLETION_FIELDS, strict=True)]
 
@@ -154,12 +157,20 @@ def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
     """One whole segment."""
-    return patiently(lambda: _read(fs, path)).cast(SEGMENT_SCHEMA)
+    return _conformed(patiently(lambda: _read(fs, path)), SEGMENT_SCHEMA)
+
+
+def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table in this schema; columns that an earlier version did not write are null."""
+    for part in schema:
+        if part.name not in table.column_names:
+            table = table.append_column(part, pa.nulls(len(table), part.type))
+    return table.select(schema.names).cast(schema)
 
 
 def read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:
     """The columns of `ANSWER_SCHEMA` of some rows of a segment, in the order given."""
-    return patiently(lambda: _read_rows(fs, path, rows)).cast(ANSWER_SCHEMA)
+    return _conformed(patiently(lambda: _read_rows(fs, path, rows)), ANSWER_SCHEMA)
 
 
 def _read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:

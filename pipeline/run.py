@@ -45,6 +45,7 @@ from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
 from pipeline.report import REPORT, write_report
+from pipeline.scores import score_columns
 from pipeline.source import list_chunks, read_chunk
 from pipeline.state import RunState, told
 from pipeline.traces import Trace, run_span
@@ -479,11 +480,12 @@ def _finalize(
 
     if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
         fs.delete_file(f"{root}/{MANIFEST}")
-    columns = plan_columns(pieces, summaries, interpreter)
+    scores = score_columns(config.output.columns, config.params().response_format)
+    columns = plan_columns(pieces, summaries, interpreter, scores)
     params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
     optional = [name for name, param in OPTIONAL.items() if param in params]
     raw = any(summary.invalid for summary in summaries.values())
-    writer = PartWriter(interpreter, columns, optional, raw, config.output)
+    writer = PartWriter(interpreter, columns, optional, raw, config.output, scores)
     total = JobResult()
     used = np.zeros(len(answers.index), np.bool_)
     with console.status("putting the output together"):

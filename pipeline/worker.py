@@ -13,8 +13,8 @@ from typing import Any
 
 from engines.base import Engine, EngineConfig, load_engine
 from engines.text import one_line
-from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
-from pipeline.feed import Lease, Status
+from engines.types import Completion, EngineError, Failure, GenerationParams, Outage
+from pipeline.feed import Lease, Status, request_of
 from pipeline.fs import resolve
 from pipeline.ledger import Compactor, Record, write_segment
 from pipeline.limiter import source_of
@@ -202,7 +202,7 @@ class Worker:
             self.busy += 1
             began_ns = time.time_ns()
             try:
-                completion = await engine.generate(self._request(row))
+                completion = await engine.generate(request_of(loads(row.request), self.config.generation, row.key))
             except EngineError as error:  # from a row's override
                 completion = Completion(error=Failure.of(error), engine=engine.kind)
             except Exception as error:  # a bug, ours or a library's: no row may end the run for all
@@ -229,13 +229,6 @@ class Worker:
         await self.dispatcher.leave.remote(self.name, reason)
         os._exit(1)
 
-    def _request(self, row: _Row) -> Request:
-        values = loads(row.request)
-        generation = self.config.generation
-        if overrides := values.get("generation"):
-            generation = generation.override(overrides)
-        return Request(values["messages"], generation, values.get("model"), values.get("adapter"), row.key.hex())
-
     async def _convict(self, lease: Lease) -> None:
         for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
             completion = Completion(error=Failure("engine_crash", lease.convicted or ""), attempts=0)
@@ -249,10 +242,10 @@ class Worker:
         self.places.setdefault(row.lease, []).append(row.offset)
         self.completed.setdefault(row.lease, []).append(row.offset)
         counts = self.counts
+        counts.input_tokens += completion.usage.input
+        counts.output_tokens += completion.usage.output
         if completion.error is None:
             counts.done += 1
-            counts.input_tokens += completion.usage.input
-            counts.output_tokens += completion.usage.output
         else:
             told = {"event": "row failed", "key": row.key.hex(), "id": row.id, **asdict(completion.error)}
             logger.warning("%s", dumps({**told, "attempts": completion.attempts}).decode())

@@ -236,6 +236,13 @@ async def misbehave(fault: str, request: web.Request, body: dict[str, Any], text
         how, _, seconds = rest.partition("=")
         value = formatdate(time.time() + float(seconds or 1), usegmt=True) if how == "date" else seconds or "1"
         return error(request, int(name), STATUSES[name], {"retry-after": value})
+    if fault.startswith("answer="):  # these words; of a JSON list, where several are asked for, one each
+        said = fault.removeprefix("answer=")
+        found = answer(request, body, said)
+        if body.get("n"):
+            choices = [answer(request, body, each)["choices"][0] for each in json.loads(said)]
+            found["choices"] = [{**choice, "index": at} for at, choice in enumerate(choices)]
+        return web.json_response(found)
     if fault.startswith("say="):  # "say=400=the text of the error"
         _, status, message = fault.split("=", 2)
         return error(request, int(status), message)

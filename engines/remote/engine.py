@@ -25,7 +25,7 @@ from engines.remote.errors import OVERLOAD, broken, failure, observed
 from engines.remote.events import Events
 from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
-from engines.types import Completion, ConfigError, EngineError, Request, nearest
+from engines.types import Completion, ConfigError, EngineError, Request, invalid, nearest
 
 WIRES: dict[str, ModuleType] = {"chat": chat, "messages": messages}
 
@@ -126,13 +126,13 @@ class RemoteEngine(Engine):
 
     def body(self, request: Request) -> dict[str, Any]:
         """The JSON that is sent for a request. Raises `EngineError("invalid_input")`."""
+        if request.turns:  # of a batch: `generate` takes them apart
+            raise invalid("a row's turns are asked one after the other, which no batch API can do (run.mode=live does)")
         provider, _ = self.for_model(request)
         if provider.defaults:
             given = request.generation.given()
             absent = {name: value for name, value in provider.defaults.items() if name not in given}
-            request = Request(
-                request.messages, request.generation.override(absent), request.model, request.adapter, request.key
-            )
+            request = dataclasses.replace(request, generation=request.generation.override(absent))
         model = request.model or self.config.model
         if provider.adapter_model and (adapter := request.adapter or self.config.adapter):
             model = provider.adapter_model.format(adapter=adapter, model=model)
