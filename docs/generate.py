@@ -28,9 +28,10 @@ from pipeline.config import OPEN_KEYS, known_keys  # noqa: E402
 HEAD = """\
 # Configuration
 
-Every key of `eagleray`, made from the code by `make docs`. A key is set on the command line, `key=value`; a group's option,
-`group=option`, sets several at once, and keys beside it go before it. Values are YAML: `[a, b]` is a list, `{a: b}` a mapping,
-`null` nothing. `eagleray infer … --cfg job` prints what a command line comes to; secrets in it are `***`.
+Every key of `eagleray`, made from the code by `make docs`. A key is set on the command line, `key=value`; a group's
+option, `group=option`, sets several at once, and keys beside it go before it. Values are YAML: `[a, b]` is a list,
+`{a: b}` a mapping, `null` nothing. `eagleray infer … --cfg job` prints what a command line comes to; secrets in it are
+`***`.
 
 Files of your own, `DIR/engine/mine.yaml` say, are options too with `--config-dir DIR`: `engine=mine`. They hold keys of
 their group, as the packaged ones below do. `${oc.env:NAME}` is a variable of the environment, `${now:%Y-%m-%d}` today.
@@ -41,13 +42,13 @@ under these are your own: OPEN.
 
 # What there is to say of a group besides its keys.
 ABOUT = {
-    "engine": "[Engines](engines.md) has an example of each and what it takes; [providers](providers.md) the particulars of "
-    "the remote ones.",
+    "engine": "[Engines](engines.md) has an example of each and what it takes; [providers](providers.md) the particulars "
+    "of the remote ones.",
     "hardware": "How many replicas run, and what each reserves. [Concepts](concepts.md#replicas)",
     "dataset": "What is read. [The formats](../README.md#input)",
     "generation": "How answers are sampled. The same for all engines; what an engine does not take is refused before "
-    "anything is asked ([which](engines.md#what-each-takes)). A row's own `generation` goes before these. Unset leaves it to "
-    "the engine; local engines then decode greedily, up to 1,024 tokens.",
+    "anything is asked ([which](engines.md#what-each-takes)). A row's own `generation` goes before these. Unset leaves it "
+    "to the engine; local engines then decode greedily, up to 1,024 tokens.",
     "output": "What is written, and where. [The output directory](concepts.md#the-output-directory)",
     "run": "When to stop, resume and retry. [Exit statuses](errors.md#exit-statuses)",
 }
@@ -85,7 +86,7 @@ def configuration() -> str:
 
 def _row(name: str, item: Any) -> str:
     if name == "engine.kind":
-        return f'| <a id="{anchor(name)}"></a>`{name}` | text | set by the option | which engine; `engine=…` is the usual way |'
+        return f'| <a id="{anchor(name)}"></a>`{name}` | text | the option\'s | which engine; `engine=…` sets it |'
     if name.startswith("generation."):
         declared = next(f for f in dataclasses.fields(GenerationParams) if f.name == name.partition(".")[2])
         kind, default = str(declared.type), None
@@ -104,7 +105,7 @@ def _row(name: str, item: Any) -> str:
 
 def _escaped(text: str) -> str:
     """Braces and stars in a help text are meant as they are."""
-    return re.sub(r"(\{[^}]*\})", r"`\1`", text).replace("`{", "`{").replace("*", "\\*")
+    return re.sub(r"(\{[^}]*\})", r"`\1`", text).replace("*", "\\*")
 
 
 def _options(group: str) -> list[str]:
@@ -159,7 +160,7 @@ def capabilities(kind: str) -> Capabilities:
 def features() -> str:
     """A table of all engines: what each takes."""
     lines = [
-        "| engine | generation parameters it does not take | `response_format` | images | a row's model | a row's adapter |",
+        "| engine | parameters it does not take | `response_format` | images | a row's model | a row's adapter |",
         "|---|---|---|---|---|---|",
     ]
     for kind in REGISTRY:
@@ -168,9 +169,7 @@ def features() -> str:
         formats = [name for name in FORMATS if name in found.response_formats]
         shown = "all" if len(formats) == len(FORMATS) else ", ".join(f"`{name}`" for name in formats) or "none"
         images = "by the model" if kind == "transformers" else _yes(found.images)
-        lines.append(
-            f"| `{kind}` | {lacks} | {shown} | {images} | {_yes(found.row_model)} | {_yes(found.row_adapter)} |"
-        )
+        lines.append(f"| `{kind}` | {lacks} | {shown} | {images} | {_yes(found.row_model)} | {_yes(found.row_adapter)} |")
     return "\n".join(lines)
 
 
@@ -213,12 +212,9 @@ TABLES = {"features": features, "remote": remote, "batches": batches}
 def filled(text: str) -> str:
     """A page with its generated parts made anew: what is between `<!-- features -->` and `<!-- end -->`."""
     for name, table in TABLES.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]  # noqa: E501
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        text = f"{before}{mark}{table()}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     return text
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def pages() -> dict[Path, str]:
