@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # pip's wheel cache does not know CMAKE_ARGS. A portable build stops at AVX2.
 IS_PORTABLE := import sys, llama_cpp; sys.exit(b'AVX512 = 1' in llama_cpp.llama_print_system_info())
 
-.PHONY: demo test lint format bench lock clean
+.PHONY: demo test lint format docs bench lock clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/eagleray infer dataset.path=docs/examples/demo.jsonl output.path=$(OUT) generation.max_tokens=64; \
@@ -29,6 +29,10 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What the code knows, into docs/configuration.md and the tables of docs/engines.md.
+docs: $(VENV)/.test
+	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench

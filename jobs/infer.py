@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from engines.types import ConfigError, EngineError
 from jobs.compose import GROUPS, SECTIONS, as_yaml, compose, options
+from jobs.guide import see, see_type
 from pipeline.config import Config
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config],
             return 0
         return run(config)
     except ConfigError as error:
-        print(f"eagleray: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        print(f"eagleray: {text} {see(text)}", file=sys.stderr)
         return 2
 
 
@@ -73,10 +75,10 @@ def guarded(work: Callable[[Console], int]) -> int:
     try:
         return work(console)
     except EngineError as error:  # what a provider says to a step of `eagleray batch`
-        console.print(f"[red]Stopped:[/] {escape(str(error))}", highlight=False)
+        console.print(f"[red]Stopped:[/] {escape(str(error))} {see_type(error.type)}", highlight=False)
         return STOPPED
     except Stopped as stop:
-        console.print(f"[red]Stopped:[/] {escape(str(stop))}", highlight=False)
+        console.print(f"[red]Stopped:[/] {escape(str(stop))} {see(str(stop), stopped=True)}", highlight=False)
         return STOPPED
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)

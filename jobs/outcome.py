@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.guide import see_type
 from pipeline.fs import resolve
 
 SHOWN = 5
@@ -31,12 +32,17 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
         f"{tokens['input']:,} tokens in, {tokens['output']:,} out.",
         highlight=False,
     )
-    bad = f"; failed rows: {path}/errors" if rows["failed"] else ""
+    bad = f"; failed rows: {path}/errors {_meaning(manifest['errors'])}" if rows["failed"] else ""
     console.print(f"Results: {path}/data, {path}/report.html, {path}/manifest.json{bad}", highlight=False, soft_wrap=True)
 
 
 def _errors(errors: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(errors.items()))
+
+
+def _meaning(errors: dict[str, int]) -> str:
+    """Where the commonest type is explained."""
+    return see_type(max(errors, key=lambda name: errors[name]))
 
 
 def _first_rows(manifest: dict[str, Any], path: str) -> list[tuple[str, str, str]]:

@@ -1,64 +1,232 @@
-"""Every example of the README is executed; what needs a model or a bucket nobody has here is at least composed."""
+"""Every example of the documentation is executed; what needs a model or a bucket nobody has here is at least composed.
+
+The examples of docs/engines.md, which need models and servers, are in test_docs_engines.py.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import shlex
 from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
 
 import pytest
+import yaml
 
-from jobs import plan
+from engines.base import HTTP_ENGINES, REGISTRY
+from engines.types import ErrorType
+from jobs import infer, plan
+from jobs.cli import JOBS
 from jobs.compose import compose
-from jobs.infer import main
+from jobs.guide import MISTAKES, STOPS, anchor, place, see_type
+from pipeline import run
+from pipeline.config import known_keys
+from tests.pages import CONFIGURED, PAGES, ROOT, Block, Command, anchors, blocks, commands, links
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for line in README.splitlines() if re.match(r"(\w+=\S+ )*(eagleray (infer|plan|serve|chat)|ray job submit) ", line)
-]
-RUNNABLE = [line for line in COMMANDS if "docs/examples" in line]
-PLANS = [line for line in RUNNABLE if "eagleray plan " in line]
-
-
-def overrides(command: str) -> list[str]:
-    words = shlex.split(command)
-    start = next(at for at, word in enumerate(words) if word in ("infer", "plan", "serve", "chat", "jobs.infer"))
-    return words[start + 1 :]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+COMMANDS = [command for page in PAGES for command in commands(page)]
+HERE = [c for c in COMMANDS if c.runs and c.page not in ("engines.md", "adding-an-engine.md")]
+ANCHORS = {page.resolve(): anchors(page) for page in PAGES}
 
 
-def test_the_readme_shows_enough_examples() -> None:
-    assert len(COMMANDS) >= 8
-    assert len(RUNNABLE) >= 5
-    assert PLANS
+# -- commands -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_is_a_valid_configuration(command: str) -> None:
-    compose(overrides(command)).check(runs=re.search("eagleray (plan|serve|chat) ", command) is None)
+def test_the_docs_show_enough_examples() -> None:
+    assert len([c for c in COMMANDS if c.page == "README.md"]) >= 8
+    assert len([c for c in COMMANDS if c.page == "engines.md"]) >= 40
+    assert len([c for c in HERE if c.job == "infer"]) >= 5
+    assert [c for c in HERE if c.job == "plan"]
+    assert {c.job for c in COMMANDS} <= set(JOBS)
 
 
-@pytest.mark.parametrize("command", PLANS)
-def test_the_plans_of_the_readme_run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def own_files(tmp_path: Path) -> str:
+    """A directory with the YAML files that the docs tell readers to write."""
+    (tmp_path / "engine").mkdir()
+    for page, needle, name in (("providers.md", "kind: acme", "acme"), ("from-oumi.md", "kind: remote_vllm", "llama")):
+        text = next(b.text for b in blocks(DOCS / page) if b.language == "yaml" and needle in b.text)
+        (tmp_path / "engine" / f"{name}.yaml").write_text(text)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.job in CONFIGURED], ids=str)
+def test_every_command_is_a_valid_configuration(command: Command, own_files: str) -> None:
+    if command.page == "adding-an-engine.md":
+        pytest.skip("its engine is made in test_docs_engines.py")
+    config_dir = own_files if "--config-dir" in command.text else None
+    compose(command.overrides, config_dir).check(runs=command.job in ("infer", "batch"))
+
+
+@pytest.mark.parametrize("command", [c for c in HERE if c.job == "plan"], ids=str)
+def test_the_plans_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert plan.main(overrides(command)) in (0, 3)
+    assert plan.main(command.overrides) in (0, 3)
 
 
-@pytest.mark.parametrize("command", [command for command in RUNNABLE if command not in PLANS])
-def test_the_commands_of_the_readme_run(
-    command: str, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("command", [c for c in HERE if c.job == "infer"], ids=str)
+def test_the_commands_run(command: Command, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    args = [arg for arg in overrides(command) if not arg.startswith("output.path=")]
-    status = main([*args, f"output.path={tmp_path}/out", "generation.max_tokens=8"])
+    args = [arg for arg in command.overrides if not arg.startswith("output.path=")]
+    status = infer.main([*args, f"output.path={tmp_path}/out", "generation.max_tokens=8"])
     assert status in (0, 3)
     assert (tmp_path / "out" / "manifest.json").exists() != ("run.dry_run=true" in args)
 
 
 def test_the_library_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code is not None
-    exec(compile(code[1], "README.md", "exec"), {})
+    (block,) = [block for block in blocks(README) if block.language == "python"]
+    exec(compile(block.text, "README.md", "exec"), {})
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) >= 2
     assert all(line.endswith("None") for line in lines[-1:])
+
+
+# -- what the pages name ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in links(page):
+        path, _, name = link.partition("#")
+        target = (page.parent / path).resolve() if path else page.resolve()
+        assert target.exists(), f"{page.name}: {link}"
+        if name:
+            assert name in ANCHORS.get(target, anchors(target)), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_key_that_a_page_names_exists(page: Path) -> None:
+    sections = {key.partition(".")[0] for key in known_keys()}
+    for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)):
+        named = re.match(rf"({'|'.join(sections)})\.(\w+)", code)
+        if named and "(" not in code and named[2] != "py":
+            assert f"{named[1]}.{named[2]}" in known_keys(), f"{page.name}: {code}"
+
+
+def test_every_page_is_in_the_readme() -> None:
+    linked = {(README.parent / link.partition("#")[0]).resolve() for link in links(README)}
+    assert {page.resolve() for page in DOCS.glob("*.md")} <= linked
+
+
+@pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page) if b.language == "yaml"], ids=str)
+def test_yaml_is_yaml(block: Block) -> None:
+    assert isinstance(yaml.safe_load(block.text), dict)
+
+
+# -- what the code knows ------------------------------------------------------------------------------------------------
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_what_the_code_says() -> None:
+    for path, text in generator().pages().items():
+        assert path.read_text() == text, f"{path.name} is not what the code says: run make docs"
+
+
+def test_the_table_of_engines_says_what_each_engine_itself_says() -> None:
+    """The generator reads the sources of local engines, for their libraries need not be here."""
+    from engines.base import engine_class
+    from engines.types import ConfigError
+
+    for kind in REGISTRY.keys() - HTTP_ENGINES.keys() - {"bedrock", "sglang_offline"}:
+        try:
+            declared = engine_class(kind).capabilities
+        except ConfigError:  # its library is not here
+            continue
+        assert generator().capabilities(kind) == declared, kind
+
+
+def test_every_key_and_every_engine_has_an_anchor() -> None:
+    assert {anchor(key) for key in known_keys()} <= ANCHORS[(DOCS / "configuration.md").resolve()]
+    assert set(REGISTRY) <= ANCHORS[(DOCS / "engines.md").resolve()]
+    assert len({anchor(key) for key in known_keys()}) == len(known_keys())
+
+
+def test_every_error_type_and_exit_status_is_explained() -> None:
+    found = ANCHORS[(DOCS / "errors.md").resolve()]
+    for error_type in get_args(ErrorType):
+        assert error_type in found
+        assert leads_somewhere(see_type(error_type).strip("()").removeprefix("see "))
+    text = (DOCS / "errors.md").read_text()
+    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, run.INTERRUPTED):
+        assert f"\n| {status} | " in text
+
+
+# -- where errors lead --------------------------------------------------------------------------------------------------
+
+
+def leads_somewhere(place: str) -> bool:
+    path, _, name = place.partition("#")
+    return name in ANCHORS[(ROOT / path).resolve()]
+
+
+@pytest.mark.parametrize(
+    ("message", "stopped", "where"),
+    [
+        ("there is no key 'engine.modle' (did you mean 'engine.model'?)", False, "configuration.md#enginemodel"),
+        ("there is no engine 'llamcpp' (did you mean 'llamacpp'?)", False, "configuration.md#engine"),
+        ("there is no hardware '9xh100' (known: …)", False, "configuration.md#hardware"),
+        ("there is no key 'run.budgett' (known: …)", False, "configuration.md#run"),
+        ("run.max_error_rate must be between 0 and 1, not 2", False, "configuration.md#runmax_error_rate"),
+        ("engine.kwargs.n_ctxx is not known to engine=llamacpp", False, "engines.md#llamacpp"),
+        ("engine=vllm needs the package 'vllm': run pip install 'eagleray[vllm]'", False, "engines.md#vllm"),
+        ("engine=openai needs its key … (engine.api_key_env names another variable)", False,
+         "configuration.md#engineapi_key_env"),
+        ("another run is writing into /x: wait for it, stop it, or choose another output.path", False,
+         "errors.md#another-run-writes-there"),
+        ("'a' is not of the form key=value", False, "errors.md#2-wrong-configuration"),
+        ("the provider refuses the key (HTTP 401: no)", True, "errors.md#auth"),
+        ("12 rows failed, run.max_errors is 12 (one of them: x)", True, "errors.md#too-many-failed-rows"),
+        ("something new; the same command goes on from here", True, "errors.md#4-stopped-early"),
+    ],
+)  # fmt: skip
+def test_an_error_says_where_it_is_explained(message: str, stopped: bool, where: str) -> None:
+    assert place(message, stopped=stopped) == f"docs/{where}"
+    assert leads_somewhere(place(message, stopped=stopped))
+
+
+def test_every_place_that_an_error_may_name_exists() -> None:
+    for phrase in STOPS:
+        assert leads_somewhere(place(phrase, stopped=True)), phrase
+    for phrase in MISTAKES:
+        assert leads_somewhere(place(phrase)), phrase
+    for key in known_keys():
+        assert leads_somewhere(place(f"{key} is wrong")), key
+        assert leads_somewhere(place(f"there is no {key.partition('.')[0]} 'x'"))
+    for kind in REGISTRY:
+        assert leads_somewhere(place(f"engine.kwargs.x is not known to engine={kind}")), kind
+    assert leads_somewhere(place("", stopped=True)) and leads_somewhere(place(""))
+
+
+def test_the_phrases_are_those_of_the_code() -> None:
+    sources = "".join(path.read_text() for name in ("engines", "pipeline", "jobs") for path in (ROOT / name).rglob("*.py")
+                      if path.name != "guide.py")  # fmt: skip
+    for phrase in {*STOPS, *MISTAKES} - {"run.budget_usd"}:
+        assert phrase in sources, phrase
+
+
+def test_a_wrong_configuration_ends_with_its_place_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer.main(["engine.modle=x"]) == 2
+    line = (
+        "eagleray: there is no key 'engine.modle' (did you mean 'engine.model'?) (see docs/configuration.md#enginemodel)\n"
+    )
+    assert capsys.readouterr().err == line
+
+
+def test_a_stop_and_failed_rows_end_with_their_place_in_the_docs(
+    local_ray: None, write_jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    rows = write_jsonl([{"prompt": "a"}, {"messages": 1}])
+    args = [f"dataset.path={rows}", f"output.path={tmp_path}/out", "engine=echo"]
+    assert infer.main([*args, "engine.kwargs.failure_rate=1", "run.max_errors=1"]) == run.STOPPED
+    assert capsys.readouterr().err.splitlines()[-1].endswith("(see docs/errors.md#too-many-failed-rows)")
+    assert infer.main(args) == run.WITH_FAILURES
+    assert f"failed rows: {tmp_path}/out/errors (see docs/errors.md#invalid_input)" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from engines.limits import SLACK_S, Budget, Call, Grant, Limits
 from engines.remote.errors import failure, observed, retry_after
 from engines.types import ConfigError, GenerationParams, Request
 from tests.conftest import ask
+from tests.google_account import google_account
 from tests.provider_server import PASSING, STATUSES, ProviderServer
 
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
@@ -437,38 +438,10 @@ def test_a_proxy_of_the_environment_is_used(server: ProviderServer, load: Load, 
 def test_vertex_fetches_a_token_once_and_again_when_it_is_refused(
     load: Load, server: ProviderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    tokens: list[str] = []
-
-    class Token(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            tokens.append(f"token-{len(tokens)}")
-            body = json.dumps({"access_token": tokens[-1], "expires_in": 3600, "token_type": "Bearer"}).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    issuer = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Token)
-    threading.Thread(target=issuer.serve_forever, daemon=True).start()
-    private = rsa.generate_private_key(65537, 2048)
-    pem = private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
-    account = {"type": "service_account", "client_email": "x@y.z", "private_key": pem, "project_id": "p",
-               "token_uri": f"http://127.0.0.1:{issuer.server_port}/token"}  # fmt: skip
-    file = tmp_path / "account.json"
-    file.write_text(json.dumps(account))
     monkeypatch.setenv("PROJECT_ID", "p")
     monkeypatch.setenv("REGION", "europe-west4")
     url = f"{server.url}/v1beta1/projects/{{project_id}}/locations/{{region}}/endpoints/openapi"
-    try:
+    with google_account(tmp_path) as (file, tokens):
         engine: Any = load("vertex", base_url=url, kwargs={"credentials": str(file)})
         infer(engine, *map(str, range(20)))
         assert tokens == ["token-0"]
@@ -482,9 +455,6 @@ def test_vertex_fetches_a_token_once_and_again_when_it_is_refused(
         server.key = None
         infer(engine, "soon to expire")
         assert tokens[2:] == ["token-2"]
-    finally:
-        issuer.shutdown()
-        issuer.server_close()
 
 
 def test_bedrock_sends_every_image_and_retries_by_our_rules_only(server: ProviderServer, load: Load) -> None:
