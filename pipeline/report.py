@@ -43,7 +43,7 @@ def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], st
         page = render(manifest, stats)
     except Exception as error:  # a bug of ours
         told = str(error) if isinstance(error, _Broken) else traceback.format_exc()
-        page = str(_template("broken.html").render(traceback=visible(told)))
+        page = str(_template("report_broken.html").render(traceback=visible(told)))
         last = visible(told.strip().splitlines()[-1])[:300]
         text = f"{REPORT} could not be made, a bug in Eagleray ({last}); all else is there. The traceback is in it."
         console.print(Text(text, "yellow"))
@@ -113,7 +113,7 @@ def _template(name: str) -> Any:
 
 
 def _asset(name: str) -> str:
-    return (files("pipeline") / "page" / name).read_text(encoding="utf-8")
+    return (files("pipeline") / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:
