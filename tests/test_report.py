@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -178,7 +178,13 @@ def stats_of(rows: list[tuple[float, float, int, bool]], cuts: list[int]) -> Sta
     return total
 
 
+# Parts whose timelines have buckets of different widths, the wider one first and last.
+LONG = [(1e9 + at, 1.0, at, at % 7 == 0) for at in range(1000)]
+
+
 @settings(max_examples=60, deadline=None)
+@example(LONG, [900])
+@example(LONG, [100])
 @given(st.lists(ROW, min_size=1, max_size=300), st.lists(st.integers(0, 300), max_size=4))
 def test_the_sums_do_not_depend_on_how_the_rows_are_cut_into_parts(
     rows: list[tuple[float, float, int, bool]], cuts: list[int]
@@ -195,6 +201,9 @@ def test_the_sums_do_not_depend_on_how_the_rows_are_cut_into_parts(
                 assert low * (1 - NEAR) - 1 <= histogram.quantile(q) <= high * (1 + NEAR) + 1
     assert (cut.latency.counts == whole.latency.counts).all()
     assert (cut.timeline.stretches == whole.timeline.stretches).all()
+    assert cut.timeline.width_ms == whole.timeline.width_ms
+    order = [("bucket", "ascending"), ("latency", "ascending")]
+    assert cut.timeline.cells.sort_by(order).equals(whole.timeline.cells.sort_by(order))
     for stats in (cut, whole):
         cells = stats.timeline.cells.to_pandas()
         assert cells.bucket.nunique() <= MOST_BUCKETS
