@@ -176,7 +176,7 @@ def infer(data: Path, out: Path, replicas: int, where: dict[str, Any]) -> dict[s
         watch.join()
     if driver.returncode != 0:
         raise RuntimeError((out.parent / f"{out.name}.log").read_text()[-3000:])
-    return {"began": began, "ended": time.time(), "watch": watch}
+    return {"began": began, "ended": time.time(), "watch": watch, "log": (out.parent / f"{out.name}.log").read_text()}
 
 
 def index_costs(out: Path, work: Path) -> list[dict[str, Any]]:
