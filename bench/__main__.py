@@ -2,7 +2,7 @@
 
     python -m bench [--out bench/results] [--only llamacpp,transformers,vllm,pipeline,remote,batch]
                     [--only remote.faults] [--only pipeline.cold]
-                    [--only scale]      (or scale.ledger) ten million rows over fifty nodes; an hour, and only when asked for
+                    [--only scale]      (or scale.ledger) ten million rows, fifty nodes: an hour, only when asked for
                     [--sizes 100000,1000000]
 
 The GSM8K questions are taken from $EAGLERAY_GSM8K or ../shared/data/gsm8k_test.jsonl, where they are; a small set of
