@@ -2,7 +2,8 @@
 
 What is real: 50 raylets, each with its own object store, agents and worker processes, in one Ray cluster; the whole command
 `eagleray infer engine=echo` as its driver; 16 replicas spread over the nodes; reading as Ray tasks on all of them, the
-final output on those that have a CPU (`cpu_nodes` of them, for 50 workers at once do not fit into one machine's memory); every row, segment, part and fsync. What is not: a network, and more than the machine's cores and its one disk, so
+final output on those that have a CPU (`cpu_nodes` of them, for 50 workers at once do not fit into one machine's memory);
+every row, segment, part and fsync. What is not: a network, and more than the machine's cores and its one disk, so
 the rate says what the machine does, not what 50 would. Memory is a process's own pages without the object store.
 """
 
