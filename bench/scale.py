@@ -1,8 +1,8 @@
 """Ten million rows in a thousand files over fifty nodes: `python -m bench --only scale` (about an hour on two cores).
 
 What is real: 50 raylets, each with its own object store, agents and worker processes, in one Ray cluster; the whole command
-`eagleray infer engine=echo` as its driver; 16 replicas spread over the nodes; reading and the final output as Ray tasks
-on the nodes that have a CPU (`cpu_nodes` of them, for 50 workers at once do not fit into the memory of one machine);
+`eagleray infer engine=echo` as its driver; 16 replicas spread over the nodes; reading as Ray tasks on all of them, the
+final output on those that have a CPU (`cpu_nodes` of them, for 50 workers at once do not fit into one machine's memory);
 every row, segment, part and fsync. What is not: a network, and more than the machine's cores and its one disk, so
 the rate says what the machine does, not what 50 would. Memory is a process's own pages without the object store.
 """
@@ -28,7 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.pipeline import _kind, private_mib
-from pipeline.ledger import SEGMENTS
+from pipeline.fs import resolve
+from pipeline.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
 
 # Nothing is started before it is needed; a node without a CPU also keeps a worker that has nothing to do for a moment;
 # and the run gets its share of a machine that does other things, where Ray's workers give way to everybody else.
@@ -176,31 +177,36 @@ def infer(data: Path, out: Path, replicas: int, where: dict[str, Any]) -> dict[s
         watch.join()
     if driver.returncode != 0:
         raise RuntimeError((out.parent / f"{out.name}.log").read_text()[-3000:])
-    return {"began": began, "ended": time.time(), "watch": watch}
+    return {"began": began, "ended": time.time(), "watch": watch, "log": (out.parent / f"{out.name}.log").read_text()}
 
 
-def index_costs(out: Path, work: Path) -> list[dict[str, Any]]:
-    """The ledger read in a fresh process: a tenth of the run's segments, half of them, all."""
-    segments = sorted((out / SEGMENTS).glob("*.parquet"))
+def ledger(sizes: tuple[int, ...] = (1_000_000, 5_000_000, 10_000_000)) -> list[dict[str, Any]]:
+    """Ledgers of these sizes, in merged segments of 65,536 rows, each read in a fresh process."""
     found = []
-    for share in (0.1, 0.5, 1.0):
-        part = work / f"ledger-{share}"
-        (part / SEGMENTS).mkdir(parents=True)
-        rows, wanted = 0, share * sum(pq.read_metadata(path).num_rows for path in segments)
-        for path in segments:
-            if rows >= wanted:
-                break
-            os.link(path, part / SEGMENTS / path.name)
-            rows += pq.read_metadata(path).num_rows
-        told = subprocess.run([sys.executable, "-c", INDEX, str(part)], check=True, capture_output=True, text=True)
-        one = json.loads(told.stdout)
-        found.append({
-            "rows": one["rows"], "segments": one["segments"], "seconds": round(one["seconds"], 1),
-            "cpu_us_per_row": round(1e6 * one["cpu"] / one["rows"], 2),
-            "bytes_per_row": round(one["bytes"] / one["rows"], 1),
-            "peak_bytes_per_row": round(one["peak"] / one["rows"]),
-        })  # fmt: skip
-        print("ledger", found[-1], file=sys.stderr, flush=True)
+    work = Path(tempfile.mkdtemp(prefix="eagleray-ledger-"))
+    try:
+        written = 0
+        for size in sizes:
+            while written < size:
+                rows = min(65_536, size - written)
+                keys = pa.Array.from_buffers(pa.binary(32), rows, [None, pa.py_buffer(os.urandom(32 * rows))])
+                usage = pa.repeat(pa.scalar({"input": 3, "cached_input": 0, "output": 3}, USAGE), rows)
+                when = pa.repeat(pa.scalar(written, pa.timestamp("ms", tz="UTC")), rows)
+                known = {"key": keys, "response": pa.repeat("an answer", rows), "usage": usage, "done_at": when}
+                columns = [known[f.name] if f.name in known else pa.nulls(rows, f.type) for f in SEGMENT_SCHEMA]
+                _put(*resolve(str(work)), "w1", pa.Table.from_arrays(columns, schema=SEGMENT_SCHEMA))
+                written += rows
+            told = subprocess.run([sys.executable, "-c", INDEX, str(work)], check=True, capture_output=True, text=True)
+            one = json.loads(told.stdout)
+            found.append({
+                "rows": one["rows"], "segments": one["segments"], "seconds": round(one["seconds"], 1),
+                "cpu_us_per_row": round(1e6 * one["cpu"] / one["rows"], 2),
+                "bytes_per_row": round(one["bytes"] / one["rows"], 1),
+                "peak_bytes_per_row": round(one["peak"] / one["rows"]),
+            })  # fmt: skip
+            print("ledger", found[-1], file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return found
 
 
@@ -246,8 +252,7 @@ def run(
             result["resume_s"] = round(again["ended"] - again["began"])
             result["resume_peak_mib"] = {kind: round(mib) for kind, mib in sorted(again["watch"].peak.items())}
             print("resume", result["resume_s"], result["resume_peak_mib"], file=sys.stderr, flush=True)
-        result["ledger"] = index_costs(out, work)
-        return result
+        return {**result, "ledger": ledger()}
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)

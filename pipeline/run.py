@@ -476,7 +476,7 @@ def _finalize(
     console: Console,
 ) -> JobResult:
     """Writes data/ and errors/ on all nodes at once."""
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
         fs.delete_file(f"{root}/{MANIFEST}")
@@ -499,11 +499,12 @@ def _finalize(
                 for positions in result.used:
                     used[positions] = True
                 total.stats.merge(result.stats)
-        except (OSError, RayTaskError) as error:
+        except (OSError, RayError) as error:
             cause = getattr(error, "cause", error)
-            if isinstance(cause, OSError):
-                raise Stopped(f"putting the output together failed: {cause}") from None
-            raise
+            if isinstance(error, RayTaskError) and not isinstance(cause, OSError):
+                raise
+            # Else the store failed, or Ray ended a process, for want of memory say.
+            raise Stopped(f"putting the output together failed: {one_line(cause)}; the same command goes on") from None
     total.used = [used]
     return total
 

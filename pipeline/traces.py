@@ -106,6 +106,8 @@ class RunSpan:
         """Whether the span was taken."""
         from opentelemetry.sdk.trace.export import SpanExportResult
 
+        if not self.span.is_recording():  # OTEL_TRACES_SAMPLER left it out
+            return True
         self.span.end()
         taken = self.exporter.export([self.span]) is SpanExportResult.SUCCESS
         self.exporter.shutdown()

@@ -148,3 +148,13 @@ def test_without_the_packages_it_says_what_to_install(
     with pytest.raises(ConfigError, match=r"run.traces needs OpenTelemetry: run pip install 'eagleray\[traces\]'"):
         infer(data, "run.traces=http://127.0.0.1:1")
     assert not (infer.out / "manifest.json").exists()
+
+
+def test_a_sampler_of_the_environment_is_heeded(
+    infer: Infer, tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    data = tmp_path / "in.jsonl"
+    data.write_text(json.dumps(ask("hello")) + "\n")
+    assert infer(data, f"run.traces={collector.url}").exit_status == 0
+    assert not collector.spans and "did not get through" not in infer.printed
