@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -27,6 +28,8 @@ from jobs.compose import command_of, compose
 from jobs.errors import ADVICE, pattern_of
 from jobs.reading import Rows, brief, open_output, visible
 from pipeline.config import without_secrets
+from pipeline.crew import Stopped
+from pipeline.feed import Status
 from pipeline.fs import resolve
 from pipeline.ledger import list_segments
 from pipeline.lock import held, run_lock
@@ -174,6 +177,16 @@ def test_a_later_run_into_the_same_output_hides_the_old_manifest_until_it_is_don
     manifest = json.loads((infer.out / "manifest.json").read_text())
     (infer.out / "manifest.json").write_text(json.dumps({**manifest, "finished_at": time.time() + 1}))
     assert look("status", infer.out) == 0  # killed after all was done
+
+
+def test_failures_are_in_the_state_as_well(tmp_path: Path) -> None:
+    """Of a Counter, which `dataclasses.asdict` takes apart."""
+    fs, root = resolve(str(tmp_path))
+    with pytest.raises(Stopped), told(compose(["engine=echo"]), fs, root) as state:
+        state.status = Status(failed=2, errors=Counter({"server": 2}))
+        raise Stopped("too bad")
+    left = json.loads((tmp_path / STATE).read_text())
+    assert left["ended"] == "too bad" and left["status"]["errors"] == {"server": 2}
 
 
 def test_an_output_without_a_state_tells_what_its_ledger_has(infer: Infer, look: Look, write_jsonl: Write) -> None:
