@@ -20,6 +20,7 @@ from rich.text import Text
 from engines.types import ConfigError
 from jobs.reading import Arguments, Output, Row, Rows, brief, inspect, number, open_output, print_json, say, steady, visible
 from jobs.show import figures, parsed
+from pipeline.lossless import loads
 
 LIMIT = 5
 # Of longer texts the rest is cut off: comparing word by word takes a time that grows with the square.
@@ -45,7 +46,8 @@ class Side:
             usage, error = row.get("usage") or {}, row["error"]
             reason = error["type"] if error else str(row.get("finish_reason"))
             code = self.reasons.setdefault(reason, len(self.reasons))
-            answer = hash((row.get("response"), str(row.get("tool_calls") or None)))
+            calls = row.get("tool_calls") or None  # JSON text in Parquet
+            answer = hash((row.get("response"), str(loads(calls.encode()) if isinstance(calls, str) else calls)))
             told = (usage.get("input"), usage.get("output"), row.get("latency_s"))
             unknown = (np.nan if value is None else value for value in told)
             yield place, hash(row["id"]), row.get("index", -1), answer, bool(error), code, *unknown
@@ -213,8 +215,8 @@ def _show_pair(one: Row, two: Row, console: Console) -> None:
         column.ratio, column.overflow = 1, "fold"
     marks = not console.color_system
     asked = _asked(one), _asked(two)
-    if asked[0] == asked[1]:
-        say(console, brief(asked[0], 300), "cyan")
+    if asked[0] == asked[1] or not all(asked):
+        say(console, brief(asked[0] or asked[1], 300), "cyan")
     else:
         table.add_row(*word_diff(*asked, marks), end_section=True)
     table.add_row(*word_diff(_answer(one), _answer(two), marks))

@@ -127,7 +127,8 @@ def _show(type: str, kinds: list[tuple[str, Kind]], limit: int, console: Console
     rows = sum(kind.rows for _, kind in kinds)
     console.print()
     console.print(Text(visible(type), "bold red") + Text(f"  {_rows(rows)}", "not bold default"))
-    say(console, f"  {ADVICE.get(type, '')}")
+    if type in ADVICE:
+        say(console, f"  {ADVICE[type]}")
     for pattern, kind in kinds[:limit]:
         message = brief(kind.message, 300)
         say(console, f"  {kind.rows:>7,}  {pattern if kind.rows > 1 else message}", "yellow")

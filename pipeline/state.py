@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import orjson
@@ -51,12 +51,13 @@ class RunState:
 
     def write(self) -> None:
         """Writes it down. A store that is away costs this beat, never the run."""
-        with suppress(OSError, RuntimeError):  # RuntimeError: a counter that grew while it was copied
+        with suppress(OSError):
             status, now = self.source() if self.source else self.status, time.time()
             self.recent.append((now, status.done + status.failed, status.input_tokens, status.output_tokens))
             told = {
                 "phase": self.phase, "ended": self.ended, "pid": os.getpid(), "host": socket.gethostname(),
-                "started_at": self.started, "began_at": self.began, "beat_at": now, "status": asdict(status),
+                "started_at": self.started, "began_at": self.began, "beat_at": now,
+                "status": {f.name: getattr(status, f.name) for f in fields(status)},  # asdict makes nonsense of a Counter
                 "recent": list(self.recent), "config": self.config,
             }  # fmt: skip
             write_atomic(self.fs, self.path, orjson.dumps(told))
