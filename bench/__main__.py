@@ -1,7 +1,8 @@
 """`make bench`: every figure the project claims, measured here and now, as JSON and as a Markdown table.
 
     python -m bench [--out bench/results] [--only llamacpp,transformers,vllm,pipeline,remote,batch]
-                    [--only remote.faults]
+                    [--only remote.faults] [--only pipeline.cold]
+                    [--only scale]      ten million rows over fifty nodes; an hour, and only when asked for
                     [--sizes 100000,1000000]
 
 The GSM8K questions are taken from $EAGLERAY_GSM8K or ../shared/data/gsm8k_test.jsonl, where they are; a small set of
@@ -40,7 +41,13 @@ def main() -> None:
     if "pipeline" in args.only:
         from bench import pipeline
 
-        results["pipeline"] = pipeline.run([int(size) for size in args.sizes.split(",")])
+        step = args.only.partition("pipeline.")[2].partition(",")[0]
+        sizes = [int(size) for size in args.sizes.split(",")]
+        results["pipeline"] = {**results.get("pipeline", {}), **pipeline.run(sizes, step)}
+    if "scale" in args.only.split(","):
+        from bench import scale
+
+        results["scale"] = scale.run()
     if "remote" in args.only:
         from bench import remote
 
@@ -96,7 +103,25 @@ def markdown(results: dict[str, Any]) -> str:
             ("stragglers: share of the possible rate", f"{found['stragglers']['ratio']:.3f}", "≥ 0.95"),
             ("`eagleray --help`, s", f"{found['cold_start']['help_s']}", "< 0.5"),
             ("ten echo rows end to end, s", f"{found['cold_start']['ten_rows_s']}", "< 10"),
+            ("… processor time of all its processes, s", f"{found['cold_start'].get('ten_rows_cpu_s', '')}", ""),
         ]
+    if found := results.get("scale"):
+        what = f"{found['rows']:,} rows, {found['files']:,} files, {found['nodes']} raylets, {found['replicas']} replicas"
+        memory = ", ".join(f"{kind} {mib}" for kind, mib in found["peak_mib"].items())
+        rows += [
+            (f"echo, {what}: rows/s end to end", f"{found['rows_per_s']:,}", ""),
+            ("… while asking", f"{found['asking_rows_per_s']:,}", ""),
+            ("… peak MiB", memory, "flat"),
+            ("… the driver's MiB over time", " ".join(str(mib) for _, mib in found["driver_mib_over_time"]), "flat"),
+            ("… share of the time that putting the output together took", f"{found['finalize_share']:.0%}", ""),
+            ("… nodes that did it", f"{len(found['finalize_nodes'])}", f"{found['cpu_nodes']}"),
+        ]
+        if "resume_s" in found:
+            rows.append(("… resume over it, finished, s", f"{found['resume_s']}", ""))
+        for one in found.get("ledger", []):
+            rows.append((f"ledger of {one['rows']:,} rows: index, bytes a row", f"{one['bytes_per_row']}", "flat"))
+            rows.append(("… at most while it is made", f"{one['peak_bytes_per_row']}", ""))
+            rows.append(("… processor time to read it, µs a row", f"{one['cpu_us_per_row']}", "flat"))
     if found := results.get("remote"):
         fast, slow, faults = found["no_latency"], found["latency"], found["faults"]
         rows += [
@@ -127,6 +152,12 @@ def markdown(results: dict[str, Any]) -> str:
             rows.append(("… against a bare AsyncLLM, all submitted at once", f"{one['ratio']:.3f}", "≥ 0.97"))
         if one := found.get("order"):
             rows.append(("vllm, two replicas, shared prompts: by prefix against in turn", f"{one['ratio']:.2f}", "≥ 1.3"))
+        if one := found.get("lora"):
+            same = f"{one['identical']} of {one['rows']}"
+            rows.append((f"vllm, {one['adapters']} adapters in one batch: answers as each gives alone", same, "all"))
+            rows.append(
+                ("… tokens/s, against one adapter alone", f"{one['tokens_per_s'] / one['alone_tokens_per_s']:.2f}", "")
+            )
         for one in filter(None, (found.get("peers"), found.get("long"))):
             rows.append((f"vllm, {one['rows']:,} rows, the whole command, s", f"{one['eagleray']}", ""))
             rows.append(("… `vllm run-batch`, s", f"{one['run_batch']}", "more"))

@@ -1,8 +1,9 @@
-"""How much of vLLM's own speed `engine=vllm` keeps: `python -m bench --only vllm` (or vllm.engine, vllm.order, vllm.peers).
+"""How much of vLLM's own speed `engine=vllm` keeps: `python -m bench --only vllm` (or vllm.engine, …).
 
 SmolLM2-135M as a checkpoint (made by tests/checkpoint.py), eager, one machine. Each step takes turns:
 - `engine`: 256 questions through ours, and through a bare `AsyncLLM.generate` with everything submitted at once;
 - `order`: prompts of 1,000 shared tokens over two engines of a small cache, by prefix and in turn;
+- `lora`: rows over 4 adapters and the bare model in one batch, and each adapter's rows alone: the answers are compared;
 - `peers` and `long`: whole commands over 256 and 1,319 rows, loading included: `eagleray infer`, `vllm run-batch`,
   `ray.data.llm`.
 """
@@ -25,7 +26,7 @@ from bench.llamacpp import questions
 from engines.base import Engine, load_engine
 from pipeline.formats import Parsed
 from pipeline.ready import Ask, Ready, prefix_of
-from tests.checkpoint import checkpoint_dir
+from tests.checkpoint import adapter_dir, checkpoint_dir
 
 KWARGS: dict[str, Any] = {
     "enforce_eager": True, "max_model_len": 1536, "max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30,
@@ -136,6 +137,28 @@ def order(prompts: int = 12, each: int = 8, repeats: int = 3) -> dict[str, Any]:
     }
 
 
+def lora(data: Path | None, each: int, tokens: int, adapters: int = 4) -> dict[str, Any]:
+    """How many answers of a mixed batch are those that each adapter gives alone, greedily; and the tokens/s of both."""
+    names = [str(adapter_dir(seed)) for seed in range(adapters)]
+    asked = questions(data, each)
+    kwargs = {**KWARGS, "enable_lora": True, "max_loras": adapters, "max_lora_rank": 8}
+    with load_engine("vllm", model=str(checkpoint_dir()), kwargs=kwargs) as engine:
+
+        def answers(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
+            began = time.perf_counter()
+            found = engine.infer(rows, {"max_tokens": tokens})
+            return [c.text for c in found], sum(c.usage.output for c in found) / (time.perf_counter() - began)
+
+        engine.infer([{**row(asked[0]), "adapter": name} for name in names], {"max_tokens": 8})
+        mixed, together = answers([{**row(q), "adapter": name} for q in asked for name in names])
+        alone = {name: answers([{**row(q), "adapter": name} for q in asked]) for name in names}
+    same = sum(mixed[at * adapters + n] == alone[name][0][at] for at in range(each) for n, name in enumerate(names))
+    return {
+        "adapters": adapters, "rows": len(mixed), "identical": same, "tokens_per_s": round(together, 1),
+        "alone_tokens_per_s": round(statistics.median(rate for _, rate in alone.values()), 1),
+    }  # fmt: skip
+
+
 RAY_DATA = """
 import json, sys
 import ray
@@ -195,6 +218,7 @@ def run(data: Path | None, step: str = "") -> dict[str, Any]:
     steps = {
         "engine": lambda: engine_against_bare(data, rows=256, tokens=64, repeats=3),
         "order": order,
+        "lora": lambda: lora(data, each=16, tokens=32),
         "peers": lambda: peers(data, rows=256, tokens=64),
         "long": lambda: peers(data, rows=1319, tokens=64),
     }

@@ -13,22 +13,27 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
 from engines.batch.api import Batches
+from engines.script import ask_turns
+from engines.structured import ask_in_shape
 from engines.types import (
     Completion,
     ConfigError,
     Conversation,
+    Delta,
     EngineError,
     Failure,
     GenerationParams,
     Request,
+    Stream,
     check_messages,
     invalid,
     nearest,
+    text_of,
 )
 
 T = TypeVar("T")
@@ -49,7 +54,7 @@ class Price:
     cached_input: float | None = None  # None: as `input`
     output: float = 0.0
 
-    def of(self, input: int, cached_input: int, output: int) -> float:
+    def of(self, input: float, cached_input: float, output: float) -> float:
         """What so many tokens cost; the cached ones are among the input."""
         cached = self.cached_input if self.cached_input is not None else self.input
         return ((input - cached_input) * self.input + cached_input * cached + output * self.output) / 1e6
@@ -280,7 +285,14 @@ class Engine(Batches, ABC):
         return self.config.max_concurrency or 64
 
     async def generate(self, request: Request) -> Completion:
-        """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs."""
+        """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs.
+
+        An answer that is not in the shape asked for is asked for again; `turns` are asked one after the other.
+        """
+        return await ask_turns(functools.partial(ask_in_shape, self._answer), request)
+
+    async def _answer(self, request: Request) -> Completion:
+        """Asks the model once."""
         started = time.perf_counter()
         try:
             completion = await self._generate(self.prepared(request))
@@ -292,6 +304,33 @@ class Engine(Batches, ABC):
         if completion.model is None:
             completion.model = request.model or self.config.model
         return completion
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta | Completion, None]:
+        """As `generate`, with the text piece by piece as it comes, where the engine can; else whole at the end.
+
+        The last item is the `Completion`. The pieces before it add up to the texts in it, unless it is an error: one that
+        comes after the first piece was not retried. Tool calls and log probabilities are in the completion only.
+        """
+        pieces: asyncio.Queue[Delta | None] = asyncio.Queue()
+        task = asyncio.create_task(self.generate(replace(request, stream=Stream(pieces))))
+        task.add_done_callback(lambda _: pieces.put_nowait(None))
+        texts: Counter[int] = Counter()  # characters so far, by choice
+        thoughts = 0
+        try:
+            while (piece := await pieces.get()) is not None:
+                texts[piece.index] += len(piece.text)
+                thoughts += len(piece.reasoning)
+                yield piece
+            completion = await task
+            rest = Delta(reasoning=(completion.reasoning or "")[thoughts:])
+            if rest.reasoning:
+                yield rest
+            for at, choice in enumerate(completion.choices):
+                if text := (text_of(choice.message) or "")[texts[at] :]:
+                    yield Delta(text, index=at)
+            yield completion
+        finally:
+            task.cancel()
 
     def prepared(self, request: Request) -> Request:
         """The request as this engine can serve it. Raises `EngineError("invalid_input")` where it cannot."""
@@ -446,6 +485,7 @@ def to_request(conversation: Conversation | Mapping[str, Any], base: GenerationP
         model=conversation.model,
         adapter=conversation.adapter,
         key=conversation.id or "",
+        turns=conversation.turns,
     )
 
 

@@ -42,19 +42,20 @@ class FallbackEngine(Engine):
         raise AssertionError("generate() never comes here")
 
     async def generate(self, request: Request) -> Completion:
-        attempts, latency = 0, 0.0
+        before = Completion(attempts=0)
         for engine in self.engines:
             completion = await engine.generate(request)
-            attempts, latency = attempts + completion.attempts, latency + completion.latency_s
+            completion.carry(before)
+            before = completion
             refused = completion.finish_reason == "content_filter"
             # An engine that is broken must be replaced, and not hidden behind what may cost money.
             ends = completion.error is not None and completion.error.type in ("cancelled", "engine_crash")
-            if ends or (completion.error is None and not refused):
+            seen = request.stream is not None and request.stream.begun  # another's words would follow the first one's
+            if ends or seen or (completion.error is None and not refused):
                 break
             # The row's own model and adapter are names of the first engine.
             request = dataclasses.replace(request, model=None, adapter=None)
         self.outage = self.engines[-1].outage
-        completion.attempts, completion.latency_s = attempts, latency
         return completion
 
     def close(self) -> None:

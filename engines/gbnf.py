@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from llama_cpp.llama_grammar import PRIMITIVE_RULES, SchemaConverter
+from llama_cpp.llama_grammar import PRIMITIVE_RULES, BuiltinRule, SchemaConverter
 
 from engines.types import EngineError, invalid, json_schema_of
 
@@ -70,12 +70,19 @@ def _text(response_format: Mapping[str, Any], *names: str) -> str:
 # --- JSON Schema: llama-cpp-python's converter, with its gaps filled -------------------------------------------------
 
 _ANNOTATIONS = ("title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions")
+# JSON has no control characters in its strings, and no halves of UTF-16 pairs; the converter's own rule has both.
+_CHAR = BuiltinRule(
+    r'[^"\\\x00-\x1F] | "\\" (["\\/bfnrt] | "u" ([0-9a-ce-fA-CE-F] [0-9a-fA-F] | [dD] [0-7]) [0-9a-fA-F] [0-9a-fA-F])', []
+)
 _ANYTHING = {"description": "any value"}  # a schema the converter's truth tests take for present
 
 
 class _Schema(SchemaConverter):
     def __init__(self) -> None:
         super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+
+    def _add_primitive(self, name: str, rule: Any) -> Any:
+        return super()._add_primitive(name, _CHAR if rule is PRIMITIVE_RULES["char"] else rule)
 
     def visit(self, schema: Any, name: str) -> str:
         if schema is False:

@@ -77,16 +77,18 @@ import llama_cpp as L
 from engines.base import Engine
 from engines.gbnf import to_gbnf
 from engines.template import ChatTemplate
-from engines.text import parse_tool_calls
+from engines.text import TOOL_CALL, parse_tool_calls, settled
 from engines.types import (
     DEFAULT_MAX_TOKENS,
     Choice,
     Completion,
     ConfigError,
+    Delta,
     EngineError,
     FinishReason,
     GenerationParams,
     Request,
+    Stream,
     Usage,
     answer,
     invalid,
@@ -215,6 +217,10 @@ class _Sequence:
     stop: list[str]
     stop_ids: frozenset[int]
     logprobs: int | None
+    index: int = 0  # among the answers of one request
+    stream: Stream | None = None
+    marks: list[str] = field(default_factory=list)  # texts that are held back from the stream, from their first character
+    sent: int = 0  # characters that went into the stream
     future: Future[_Sequence] = field(default_factory=Future)
 
     cached: int = 0  # prompt tokens that were not evaluated
@@ -237,6 +243,13 @@ class _Sequence:
         if places:
             self.text = self.text[: min(places)]
         return bool(places)
+
+    def tell(self, stream: Stream) -> None:
+        """Passes on what nothing that may follow can take back. The end of the text comes with the answer itself."""
+        end = settled(self.text, self.marks)
+        if end > self.sent:
+            stream.put(Delta(self.text[self.sent : end], index=self.index))
+            self.sent = end
 
 
 @dataclass(slots=True, eq=False)
@@ -431,6 +444,9 @@ class LlamaCppEngine(Engine):
                 g.stop or [],
                 frozenset(g.stop_token_ids or ()),
                 g.logprobs,
+                i,
+                request.stream,
+                [*(g.stop or ()), *([TOOL_CALL] if tools else ())],
             )
             for i in range(g.n or 1)
         ]
@@ -680,6 +696,8 @@ class LlamaCppEngine(Engine):
             self._release(slot)
             with contextlib.suppress(Exception):  # cancelled meanwhile
                 sequence.future.set_result(sequence)
+        elif sequence.stream is not None:
+            sequence.tell(sequence.stream)
 
     def _release(self, slot: _Slot) -> None:
         if slot.running is not None:

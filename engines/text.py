@@ -94,6 +94,21 @@ def parse_tool_calls(text: str) -> tuple[str | None, list[ToolCall]]:
     return (_TOOL_CALL.sub("", text).strip() or None, calls) if calls else (text, [])
 
 
+TOOL_CALL = "<tool_call>"
+
+
+def settled(text: str, marks: Iterable[str]) -> int:
+    """How many characters of a growing `text` lie before any of `marks`, whole or perhaps begun at its end."""
+    end = len(text)
+    for mark in marks:
+        at = text.find(mark)
+        if at < 0:
+            begun = (n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n]))
+            at = len(text) - next(begun, 0)
+        end = min(end, at)
+    return end
+
+
 def cut_at_stop(text: str, stops: Iterable[str]) -> str:
     """`text` up to the first stop text in it."""
     places = [at for stop in stops if (at := text.find(stop)) >= 0]

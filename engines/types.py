@@ -6,6 +6,8 @@ keeps every field its author wrote, known to us or not. Everything Eagleray itse
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
@@ -37,6 +39,8 @@ ErrorType = Literal[
 
 # Local engines must bound an answer; used where the caller names no `max_tokens`.
 DEFAULT_MAX_TOKENS = 1024
+# How often an answer that is not in the shape asked for is asked for again, where the caller does not say.
+DEFAULT_SCHEMA_RETRIES = 2
 
 
 class Function(TypedDict):
@@ -133,6 +137,7 @@ class GenerationParams:
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    schema_retries: int | None = None  # of answers that are not what response_format asks for
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> GenerationParams:
@@ -147,14 +152,15 @@ class GenerationParams:
         return dataclasses.replace(self, **{name: _check_param(name, value) for name, value in given.items()})
 
     def given(self) -> dict[str, Any]:
-        """Only the fields somebody set, in declaration order."""
-        return {name: value for name in GENERATION_FIELDS if (value := getattr(self, name)) is not None}
+        """Only the fields somebody set, in declaration order, of those that shape an answer."""
+        names = (name for name in GENERATION_FIELDS if name != "schema_retries")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 GENERATION_FIELDS = tuple(f.name for f in dataclasses.fields(GenerationParams))
 
 _POSITIVE_INT = {"max_tokens", "n"}
-_INT = {"top_k", "seed", "logprobs"}
+_INT = {"top_k", "seed", "logprobs", "schema_retries"}
 # name -> (lowest, highest), both allowed
 _FLOAT_RANGE = {
     "temperature": (0.0, float("inf")),
@@ -164,7 +170,7 @@ _FLOAT_RANGE = {
     "presence_penalty": (-2.0, 2.0),
     "repetition_penalty": (0.0, float("inf")),
 }
-_RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
+RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
 
 
 def _check_param(name: str, value: Any) -> Any:
@@ -174,7 +180,7 @@ def _check_param(name: str, value: Any) -> Any:
             return 0 if value else None
         if isinstance(value, float) and value.is_integer():  # Parquet and YAML may carry 256 as 256.0
             value = int(value)
-        least = 1 if name in _POSITIVE_INT else (0 if name == "logprobs" else None)
+        least = 1 if name in _POSITIVE_INT else (0 if name in ("logprobs", "schema_retries") else None)
         if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
             bound = f" of at least {least}" if least is not None else ""
             raise invalid(f"{name} must be a whole number{bound}, not {value!r}")
@@ -204,8 +210,10 @@ def _check_param(name: str, value: Any) -> Any:
         except (TypeError, ValueError, OverflowError):
             raise invalid(f"logit_bias must map token ids to numbers, not {value!r}") from None
     if name == "response_format":
-        if not isinstance(value, Mapping) or value.get("type") not in _RESPONSE_FORMATS:
-            raise invalid(f"response_format needs a 'type' among {', '.join(_RESPONSE_FORMATS)}, not {value!r:.200}")
+        if isinstance(value, Mapping) and value.get("type") == "object":  # a schema alone
+            return {"type": "json_schema", "json_schema": {"schema": dict(value)}}
+        if not isinstance(value, Mapping) or value.get("type") not in RESPONSE_FORMATS:
+            raise invalid(f"response_format needs a 'type' among {', '.join(RESPONSE_FORMATS)}, not {value!r:.200}")
         return None if value["type"] == "text" else dict(value)
     if name == "tools":
         if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
@@ -241,6 +249,30 @@ class Conversation:
     model: str | None = None
     adapter: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    turns: list[Any] = field(default_factory=list)  # what the user says next, each after the answer to the one before
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer as it is made: text, or the reasoning before it, of the choice `index`."""
+
+    text: str = ""
+    reasoning: str = ""
+    index: int = 0
+
+
+class Stream:
+    """Takes the pieces of one answer, from any thread. Once it has `begun`, nothing may be asked anew: its reader has seen
+    them."""
+
+    def __init__(self, pieces: asyncio.Queue[Delta | None]) -> None:
+        self.loop, self.pieces = asyncio.get_running_loop(), pieces
+        self.begun = False
+
+    def put(self, delta: Delta) -> None:
+        self.begun = True
+        with contextlib.suppress(RuntimeError):  # its loop has ended, and whoever read here with it
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +284,8 @@ class Request:
     model: str | None = None  # None: the engine's own
     adapter: str | None = None
     key: str = ""
+    turns: list[Any] = field(default_factory=list)  # contents of further user messages; see `Conversation`
+    stream: Stream | None = None  # where an engine that can puts text as it comes; set by `Engine.stream`
 
 
 @dataclass(slots=True)
@@ -299,6 +333,15 @@ class Completion:
     latency_s: float = 0.0
     reasoning: str | None = None
     error: Failure | None = None
+    dialogue: list[Message] = field(default_factory=list)  # between a request's messages and the last of its answers
+
+    def carry(self, before: Completion) -> None:
+        """Adds what `before`, asked for the same row, has taken."""
+        self.usage.input += before.usage.input
+        self.usage.cached_input += before.usage.cached_input
+        self.usage.output += before.usage.output
+        self.attempts += before.attempts
+        self.latency_s += before.latency_s
 
     @property
     def message(self) -> Message | None:

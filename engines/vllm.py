@@ -35,6 +35,7 @@ from engines import guard
 from engines.base import Capabilities, Engine
 from engines.remote import chat
 from engines.remote.errors import failure
+from engines.remote.events import Events
 from engines.remote.provider import Provider
 from engines.text import one_line
 from engines.types import DEFAULT_MAX_TOKENS, Completion, ConfigError, EngineError, Request, invalid, nearest
@@ -181,10 +182,21 @@ class VLLMEngine(Engine):
         # As with the other local engines: greedy, and bounded, unless told otherwise.
         body = {"temperature": 0.0, "max_tokens": DEFAULT_MAX_TOKENS, **body, **self.config.extra_body}
         body["max_tokens"] = min(body["max_tokens"], self.max_model_len)  # vLLM takes off the prompt's part by itself
+        if request.stream is not None:
+            body |= chat.STREAM
         if self.turns is not None:
             await self.turns.enter(adapter is not None)
         try:
             answer = await self.state.openai_serving_chat.create_chat_completion(ChatCompletionRequest.model_validate(body))
+            if request.stream is not None and not isinstance(answer, ErrorResponse):
+                events = Events(chat.Joined(), request.stream)
+                async for event in answer:
+                    events.feed(event.encode())
+                answer = events.payload()
+                if error := answer.get("error"):
+                    answer = ErrorResponse(error=error)
+        except EngineError:
+            raise
         except Exception as error:  # as its server does
             answer = create_error_response(error)
         finally:
@@ -193,7 +205,7 @@ class VLLMEngine(Engine):
         self._check_alive()
         if isinstance(answer, ErrorResponse):
             raise failure(answer.error.code, answer.model_dump_json().encode(), {})
-        completion = chat.completion(answer.model_dump(), PROVIDER)
+        completion = chat.completion(answer if isinstance(answer, dict) else answer.model_dump(), PROVIDER)
         completion.model = adapter or self.config.model
         return completion
 

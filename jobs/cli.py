@@ -9,8 +9,16 @@ import sys
 JOBS = {
     "infer": "ask a model every conversation of a dataset",
     "batch": "the same through a provider's batch API, for half the price: submit, status, fetch, list, cancel",
+    "serve": "an engine as an endpoint for OpenAI's clients",
+    "chat": "talk to an engine in the terminal",
     "plan": "whether a model fits the hardware, and what a dataset holds, before anything is asked",
+    "status": "how a run stands: while it goes on, after it stopped, when it is complete",
+    "show": "conversations with their answers, as a chat in the terminal",
+    "errors": "why rows failed, what that means, and how to ask them again",
+    "diff": "two outputs side by side: two models, say, or two prompts",
 }
+# The first of each group, with its heading.
+HEADINGS = {"infer": "Asking", "status": "Looking at an output directory (eagleray status OUT)"}
 
 
 def main() -> int:
@@ -35,15 +43,14 @@ def main() -> int:
 
 
 def _help() -> str:
-    jobs = "\n".join(f"  {name:<10}{what}" for name, what in JOBS.items())
+    jobs = "".join(
+        (f"\n{HEADINGS[name]}:\n" if name in HEADINGS else "") + f"  {name:<10}{what}\n" for name, what in JOBS.items()
+    )
     return f"""\
 Eagleray: batch inference over conversation datasets, exactly once, in order.
 
   eagleray <job> [key=value …]
-
-Jobs:
 {jobs}
-
 Examples:
   eagleray infer dataset.path=in.jsonl output.path=out
   eagleray plan engine=vllm engine.model=path/to/checkpoint hardware=8xh100 dataset.path=in.jsonl

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from engines.base import Price
-from engines.types import ConfigError, nearest
+from engines.types import RESPONSE_FORMATS, ConfigError, nearest
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
 GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")
+SECTIONS = (*GROUPS, "serve")
 
 
 def conf_dir() -> Path:
@@ -55,7 +59,24 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
+    config.generation["response_format"] = _response_format(config.generation.get("response_format"))
     return config
+
+
+def _response_format(given: Any) -> Any:
+    """A text is JSON, or names a file with it: a schema, or a whole response_format, by which the run goes from here on."""
+    if not isinstance(given, str):
+        return given
+    where = f"generation.response_format={given}"
+    try:
+        found = json.loads(given if given.lstrip().startswith("{") else Path(given).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{where} is not a file that can be read ({error.strerror}), and no schema") from None
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} must hold a JSON schema, an object")
+    return found if found.get("type") in RESPONSE_FORMATS else {"type": "json_schema", "json_schema": {"schema": found}}
 
 
 _OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]*)?(?P<value>=.*)?$", re.DOTALL)
@@ -101,15 +122,15 @@ def _nearest_key(name: str) -> str:
     known = list(_types())
     section, _, rest = name.lower().partition(".")
     if not rest:
-        leaves = [*GROUPS, *(key.partition(".")[2] for key in known)]
+        leaves = [*SECTIONS, *(key.partition(".")[2] for key in known)]
         close = difflib.get_close_matches(section, leaves, n=1)
         if not close:
-            return nearest(section, GROUPS)
-        found = close if close[0] in GROUPS else [key for key in known if key.partition(".")[2] == close[0]]
+            return nearest(section, SECTIONS)
+        found = close if close[0] in SECTIONS else [key for key in known if key.partition(".")[2] == close[0]]
         return f" (did you mean {' or '.join(repr(key) for key in found)}?)"
-    sections = difflib.get_close_matches(section, GROUPS, n=1)
+    sections = difflib.get_close_matches(section, SECTIONS, n=1)
     if not sections:
-        return nearest(section, GROUPS)
+        return nearest(section, SECTIONS)
     mine = [key.partition(".")[2] for key in known if key.startswith(f"{sections[0]}.")]
     if not rest.startswith("price."):
         rest = rest.partition(".")[0]
@@ -133,9 +154,12 @@ def _readable(override: str) -> str:
             return override
     except HydraException:
         pass
-    # In Hydra's quotes a backslash means itself but before a quote.
-    quoted = re.sub(r"(\\*)(?:'|$)", lambda found: found[1] * 2 + ("\\'" if found[0].endswith("'") else ""), value)
-    return f"{name}='{quoted}'"
+    return f"{name}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    """In Hydra's quotes a backslash means itself but before a quote."""
+    return "'" + re.sub(r"(\\*)(?:'|$)", lambda found: found[1] * 2 + ("\\'" if found[0].endswith("'") else ""), text) + "'"
 
 
 _EXPECTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
@@ -187,3 +211,49 @@ def as_yaml(config: Config) -> str:
 
     text: str = OmegaConf.to_yaml(OmegaConf.create(without_secrets(config)))
     return text
+
+
+def command_of(config: Mapping[str, Any]) -> list[str] | None:
+    """The words of the command that stands for a configuration, as manifests have it; None where none says it exactly."""
+    from pipeline.lossless import dumps, loads
+
+    kind, batch = config["engine"]["kind"], config["run"]["mode"] == "batch"
+    job, mode = ("batch", ["run.mode=batch"]) if batch else ("infer", [])
+    given = [f"engine={kind}"] if kind in options("engine") else []
+    base = loads(dumps(without_secrets(compose([*given, *mode]))))
+    try:
+        given += sorted(_differences("", base, config), key=lambda word: not word.startswith("engine."))
+        same = loads(dumps(without_secrets(compose([*given, *mode])))) == config
+    except (ConfigError, ValueError):
+        return None
+    return ["eagleray", job, *given] if same else None
+
+
+def _differences(path: str, base: Any, value: Any) -> Iterator[str]:
+    """What to set, beginning with `base`, in order to get `value`."""
+    if value == base:
+        return
+    if not isinstance(value, Mapping) or not (isinstance(base, Mapping) or path in OPEN_KEYS) or not value:
+        yield f"{path}={_in_hydra(value)}"
+        return
+    base = base or {}
+    if all(re.fullmatch(r"[\w-]+", name) for name in value) and base.keys() <= value.keys():
+        for name, item in value.items():
+            yield from _differences(f"{path}.{name}".lstrip("."), base.get(name), item)
+    else:
+        yield f"{path}={_in_hydra(value)}"
+
+
+def _in_hydra(value: Any, inside: bool = False) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, Mapping):
+        if not all(re.fullmatch(r"[\w-]+", str(name)) for name in value):
+            raise ValueError("a key that overrides cannot have")
+        return "{" + ",".join(f"{name}:{_in_hydra(item, True)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_in_hydra(item, True) for item in value) + "]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    if not inside and re.fullmatch(r"[A-Za-z_/.][\w/.:@+-]*|\*{3}|s3://[\w/.:@+-]+", value):
+        return value
+    return _quoted(value)

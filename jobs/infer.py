@@ -8,11 +8,11 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from engines.types import ConfigError, EngineError
-from jobs.compose import GROUPS, as_yaml, compose, options
+from jobs.compose import GROUPS, SECTIONS, as_yaml, compose, options
 from jobs.guide import see, see_type
 from pipeline.config import Config
 
@@ -56,7 +56,7 @@ def finish(config: Config, console: Console, step: str = "") -> int:
 
     outcome = run(config, console, step)
     if outcome.manifest:
-        from jobs.show import show_outcome
+        from jobs.outcome import show_outcome
 
         show_outcome(outcome.manifest, str(config.output.path), console)
     return outcome.exit_status
@@ -127,34 +127,40 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
 
 def help_text() -> str:
     """Every group with its options, every key with its default and what it is for."""
-    from pipeline.config import known_keys
-
     lines = [
         "Ask a model every conversation of a dataset; results land in output.path, once each, in input order.",
         "",
         "  eagleray infer dataset.path=IN output.path=OUT [group=option …] [key=value …]",
         "",
-        "Groups:",
-        *(
-            textwrap.fill(f"{group}={' | '.join(options(group))}", 110, initial_indent="  ", subsequent_indent="    ")
-            for group in GROUPS
-            if len(options(group)) > 1
-        ),
-        "",
-        "Keys:",
-    ]
-    for name, item in known_keys().items():
-        if name != "engine.kind":
-            default = item.default if item.default_factory is not item.default else None
-            shown = "" if default is None or not isinstance(default, (str, int, float, bool)) else f" [{default}]"
-            lines.append(f"  {name:<34}{item.metadata.get('help', '')}{shown}".rstrip())
-    lines += [
+        *keys_help(SECTIONS),
         "",
         "Flags: --cfg job prints the configuration; --config-dir DIR adds your own engine/, dataset/, … files.",
         "Exit status: 0 all rows done, 3 finished with failed rows, 4 stopped early, 2 wrong configuration,",
         "130 interrupted. After 4 and 130 the same command goes on where it stopped.",
     ]
     return "\n".join(lines)
+
+
+def keys_help(sections: Collection[str], more: Collection[str] = ()) -> list[str]:
+    """The groups and keys of these sections, and `more` keys, as lines."""
+    from pipeline.config import known_keys
+
+    lines = [
+        "Groups:",
+        *(
+            textwrap.fill(f"{group}={' | '.join(options(group))}", 110, initial_indent="  ", subsequent_indent="    ")
+            for group in GROUPS
+            if group in sections and len(options(group)) > 1
+        ),
+        "",
+        "Keys:",
+    ]
+    for name, item in known_keys().items():
+        if name != "engine.kind" and (name.partition(".")[0] in sections or name in more):
+            default = item.default if item.default_factory is not item.default else None
+            shown = "" if default is None or not isinstance(default, (str, int, float, bool)) else f" [{default}]"
+            lines.append(f"  {name:<34}{item.metadata.get('help', '')}{shown}".rstrip())
+    return lines
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def _read(config: Config, context: int | None, console: Any) -> Rows:
     from engines.footprint import prompt_counter
     from engines.remote.engine import BYTES_PER_TOKEN, FIRST_OUTPUT
     from engines.text import for_template
-    from engines.types import DEFAULT_MAX_TOKENS, EngineError
+    from engines.types import DEFAULT_MAX_TOKENS, EngineError, Message
+    from engines.types import answer as said
     from pipeline.feed import Interpreter
     from pipeline.formats import RowParser
     from pipeline.keys import Keyer
@@ -192,11 +193,14 @@ def _read(config: Config, context: int | None, console: Any) -> Rows:
         found.rows += 1
         failure, tokens = item.failure.message if item.failure else "", 0
         params = base.override(item.parsed.generation) if item.parsed else base
+        turns = item.parsed.turns if item.parsed else []
         try:
+            # Of a script: its last request, without what the model says before.
+            between: list[Message] = [m for turn in turns for m in (said(""), Message(role="user", content=turn))]
             if item.parsed and count:
-                tokens = count(item.parsed.messages, params)
+                tokens = count([*item.parsed.messages, *between], params)
             elif item.parsed:  # as a remote engine reserves, before the provider has told better; images are left out
-                shown = [*map(for_template, item.parsed.messages), *(params.tools or ())]
+                shown = [*map(for_template, [*item.parsed.messages, *between]), *(params.tools or ())]
                 tokens = round(len(dumps(shown)) / BYTES_PER_TOKEN)
         except EngineError as error:
             failure = f"{item.id}: {error}"
@@ -213,7 +217,7 @@ def _read(config: Config, context: int | None, console: Any) -> Rows:
             found.keys.add(item.key[:8])
             found.prompts.append(tokens)
             limit = params.max_tokens or usual
-            found.output += (params.n or 1) * (max(0, min(limit, context - tokens)) if context else limit)
+            found.output += (len(turns) + (params.n or 1)) * (max(0, min(limit, context - tokens)) if context else limit)
             found.bounded &= bool(params.max_tokens or not config.engine.provider)
     return found
 

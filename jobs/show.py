@@ -1,76 +1,182 @@
-"""What a run came to, for a person: the counts, a few answers, where the results lie."""
+"""`eagleray show`: whole conversations with their answers, as a chat in the terminal."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.rule import Rule
 from rich.text import Text
 
-from jobs.guide import see_type
-from pipeline.fs import resolve
+from engines.types import ConfigError, nearest
+from jobs.reading import (
+    Arguments,
+    Output,
+    Place,
+    Row,
+    Rows,
+    brief,
+    inspect,
+    number,
+    open_output,
+    print_json,
+    say,
+    steady,
+    visible,
+)
+from pipeline.ledger import COMPLETION_FIELDS
 
-SHOWN = 5
-
-
-def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
-    """Prints a table of the first few rows and the run's figures."""
-    rows, tokens, run = manifest["rows"], manifest["tokens"], manifest["this_run"]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title, width in (("id", 18), ("last message", 30), ("answer", None)):
-        table.add_column(title, overflow="ellipsis", no_wrap=True, max_width=width)
-    for row in _first_rows(manifest, path):
-        # Model output is untrusted: as Text, so that no markup in it is obeyed.
-        table.add_row(*(Text(_one_line(cell)) for cell in row))
-    console.print(table)
-    failed = f", {rows['failed']:,} failed ({_errors(manifest['errors'])})" if rows["failed"] else ""
-    console.print(
-        f"{rows['done']:,} of {rows['total']:,} rows answered{failed}; {run['asked']:,} requests asked in this run; "
-        f"{tokens['input']:,} tokens in, {tokens['output']:,} out.",
-        highlight=False,
-    )
-    bad = f"; failed rows: {path}/errors {_meaning(manifest['errors'])}" if rows["failed"] else ""
-    console.print(f"Results: {path}/data, {path}/manifest.json{bad}", highlight=False, soft_wrap=True)
-
-
-def _errors(errors: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(errors.items()))
+LIMIT = 5
+ROLES = {"system": "magenta", "developer": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
+OURS = {"id", "index", "messages", "key", "done_at", *(name for name, _ in COMPLETION_FIELDS)}
+# So many ids are remembered, to name the nearest one.
+IDS = 10_000
 
 
-def _meaning(errors: dict[str, int]) -> str:
-    """Where the commonest type is explained."""
-    return see_type(max(errors, key=lambda name: errors[name]))
+def main(argv: list[str]) -> int:
+    """Shows rows."""
+    what = "Conversations with their answers. While a run is not complete: the answers it has so far."
+    parser = Arguments("show", what, "out\nout --id q17 --id q18\nout --failed --limit 20\nout --index 1000 --json")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--id", action="append", help="the row of this id (may be given several times)")
+    which.add_argument("--index", type=number(0), help="the row at this place of the input, from 0")
+    which.add_argument("--failed", action="store_true", help="rows that failed")
+    parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"at most so many rows (default: {LIMIT})")
+    return inspect(parser, argv, _run)
 
 
-def _first_rows(manifest: dict[str, Any], path: str) -> list[tuple[str, str, str]]:
-    name = next((name for name in manifest["files"] if name.startswith("data/")), None)
-    if name is None or manifest["config"]["output"]["style"] != "eagleray":
-        return []
-    fs, root = resolve(path)
-    with fs.open_input_file(f"{root}/{name}") as file:
-        if name.endswith(".parquet"):
-            columns = ["id", "messages", "response", "error.message"]
-            batch = next(pq.ParquetFile(file).iter_batches(batch_size=SHOWN, columns=columns), None)
-            rows = batch.to_pylist() if batch is not None else []
+def _run(args: argparse.Namespace, console: Console) -> int:
+    out = open_output(args.OUT)
+    found = _found(out, args)
+    count = 0
+    # The ledger's files may be merged while they are read: then all of it again, before anything is printed.
+    for row in found if out.manifest is not None else steady(lambda: list(_found(out, args))):
+        count += 1
+        if args.json:
+            print_json(parsed(row), indent=None)
         else:
-            # A line is small beside this, but for giants; those show as far as they are whole.
-            head = file.read(1 << 20).split(b"\n")
-            rows = [json.loads(line) for line in head[:-1][:SHOWN]]
-    return [(row["id"], _last_message(row["messages"]), _answer(row)) for row in rows]
+            _show(parsed(row), console)
+    if args.json:
+        return 0
+    if not count:
+        say(console, "No row failed." if args.failed else "No row is answered yet.")
+    elif out.manifest is None:
+        path = brief(out.config.get("dataset", {}).get("path") or "not known here")
+        say(console, f"The run is not complete: until it is, the prompts are in its input only ({path}).", "dim")
+    elif out.style == "openai_batch":
+        say(console, "output.style=openai_batch keeps neither prompts, reasoning nor times: they are in the input.", "dim")
+    return 0
 
 
-def _last_message(messages: Any) -> str:
-    found = json.loads(messages) if isinstance(messages, str) else messages or []
-    asked = [m for m in found if m["role"] == "user"]
-    return str(asked[-1]["content"]) if asked else ""
+def _found(out: Output, args: argparse.Namespace) -> Iterator[Row]:
+    rows = Rows(out, failed=args.failed)
+    if args.index is None:
+        yield from rows.fetch(_by_id(rows, args.id) if args.id else _first(rows, args.failed, args.limit))
+        return
+    if not rows.complete:
+        raise ConfigError("rows have no --index until the run is complete: name an --id")
+    at = args.index
+    for part, size in enumerate(rows.sizes):
+        if at < size:
+            yield from rows.fetch([(part, at)])
+            return
+        at -= size
+    raise ConfigError(f"--index {args.index} is beyond the last row, {sum(rows.sizes) - 1}")
 
 
-def _answer(row: dict[str, Any]) -> str:
-    return f"({row['error']['message']})" if row["error"] else row["response"] or ""
+def _first(rows: Rows, failed: bool, limit: int) -> list[Place]:
+    return list(islice((place for place, row in rows.scan("error") if row["error"] or not failed), limit))
 
 
-def _one_line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+def _by_id(rows: Rows, ids: list[str]) -> list[Place]:
+    wanted, places = set(ids), []
+    seen: list[str] = []
+    for place, row in rows.scan("id"):
+        if row["id"] in wanted:
+            wanted.remove(row["id"])
+            places.append(place)
+            if not wanted:
+                return places
+        elif len(seen) < IDS:
+            seen.append(row["id"])
+    so_far = "" if rows.complete else " among those answered so far"
+    raise ConfigError(f"no row has the id {min(wanted)!r}{so_far}{nearest(min(wanted), seen)}")
+
+
+def parsed(row: Row) -> Row:
+    """The row with what is JSON text in Parquet as values."""
+    texts = ("messages", "tool_calls", "choices", "logprobs")
+    return {name: json.loads(v) if name in texts and isinstance(v, str) else v for name, v in row.items() if name != "key"}
+
+
+# -- a row as a chat --------------------------------------------------------------------------------------------------
+
+
+def _show(row: Row, console: Console) -> None:
+    index = f" · row {row['index']:,}" if row.get("index") is not None else ""
+    console.print(Rule(Text(f"{brief(row['id'], 60)}{index}", "bold"), align="left"))
+    own = {name: value for name, value in row.items() if name not in OURS and value is not None}
+    for name, value in own.items():
+        say(console, f"{brief(name, 40)}: {brief(value)}", "dim")
+    error = row.get("error")
+    messages = list(row.get("messages") or [])
+    last = messages.pop() if messages and not error and messages[-1].get("role") == "assistant" else None
+    for message in messages:
+        show_message(message, console)
+    if row.get("reasoning"):
+        _speech("reasoning", "dim", row["reasoning"], console, "dim italic")
+    if error:
+        status = f" (status {error['status']})" if error.get("status") else ""
+        _speech(f"error: {error['type']}{status}", "red", error["message"], console, "red")
+    else:
+        show_message(last or {"content": row.get("response"), "tool_calls": row.get("tool_calls")}, console)
+        for at, choice in enumerate((row.get("choices") or [])[1:], 2):
+            _speech(f"answer {at}", ROLES["assistant"], (choice.get("message") or {}).get("content") or "", console)
+    say(console, figures(row), "dim")
+    console.print()
+
+
+def show_message(message: dict[str, Any], console: Console) -> None:
+    """One message: its text, what else is in it, its tool calls."""
+    role = str(message.get("role") or "assistant")
+    content, name = message.get("content"), message.get("name") or message.get("tool_call_id")
+    texts = [content] if isinstance(content, str) else [_part(part) for part in content or []]
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") or {}
+        texts.append(f"→ {function.get('name')}({function.get('arguments')})  [{call.get('id')}]")
+    _speech(role + (f" {brief(name, 40)}" if name else ""), ROLES.get(role, "white"), "\n".join(texts), console)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text":
+        return str(part.get("text"))
+    return f"[{brief(part, 100)}]"
+
+
+def _speech(who: str, colour: str, text: str, console: Console, style: str = "") -> None:
+    console.print(Text(visible(who), f"bold {colour}"))
+    console.print(Padding(Text(visible(text), style), (0, 0, 0, 2), expand=False))
+
+
+def figures(row: Row) -> str:
+    """Its finish reason, tokens, time, tries, and who answered."""
+    usage = row.get("usage") or {}
+    cached = f" ({usage['cached_input']:,} cached)" if usage.get("cached_input") else ""
+    told = [
+        row.get("finish_reason"),
+        f"{usage['input']:,} tokens in{cached}, {usage['output']:,} out" if usage else None,
+        f"{row['latency_s']:.2f} s" if row.get("latency_s") else None,
+        f"{row['attempts']} attempts" if (row.get("attempts") or 0) > 1 else None,
+        " ".join(filter(None, (row.get("engine"), row.get("model") and brief(row["model"], 60)))),
+    ]
+    return " · ".join(text for text in told if text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -32,14 +32,15 @@ from rich.console import Console
 from engines.base import engine_class
 from engines.batch.connect import encoded, no_batch_api, wire_of
 from engines.batch.wire import BatchState, BatchStatus, Requests
+from engines.structured import first_mismatch
 from engines.text import one_line
-from engines.types import Completion, ConfigError, EngineError, Failure, Request
+from engines.types import Completion, ConfigError, EngineError, Failure, Usage
 from pipeline.config import Config
 from pipeline.crew import Interrupted, Stopped
-from pipeline.feed import Interpreter, Piece, Status, Summary, read_piece
+from pipeline.feed import Interpreter, Piece, Status, Summary, read_piece, request_of
 from pipeline.fs import exists, listing, write_atomic
 from pipeline.ledger import Index, Record, SeenKeys, read_index, write_segment
-from pipeline.lossless import loads
+from pipeline.lossless import dumps, loads
 from pipeline.progress import RunProgress
 
 BATCHES = "_batches"
@@ -171,11 +172,13 @@ class _Spool:
         self.file = io.BufferedWriter(stream, 1 << 20)
         self.keys: list[bytes] = []
         self.ids: list[str] = []
+        self.own: list[str | None] = []  # the row's own generation parameters, by which its answer is judged
 
-    def add(self, key: bytes, id: str, line: bytes) -> None:
+    def add(self, key: bytes, id: str, line: bytes, own: dict[str, Any] | None) -> None:
         self.file.write(line)
         self.keys.append(key)
         self.ids.append(id)
+        self.own.append(dumps(own).decode() if own else None)
         self.batch.rows += 1
         self.batch.size += len(line)
 
@@ -186,7 +189,8 @@ class _Spool:
             with Path(self.book.path(self.batch, "jsonl")).open("rb") as file:
                 os.fsync(file.fileno())
         sink = io.BytesIO()
-        pq.write_table(pa.table({"key": pa.array(self.keys, pa.binary(32)), "id": pa.array(self.ids)}), sink)
+        columns = {"key": pa.array(self.keys, pa.binary(32)), "id": pa.array(self.ids)}
+        pq.write_table(pa.table({**columns, "generation": pa.array(self.own, pa.string())}), sink)
         write_atomic(self.book.fs, self.book.path(self.batch, "parquet"), sink.getvalue())
         self.book.save(self.batch)
         self.book.batches.append(self.batch)
@@ -201,7 +205,8 @@ class BatchRun:
         if not config.engine.provider.get("batch"):
             raise no_batch_api(config.engine.kind)
         self.engine, self.wire = wire_of(engine_class(config.engine.kind, config.engine.provider)(config.engine))
-        self.engine.check(config.params())
+        self.generation = config.params()
+        self.engine.check(self.generation)
         limits = self.engine.provider.batch
         self.most_rows = min(limits.get("rows") or self.wire.most_rows, self.wire.most_rows)
         self.most_bytes = min(limits.get("bytes") or self.wire.most_bytes, self.wire.most_bytes)
@@ -300,7 +305,8 @@ class BatchRun:
                 for key, id, request in zip(*(fresh[name].to_pylist() for name in ("key", "id", "request")), strict=True):
                     rows += 1
                     try:
-                        model, line = self._line(key, loads(request))
+                        values = loads(request)
+                        model, line = self._line(key, values)
                     except EngineError as error:
                         refused.append(self._failed(key, id, error))
                         continue
@@ -313,7 +319,7 @@ class BatchRun:
                         spool = spools[model] = _Spool(
                             self.book, Batch(name, model, round, self.first_round, self.settings)
                         )
-                    spool.add(key, id, line)
+                    spool.add(key, id, line, values.get("generation"))
         for spool in spools.values():
             self._advance(spool.close())
         self._commit(refused)
@@ -321,8 +327,7 @@ class BatchRun:
         return rows, summaries
 
     def _line(self, key: bytes, values: dict[str, Any]) -> tuple[str, bytes]:
-        generation = self.config.params().override(values.get("generation") or {})
-        request = Request(values["messages"], generation, values.get("model"), values.get("adapter"), key.hex())
+        request = request_of(values, self.generation, key)
         body = self.engine.body(self.engine.prepared(request))
         line = encoded(self.wire, key.hex(), body, self.engine)
         if len(line) > self.most_bytes:
@@ -505,7 +510,10 @@ class BatchRun:
 
     def _records(self, batch: Batch, status: BatchStatus, left: dict[bytes, str], found: Counter[str]) -> Iterator[Record]:
         """What came back for the rows of `left`, taken out of it; `found` counts lines, answers, and those of ours."""
-        keys = set(self.book.keys(batch)["key"].to_pylist())
+        table = self.book.keys(batch)
+        keys = table["key"].to_pylist()
+        own = dict(zip(keys, table["generation"].to_pylist() if "generation" in table.column_names else [], strict=False))
+        keys = set(keys)
         batch.failed = 0
         for custom_id, outcome in self.wire.results(status):
             found["lines"] += 1
@@ -518,15 +526,22 @@ class BatchRun:
             id = left.get(key)
             if id is None:  # none of ours, or it came before
                 continue
+            used = Usage()
             try:
                 completion = self.engine.read(outcome)
+                used = completion.usage
+                generation = self.generation.override(loads((own.get(key) or "{}").encode()))
+                if wrong := first_mismatch(completion, generation, batch.tries - 1):
+                    raise wrong
             except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
                 error = raised if isinstance(raised, EngineError) else _odd(raised)
                 if error.retryable and not self._last(batch):
                     continue
                 batch.failed += 1
                 del left[key]
-                yield self._failed(key, id, error)
+                record = self._failed(key, id, error)
+                record.completion.usage, record.completion.attempts = used, batch.tries
+                yield record
                 continue
             completion.engine, completion.model = self.engine.kind, completion.model or batch.model
             completion.attempts = batch.tries
@@ -546,10 +561,10 @@ class BatchRun:
         status = self.status
         for record in records:
             completion = record.completion
+            status.input_tokens += completion.usage.input
+            status.output_tokens += completion.usage.output
             if completion.error is None:
                 status.done += 1
-                status.input_tokens += completion.usage.input
-                status.output_tokens += completion.usage.output
             else:
                 status.failed += 1
                 status.errors[completion.error.type] += 1

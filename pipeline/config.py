@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.base import REGISTRY, EngineConfig, fallbacks, key
-from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, nearest
+from engines.structured import check_schema
+from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, json_schema_of, nearest
 
 # Ray sets it for what `ray job submit` starts.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -19,7 +20,7 @@ _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 @dataclass(slots=True)
 class DatasetConfig:
     path: Any = key(None, "file, directory, glob or list of them; local, s3://, gs:// or any fsspec URL")
-    format: str = key("auto", "auto, messages, oumi, openai_batch, sharegpt or prompt")
+    format: str = key("auto", "auto, messages, oumi, openai_batch, sharegpt, prompt or turns")
     limit: int | None = key(None, "read only so many rows")
     columns: dict[str, Any] = key({}, "which column plays which role, e.g. {prompt: question, id: qid}")
     template: Any = key(None, "Jinja that turns a row's columns into a conversation: a text, or {system: …, user: …}")
@@ -33,6 +34,9 @@ class OutputConfig:
     path: str | None = key(None, "directory for the results; local or any filesystem URL")
     format: str = key("parquet", "parquet or jsonl")
     style: str = key("eagleray", "shape of JSONL lines: eagleray, openai_batch or oumi")
+    columns: Any = key(
+        None, "columns out of answers, typed by the JSON schema: schema (all of it), [score, …] or {name: detail.score, …}"
+    )
     ordered: bool = key(True, "rows in input order (it costs nothing here; false promises no order)")
 
 
@@ -50,6 +54,7 @@ class RunConfig:
     batch_fallback: str = key("batch", "what a batch left unanswered goes to: another batch, or live")
     batch_poll_s: float = key(60.0, "look at batches at least so often, in seconds")
     dry_run: bool = key(False, "read, check and count the input, ask nothing, write nothing")
+    traces: str | None = key(None, "send OpenTelemetry traces there: an OTLP/HTTP address, e.g. http://localhost:4318")
     progress_s: float = key(10.0, "seconds between progress lines where there is no terminal")
 
 
@@ -87,6 +92,15 @@ class HardwareConfig:
 
 
 @dataclass(slots=True)
+class ServeConfig:
+    host: str = key("127.0.0.1", "where eagleray serve listens; 0.0.0.0 is every address of the machine")
+    port: int = key(8000, "its port; 0 takes any that is free on this machine")
+    api_key_env: str | None = key(
+        None, "the environment variable with the key that its clients must send; unset asks for none"
+    )
+
+
+@dataclass(slots=True)
 class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -94,6 +108,7 @@ class Config:
     generation: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(GENERATION_FIELDS))
     output: OutputConfig = field(default_factory=OutputConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     def params(self) -> GenerationParams:
         """The generation parameters, checked."""
@@ -161,11 +176,24 @@ class Config:
         _at_least("run.max_errors", self.run.max_errors, 1)
         _at_least("run.max_engine_deaths", self.run.max_engine_deaths, 0)
         _above_zero("run.progress_s", self.run.progress_s)
+        if self.run.traces is not None and not self.run.traces.startswith(("http://", "https://")):
+            raise ConfigError(f"run.traces must be an http:// or https:// address, not {self.run.traces!r}")
         rate = self.run.max_error_rate
         if rate is not None and not 0 <= rate <= 1:
             raise ConfigError(f"run.max_error_rate must be between 0 and 1, not {rate}")
+        if not 0 <= self.serve.port <= 65535:
+            raise ConfigError(f"serve.port must be between 0 and 65535, not {self.serve.port}")
         self.hardware.bounds()
-        self.params()
+        response_format = self.params().response_format
+        if response_format is not None and response_format["type"] == "json_schema":
+            try:
+                check_schema(json_schema_of(response_format))
+            except EngineError as error:
+                raise ConfigError(f"generation.response_format: {error}") from None
+        if self.output.columns is not None:
+            from pipeline.scores import score_columns  # pyarrow
+
+            score_columns(self.output.columns, response_format)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -209,10 +237,12 @@ GENERATION_HELP = {
     "repetition_penalty": "against tokens that came already, as a factor; 1 is none",
     "logit_bias": "token id -> what is added to its logit, e.g. {50256: -100}",
     "logprobs": "log probabilities of so many alternatives to each token; 0 gives the chosen one's alone",
-    "response_format": "the shape of an answer: {type: json_schema | json_object | regex | choice | grammar | text, …}",
+    "response_format": "the shape of an answer: a file with a JSON schema, a schema ({type: object, …}), "
+    "or {type: json_schema | json_object | regex | choice | grammar | text, …}",
     "tools": "tools the model may call, as in OpenAI's chat API",
     "tool_choice": "auto, none, required, or one tool as in OpenAI's chat API",
     "reasoning_effort": "how much a reasoning model thinks, e.g. low, medium or high",
+    "schema_retries": "how often an answer that is not the JSON of response_format is asked for again [2]",
 }
 
 # Names under the open keys whose values are secrets.

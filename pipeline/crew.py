@@ -11,6 +11,7 @@ from engines.base import secret_variables
 from engines.types import ConfigError, EaglerayError, EngineError, Outage
 from pipeline.feed import Status
 from pipeline.placement import Placement, end, start
+from pipeline.traces import variables
 from pipeline.worker import Secrets, WorkerConfig
 
 # How long Ray may take to tell whether a replica that cannot be reached died with its node.
@@ -43,7 +44,8 @@ class Crew:
     def __init__(self, worker: Any, config: WorkerConfig, placed: Placement, dispatcher: Any, deaths: int) -> None:
         self.worker, self.config, self.placed = worker, config, placed
         self.dispatcher, self.allowed_deaths = dispatcher, deaths
-        self.secrets = Secrets({name: os.environ[name] for name in secret_variables(config.engine) if name in os.environ})
+        names = secret_variables(config.engine) | (variables() if config.trace else set())
+        self.secrets = Secrets({name: os.environ[name] for name in names if name in os.environ})
         self.replicas: list[Replica] = []
         self.started = 0
         self.deaths = 0  # in a row, with no row finished between

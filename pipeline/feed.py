@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from engines.base import SINGLE_MODEL_KINDS
-from engines.types import ConfigError, EngineError, Failure, invalid
+from engines.types import ConfigError, EngineError, Failure, GenerationParams, Request, invalid
 from pipeline.formats import Parsed, RowParser
 from pipeline.keys import Keyer
-from pipeline.ledger import Index, SeenKeys
+from pipeline.ledger import FarIndex, Index, SeenKeys
 from pipeline.lossless import dumps
 from pipeline.ready import Ask, Ready, prefix_of
 from pipeline.schema import ColumnKinds
@@ -112,7 +112,7 @@ class Summary:
 
 
 def read_piece(
-    piece: Piece, interpreter: Interpreter, done: Index, fail_on_bad_input: bool, summary: Summary
+    piece: Piece, interpreter: Interpreter, done: Index | FarIndex, fail_on_bad_input: bool, summary: Summary
 ) -> Iterator[pa.Table]:
     """Tables of the rows of `piece` that are still to be asked; fills `summary` on the way."""
     for items in interpreter.read(piece):
@@ -149,14 +149,26 @@ def _ask(key: bytes, id: str, parsed: Parsed) -> Ask:
 
 def _request(parsed: Parsed) -> bytes:
     request: dict[str, Any] = {"messages": parsed.messages}
-    for name in ("generation", "model", "adapter"):
+    for name in ("generation", "model", "adapter", "turns"):
         if value := getattr(parsed, name):
             request[name] = value
     return dumps(request)
 
 
+def request_of(values: Mapping[str, Any], generation: GenerationParams, key: bytes) -> Request:
+    """The request in what `_request` made, with its overrides laid over the run's parameters. Raises `EngineError`."""
+    return Request(
+        messages=values["messages"],
+        generation=generation.override(values.get("generation") or {}),
+        model=values.get("model"),
+        adapter=values.get("adapter"),
+        key=key.hex(),
+        turns=values.get("turns") or [],
+    )
+
+
 def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on_bad_input: bool, report: Any) -> Any:
-    """A Ray Dataset of the rows to ask. `done` is a reference to an `Index`; `report(number, summary)` a remote method."""
+    """A Ray Dataset of the rows to ask. `done` is a reference to an index; `report(number, summary)` a remote method."""
     import ray
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
@@ -250,14 +262,18 @@ class Status:
 class Dispatcher:
     """The actor between the feed and the workers. Its methods are short, so that one serves hundreds of workers."""
 
-    def __init__(self, pieces: list[Piece], interpreter: Interpreter, done: list[Any], fail_on_bad_input: bool) -> None:
+    def __init__(
+        self, pieces: list[Piece], interpreter: Interpreter, done: list[Any], fail_on_bad_input: bool, small: bool = False
+    ) -> None:
         self.pieces, self.interpreter, self.done = pieces, interpreter, done[0]
         self.fail_on_bad_input = fail_on_bad_input
+        self.small = small  # so small that the processes of a Ray Dataset would take longer to start than to read it
         self.ready = Ready()
         self.suspects: deque[Ask] = deque()
         self.crashes: Counter[bytes] = Counter()
         self.crash_reason = ""
         self.leases: dict[str, dict[int, _Out]] = {}
+        self.lent = 0  # rows in the state LEASED
         self.joined: set[str] = set()  # workers that are here, or loading their engine
         self.gone: set[str] = set()  # workers that left; a call of theirs may still be under way
         self.next_lease = 0
@@ -271,14 +287,13 @@ class Dispatcher:
     async def start(self, report: Any, buffer_rows: int) -> None:
         """Starts reading. `report` is this actor's own method of that name."""
         self.buffer_rows = buffer_rows
-        loop = asyncio.get_running_loop()
+        loop = self.loop = asyncio.get_running_loop()
         seen = SeenKeys()
 
         def feed() -> None:
             failure = None
             try:
-                dataset = dataset_of(self.pieces, self.interpreter, self.done, self.fail_on_bad_input, report)
-                for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+                for table in self._tables(report):
                     if not len(table):
                         continue
                     fresh = table.filter(pa.array(seen.add(table["key"])))
@@ -292,6 +307,20 @@ class Dispatcher:
             asyncio.run_coroutine_threadsafe(self._fed(failure), loop).result()
 
         threading.Thread(target=feed, name="feed", daemon=True).start()
+
+    def _tables(self, report: Any) -> Iterator[pa.Table]:
+        """The rows to ask, from a thread."""
+        if not self.small:
+            dataset = dataset_of(self.pieces, self.interpreter, self.done, self.fail_on_bad_input, report)
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+            return
+        import ray
+
+        done = ray.get(self.done)
+        for piece in self.pieces:
+            summary = Summary()
+            yield from read_piece(piece, self.interpreter, done, self.fail_on_bad_input, summary)
+            self.loop.call_soon_threadsafe(self.summaries.__setitem__, piece.number, summary)
 
     async def _add(self, rows: list[Ask], duplicates: int) -> None:
         self.status_.duplicates += duplicates
@@ -339,6 +368,7 @@ class Dispatcher:
             out = mine.get(number)
             if out is not None:
                 for at in offsets:
+                    self.lent -= out.states[at] == LEASED
                     out.states[at] = max(out.states[at], COMPLETED)
         self.joined.add(worker)
         # One that has its share by now asks again soon, when it has less.
@@ -364,8 +394,7 @@ class Dispatcher:
 
     def _share(self) -> int:
         """The most rows that one worker may hold: an equal part of all that are left, so that none idles at the end."""
-        left = len(self.ready) + len(self.suspects)
-        left += sum(out.states.count(LEASED) for mine in self.leases.values() for out in mine.values())
+        left = len(self.ready) + len(self.suspects) + self.lent
         return -(-left // len(self.joined))
 
     def _lease(self, worker: str, mine: dict[int, _Out], want: int) -> Lease:
@@ -384,6 +413,7 @@ class Dispatcher:
 
     def _lend(self, mine: dict[int, _Out], rows: list[Ask], last: bool) -> Lease:
         self.next_lease += 1
+        self.lent += len(rows)
         mine[self.next_lease] = _Out(rows, bytearray(len(rows)))
         return Lease(
             self.next_lease, [row.key for row in rows], [row.id for row in rows], [row.request for row in rows], last=last
@@ -398,6 +428,7 @@ class Dispatcher:
                 continue
             for at in offsets:
                 out.durable += out.states[at] != DURABLE
+                self.lent -= out.states[at] == LEASED
                 out.states[at] = DURABLE
             if out.durable == len(out.states):
                 del mine[number]
@@ -422,6 +453,7 @@ class Dispatcher:
         self.ready.leave(worker)
         for out in self.leases.pop(worker, {}).values():
             back: list[Ask] = []
+            self.lent -= out.states.count(LEASED)
             for row, state in zip(out.rows, out.states, strict=True):
                 if state == DURABLE:
                     continue
@@ -457,7 +489,7 @@ class Dispatcher:
         status.read = sum(s.rows for s in found)
         status.invalid = sum(s.invalid for s in found)
         status.answered = sum(s.answered for s in found)
-        status.in_flight = sum(out.states.count(LEASED) for mine in self.leases.values() for out in mine.values())
+        status.in_flight = self.lent
         status.workers = len(self.leases)
         status.finished = self._over() or self.stopping
         return status

@@ -21,14 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engines.types import Completion, Failure, answer
+from pipeline.chat import shown_row
 from pipeline.config import OutputConfig
 from pipeline.feed import Interpreter, Item, Piece, Summary
-from pipeline.formats import passthrough_names
+from pipeline.formats import OUTPUT_COLUMNS, passthrough_names
 from pipeline.fs import resolve, write_atomic
-from pipeline.ledger import COMPLETION_FIELDS, ERROR, Index, completion_columns, read_segment
+from pipeline.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, FarIndex, Index, completion_columns, read_rows
 from pipeline.lossless import dumps, loads, plain
 from pipeline.schema import ColumnKinds, common_type, to_array, type_of
+from pipeline.scores import Score, score_arrays
 from pipeline.source import parquet_schema, read_table
+from pipeline.stats import Stats
 from pipeline.styles import STYLES
 
 ROWS_PER_PART = 32_768
@@ -67,8 +70,11 @@ class JobResult:
     failed: int = 0
     missing: int = 0  # rows that no segment answers: the run is not over
     errors: Counter[str] = field(default_factory=Counter)
-    used: list[npt.NDArray[np.uint32]] = field(default_factory=list)  # positions in the index
+    used: list[npt.NDArray[Any]] = field(
+        default_factory=list
+    )  # positions in the index; of all jobs together, one mask of it
     files: dict[str, int] = field(default_factory=dict)  # path below the output -> rows
+    stats: Stats = field(default_factory=Stats)
 
 
 def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_per_part: int = ROWS_PER_PART) -> list[Job]:
@@ -87,7 +93,9 @@ def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_pe
     return jobs
 
 
-def plan_columns(pieces: Sequence[Piece], summaries: Mapping[int, Summary], interpreter: Interpreter) -> list[Column]:
+def plan_columns(
+    pieces: Sequence[Piece], summaries: Mapping[int, Summary], interpreter: Interpreter, scores: Sequence[Score] = ()
+) -> list[Column]:
     """The input's own columns with one type each over all files, in the order they first appear."""
     types: dict[str, pa.DataType | None] = {}
     kinds = ColumnKinds()
@@ -101,15 +109,17 @@ def plan_columns(pieces: Sequence[Piece], summaries: Mapping[int, Summary], inte
                 types[column.name] = common_type(types.get(column.name, column.type), column.type)
     for name, bits in kinds.bits.items():
         types[name] = common_type(types.get(name, type_of(bits)), type_of(bits))
-    names = passthrough_names(types, interpreter.parser)
+    names = passthrough_names(types, interpreter.parser, {score.name for score in scores})
     return [Column(source, names.get(source), type) for source, type in types.items()]
 
 
-def output_schema(columns: Sequence[Column], optional: Sequence[str]) -> pa.Schema:
-    """`id`, `index`, the input's own columns, then what the engine gave."""
+def output_schema(columns: Sequence[Column], optional: Sequence[str], scores: Sequence[Score] = ()) -> pa.Schema:
+    """`id`, `index`, the input's own columns, those out of the answers, then what the engine gave."""
     own = [pa.field(c.name, c.type or pa.string()) for c in columns if c.name is not None]
-    first, *rest = [pa.field(n, t) for n, t in COMPLETION_FIELDS if n not in OPTIONAL or n in optional]
-    return pa.schema([("id", pa.string()), ("index", pa.int64()), *own, first, ("messages", pa.string()), *rest])
+    out = [pa.field(score.name, score.type or pa.string()) for score in scores]
+    given = [(n, t) for n, t in COMPLETION_FIELDS if n in OUTPUT_COLUMNS and (n not in OPTIONAL or n in optional)]
+    first, *rest = [pa.field(n, t) for n, t in given]
+    return pa.schema([("id", pa.string()), ("index", pa.int64()), *own, *out, first, ("messages", pa.string()), *rest])
 
 
 @dataclass(slots=True)
@@ -141,23 +151,24 @@ class PartWriter:
     def __init__(
         self,
         interpreter: Interpreter,
-        index: Index,
         columns: list[Column],
         optional: Sequence[str],
         raw: bool,
         output: OutputConfig,
+        scores: Sequence[Score] = (),
     ) -> None:
-        self.interpreter, self.index, self.columns, self.output = interpreter, index, columns, output
+        self.interpreter, self.columns, self.output = interpreter, columns, output
         self.raw = raw  # whether some line of the input could not be read
-        self.schema = output_schema(columns, optional)
+        self.scores = scores
+        self.schema = output_schema(columns, optional, scores)
         self.own_schema = pa.schema([(c.source, c.type or pa.string()) for c in columns])
         self.fs, self.root = resolve(str(output.path))
 
-    def run(self, job: Job) -> JobResult:
+    def run(self, job: Job, answers: Index | FarIndex) -> JobResult:
         """Writes the job's `data/part-N` files and, where rows failed, `errors/part-N`; stops at a missing row."""
         result = JobResult()
         size = -(-job.rows // job.parts)
-        part, index, rows = job.first_part, job.index, _Rows()
+        part, first, rows = job.first_part, job.index, _Rows()
         read = 0
         for items, own in self._read(job.pieces):
             read += len(items)
@@ -168,16 +179,16 @@ class PartWriter:
                 rows.add(items[:room], own.slice(0, room))
                 items, own = items[room:], own.slice(room)
                 if len(rows.ids) == size:
-                    self._write(part, index, rows, result)
+                    self._write(part, first, rows, answers, result)
                     if result.missing:
                         return result
-                    part, index, rows = part + 1, index + size, _Rows()
+                    part, first, rows = part + 1, first + size, _Rows()
         if read != job.rows:  # never a shorter or shifted output because a read broke off
             raise OSError(
                 f"{job.pieces[0].chunk.name} and on: {read} rows where there were {job.rows}; did the input change?"
             )
         if rows.ids or not result.files:
-            self._write(part, index, rows, result)
+            self._write(part, first, rows, answers, result)
         return result
 
     def _read(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[Item], pa.Table]]:
@@ -207,14 +218,14 @@ class PartWriter:
         columns = [to_array([row.get(c.source) for row in values], c.type) for c in self.columns]
         return pa.Table.from_arrays(columns, schema=self.own_schema)
 
-    def _write(self, part: int, index: int, rows: _Rows, result: JobResult) -> None:
+    def _write(self, part: int, first: int, rows: _Rows, answers: Index | FarIndex, result: JobResult) -> None:
         at = np.full(len(rows.ids), -1, np.int64)
         keyed = np.array([key is not None for key in rows.keys], np.bool_)
-        at[keyed] = self.index.find([key for key in rows.keys if key is not None])
+        at[keyed], *where = answers.locate([key for key in rows.keys if key is not None])
         result.missing += int((keyed & (at < 0)).sum())
         if result.missing:
             return
-        completions = self._completions(rows, at)
+        completions, done_at = self._completions(rows, at, answers.paths, *where)
         failed = np.asarray(completions["error"].is_valid())
         result.rows += len(rows.ids)
         result.failed += int(failed.sum())
@@ -222,30 +233,55 @@ class PartWriter:
         result.used.append(at[at >= 0].astype(np.uint32))
         own = pa.concat_tables(rows.own) if rows.own else self.own_schema.empty_table()
         name = f"part-{part:05d}.{self.output.format}"
-        self._save(f"{DATA}/{name}", self._data(rows, own, completions, index), rows.values, result)
+        self._save(f"{DATA}/{name}", self._data(rows, own, completions, first), rows.values, result)
         if failed.any():
             wrong = np.flatnonzero(failed)
             self._save(f"{ERRORS}/{name}", self._errors(rows, own, completions, wrong), [], result)
+        self._count(at, first, rows, completions, done_at, result.stats)
 
-    def _completions(self, rows: _Rows, at: npt.NDArray[np.int64]) -> pa.Table:
-        """What came back for each row, in the rows' order; every segment is read once."""
-        names = [name for name, _ in COMPLETION_FIELDS]
+    def _count(
+        self,
+        at: npt.NDArray[np.int64],
+        first: int,
+        rows: _Rows,
+        completions: pa.Table,
+        done_at: pa.ChunkedArray,
+        stats: Stats,
+    ) -> None:
+        """Adds to what the report tells."""
+
+        def show(row: int) -> dict[str, Any]:
+            completion = completions.slice(row, 1).to_pylist()[0]
+            own = (rows.ids[row], first + row, rows.messages[row], rows.raw[row], rows.values[row])
+            return shown_row(*own, completion)
+
+        stats.add(at, first, completions, done_at, rows.ids, show)
+
+    def _completions(
+        self,
+        rows: _Rows,
+        at: npt.NDArray[np.int64],
+        paths: list[str],
+        segment: npt.NDArray[np.int32],
+        row: npt.NDArray[np.int32],
+    ) -> tuple[pa.Table, pa.ChunkedArray]:
+        """What came back for each row, in the rows' order, and when; every segment is opened once."""
         tables: list[pa.Table] = []
         order: list[npt.NDArray[np.int64]] = []
         answered = np.flatnonzero(at >= 0)
-        segments = self.index.segment[at[answered]]
-        for segment in np.unique(segments):
-            mine = answered[segments == segment]
-            table = read_segment(self.fs, self.index.paths[segment])
-            tables.append(table.select(names).take(pa.array(self.index.row[at[mine]])))
-            order.append(mine)
+        for number in np.unique(segment):
+            mine = segment == number
+            tables.append(read_rows(self.fs, paths[number], row[mine]))
+            order.append(answered[mine])
         unasked = np.flatnonzero(at < 0)
         if len(unasked) or not tables:
             failures = [Completion(error=rows.failures[row], attempts=0) for row in unasked]
-            tables.append(pa.Table.from_arrays(completion_columns(failures), names=names))
+            never = pa.nulls(len(failures), ANSWER_SCHEMA.field("done_at").type)
+            tables.append(pa.Table.from_arrays([*completion_columns(failures), never], schema=ANSWER_SCHEMA))
             order.append(unasked)
         back = np.argsort(np.concatenate(order), kind="stable")
-        return pa.concat_tables(tables).take(pa.array(back))
+        table = pa.concat_tables(tables).take(pa.array(back))
+        return table.drop_columns("done_at"), table["done_at"]
 
     def _data(self, rows: _Rows, own: pa.Table, completions: pa.Table, index: int) -> pa.Table:
         columns: dict[str, Any] = {
@@ -253,9 +289,10 @@ class PartWriter:
             "index": pa.array(np.arange(index, index + len(rows.ids))),
             "messages": pa.array(
                 [
-                    _with_answer(messages, text, calls, error is None)
-                    for messages, text, calls, error in zip(
+                    _with_answer(messages, dialogue, text, calls, error is None)
+                    for messages, dialogue, text, calls, error in zip(
                         rows.messages,
+                        completions["dialogue"].to_pylist(),
                         completions["response"].to_pylist(),
                         completions["tool_calls"].to_pylist(),
                         completions["error"].to_pylist(),
@@ -266,7 +303,10 @@ class PartWriter:
             ),
         }
         columns.update({c.name: own[c.source] for c in self.columns if c.name is not None})
-        columns.update({name: completions[name] for name in completions.column_names if name in self.schema.names})
+        given = set(self.schema.names) & set(OUTPUT_COLUMNS) & set(completions.column_names)
+        columns.update({name: completions[name] for name in given})
+        if self.scores:  # a failed row has no response
+            columns.update(score_arrays(self.scores, completions["response"].to_pylist()))
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
 
     def _errors(self, rows: _Rows, own: pa.Table, completions: pa.Table, wrong: npt.NDArray[np.intp]) -> pa.Table:
@@ -295,7 +335,12 @@ class PartWriter:
     def _lines(self, path: str, table: pa.Table, values: Sequence[Mapping[str, Any]]) -> bytes:
         """JSON lines; JSON text becomes JSON again, and the input's own values are written as they came."""
         own = {c.name: c.source for c in self.columns if c.name is not None} if values else {}
-        in_json = {*JSON_TEXT, *(c.source for c in self.columns if c.type is None)} if not values else {*JSON_TEXT}
+        texts = (
+            (s.name for s in self.scores if s.type is None)
+            if values
+            else (c.source for c in self.columns if c.type is None)
+        )
+        in_json = {*JSON_TEXT, *texts}
         style = STYLES[self.output.style if path.startswith(DATA) else "eagleray"]
         lines = []
         for at, row in enumerate(table.to_pylist()):
@@ -308,7 +353,11 @@ class PartWriter:
         return b"".join(lines)
 
 
-def _with_answer(messages: bytes | None, text: str | None, calls: str | None, answered: bool) -> bytes | None:
+def _with_answer(
+    messages: bytes | None, dialogue: str | None, text: str | None, calls: str | None, answered: bool
+) -> bytes | None:
+    if messages is not None and dialogue is not None:
+        messages = messages[:-1] + b"," + dialogue[1:].encode()
     if messages is None or not answered:
         return messages
     reply = dumps(answer(text, orjson.loads(calls) if calls else None))

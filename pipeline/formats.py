@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -19,7 +19,7 @@ from engines.types import GENERATION_FIELDS, ROLES, ConfigError, EngineError, Me
 from pipeline.lossless import loads
 
 # What a column can be mapped to; every generation parameter too.
-COLUMN_ROLES = ("id", "messages", "conversations", "prompt", "system", "model", "adapter", "generation", "tools")
+COLUMN_ROLES = ("id", "messages", "conversations", "prompt", "turns", "system", "model", "adapter", "generation", "tools")
 _ALL_ROLES = frozenset((*COLUMN_ROLES, *GENERATION_FIELDS))
 # The column that holds the conversation, for each format; `auto` tries them in this order.
 _SOURCE = {
@@ -28,6 +28,7 @@ _SOURCE = {
     "sharegpt": "conversations",
     "openai_batch": "body",
     "prompt": "prompt",
+    "turns": "turns",
 }
 _CONTENT = tuple(dict.fromkeys(_SOURCE.values()))
 FORMATS = ("auto", *_SOURCE)
@@ -57,6 +58,7 @@ class Parsed:
     generation: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     adapter: str | None = None
+    turns: list[Any] = field(default_factory=list)  # what the user says next, each after the answer to the one before
 
 
 class RowParser:
@@ -132,6 +134,13 @@ class RowParser:
             return _from_body(_json(value, "body", dict), columns, parsed)
         if role == "prompt" and not isinstance(value, list):  # preference datasets have the messages themselves there
             messages: list[Any] = [{"role": "user", "content": _text(value, "prompt")}]
+        elif role == "turns":
+            first, *parsed.turns = _json(value, "turns", list) or [None]
+            for at, turn in enumerate([first, *parsed.turns]):
+                if not turn or not isinstance(turn, (str, list)):
+                    raise invalid(f"turns[{at}] must be text, or a list of content parts" if value else "turns is empty")
+                check_messages([{"role": "user", "content": turn}])
+            messages = [{"role": "user", "content": first}]
         elif role == "conversations":
             messages = _from_sharegpt(_json(value, role, list))
         else:
@@ -167,12 +176,13 @@ class RowParser:
         return None
 
 
-def passthrough_names(columns: Iterable[str], parser: RowParser) -> dict[str, str]:
+def passthrough_names(columns: Iterable[str], parser: RowParser, scores: Collection[str] = ()) -> dict[str, str]:
     """Input column -> its name in the output, for those that pass through.
 
     What `parser` reads as id and messages is in our columns of that name already. Another column with a name of ours
-    becomes `input_<name>`. Where the input is a data/ file of ours, our columns are written anew and do not pass; of an
-    errors/ file that is only `error`, known by its fields if `columns` maps names to Arrow types.
+    or of `scores` (columns made of answers) becomes `input_<name>`. Where the input is a data/ file of ours, our columns
+    are written anew and do not pass; of an errors/ file that is only `error`, known by its fields if `columns` maps names
+    to Arrow types.
     """
     names = list(columns)
     if set(names) >= _OURS:
@@ -185,9 +195,9 @@ def passthrough_names(columns: Iterable[str], parser: RowParser) -> dict[str, st
         dropped.add("error")
     out = {name: name for name in names if name not in dropped}
     for name in out:
-        if name in OUTPUT_COLUMNS:
+        if name in OUTPUT_COLUMNS or name in scores:
             renamed = f"input_{name}"
-            while renamed in out:
+            while renamed in out or renamed in scores:
                 renamed = f"input_{renamed}"
             out[name] = renamed
     return out

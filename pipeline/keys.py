@@ -14,7 +14,7 @@ from typing import Any
 from engines.base import EngineConfig
 from engines.types import GenerationParams
 from pipeline.formats import Parsed
-from pipeline.lossless import canonical
+from pipeline.lossless import canonical, dumps
 
 KEY_BYTES = 32
 
@@ -42,13 +42,18 @@ class Keyer:
         if parsed.model or parsed.adapter:
             digest.update(canonical([parsed.model, parsed.adapter]))
         digest.update(canonical(parsed.messages))
+        if parsed.turns:
+            digest.update(b"\0turns" + canonical(parsed.turns))
         if sampled:
             digest.update(b"\0" + (f"id:{parsed.id}" if parsed.id is not None else f"at:{place}").encode())
         return digest.digest()
 
     def _with_generation(self, generation: GenerationParams) -> hashlib._Hash:
         digest = self._shared.copy()
-        digest.update(canonical(generation.given()))
+        given = generation.given()
+        if "response_format" in given:  # a model writes in the order of the schema's properties: it shapes the answer
+            given["response_format"] = dumps(given["response_format"]).decode()
+        digest.update(canonical(given))
         return digest
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from engines.types import Completion
+from engines.types import Completion, Usage
 from pipeline.fs import TRIES, listing, patiently, store_failed, write_atomic
 from pipeline.lossless import dumps
 
 SEGMENTS = "_segments"
 # So many segments become one, while they have less than so many bytes.
 FAN, FULL_BYTES = 64, 128 << 20
+# A merged segment holds hours of one worker, of which a part of the output wants seconds: it reads these groups only.
+GROUP_ROWS = 4096
 
 USAGE = pa.struct([("input", pa.int64()), ("cached_input", pa.int64()), ("output", pa.int64())])
 ERROR = pa.struct([("type", pa.string()), ("message", pa.string()), ("status", pa.int64()), ("retryable", pa.bool_())])
@@ -46,10 +48,11 @@ COMPLETION_FIELDS = [
     ("error", ERROR),
     ("choices", pa.string()),
     ("logprobs", pa.string()),
+    ("dialogue", pa.string()),
 ]
-SEGMENT_SCHEMA = pa.schema(
-    [("key", pa.binary(32)), ("id", pa.string()), *COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))]
-)
+# What finalize reads of a segment.
+ANSWER_SCHEMA = pa.schema([*COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))])
+SEGMENT_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), *ANSWER_SCHEMA])
 
 
 @dataclass(slots=True)
@@ -69,7 +72,8 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
         [c.finish_reason for c in completions],
         [_json(c.tool_calls) for c in completions],
         [c.reasoning for c in completions],
-        [None if c.error else {"input": c.usage.input, "cached_input": c.usage.cached_input, "output": c.usage.output}
+        [None if c.error and c.usage == Usage() else
+         {"input": c.usage.input, "cached_input": c.usage.cached_input, "output": c.usage.output}
          for c in completions],
         [c.model for c in completions],
         [c.engine for c in completions],
@@ -79,6 +83,7 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
                       "retryable": c.error.retryable} for c in completions],
         [_choices(c) for c in completions],
         [_json(c.logprobs) for c in completions],
+        [_json(c.dialogue) for c in completions],
     )  # fmt: skip
     return [pa.array(values, type) for values, (_, type) in zip(columns, COMPLETION_FIELDS, strict=True)]
 
@@ -111,7 +116,7 @@ def _put(fs: pafs.FileSystem, root: str, writer: str, table: pa.Table) -> str:
     sink = io.BytesIO()
     # The keys are random bytes: a dictionary or statistics for them would only cost time.
     options = {"use_dictionary": ["finish_reason", "model", "engine"], "write_statistics": False}
-    pq.write_table(table, sink, compression="zstd", **options)
+    pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS, **options)
     path = f"{root}/{SEGMENTS}/{writer}-{uuid.uuid4().hex[:12]}.parquet"
     write_atomic(fs, path, sink.getvalue())
     return path
@@ -152,7 +157,35 @@ def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
     """One whole segment."""
-    return patiently(lambda: _read(fs, path)).cast(SEGMENT_SCHEMA)
+    return _conformed(patiently(lambda: _read(fs, path)), SEGMENT_SCHEMA)
+
+
+def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table in this schema; columns that an earlier version did not write are null."""
+    for part in schema:
+        if part.name not in table.column_names:
+            table = table.append_column(part, pa.nulls(len(table), part.type))
+    return table.select(schema.names).cast(schema)
+
+
+def read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:
+    """The columns of `ANSWER_SCHEMA` of some rows of a segment, in the order given."""
+    return _conformed(patiently(lambda: _read_rows(fs, path, rows)), ANSWER_SCHEMA)
+
+
+def _read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:
+    with fs.open_input_file(path) as stream:
+        file = pq.ParquetFile(stream)
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        group_of = np.searchsorted(ends, rows, side="right")
+        groups = np.unique(group_of)
+        read = np.array(sizes)[groups]
+        # Where each group begins, in the file and in what was read of it.
+        shift = np.zeros(len(sizes), np.int64)
+        shift[groups] = (ends[groups] - read) - (np.cumsum(read) - read)
+        table = file.read_row_groups(groups.tolist(), columns=ANSWER_SCHEMA.names)
+    return table.take(pa.array(rows - shift[group_of]))
 
 
 def _read(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
@@ -195,6 +228,12 @@ class Index:
         found = (self.hi[at] == hi) & (self.lo[at] == lo)
         return np.where(found, at, -1)
 
+    def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
+        """The position of each key, or -1, and the segment and row of each that is there."""
+        at = self.find(keys)
+        there = at[at >= 0]
+        return at, self.segment[there], self.row[there]
+
     @classmethod
     def empty(cls) -> Index:
         return _index_of([], [])
@@ -216,6 +255,40 @@ class Index:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class FarIndex:
+    """An index that stays where it is, and is asked: 37 bytes a request on every node would be too much."""
+
+    lookup: Any  # the actor
+    paths: list[str]
+
+    def find(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int64]:
+        """As `Index.find`."""
+        return self.locate(keys)[0]
+
+    def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
+        """As `Index.locate`."""
+        import ray
+
+        keys = keys if isinstance(keys, (pa.Array, pa.ChunkedArray)) else pa.array(keys, pa.binary(32))
+        found: Located = ray.get(self.lookup.locate.remote(keys))
+        return found
+
+
+class Lookup:
+    """The actor behind `FarIndex`, on the node of its index."""
+
+    def __init__(self, index: list[Any]) -> None:
+        import ray
+
+        self.index: Index = ray.get(index[0])
+
+    def locate(self, keys: pa.Array) -> Located:
+        return self.index.locate(keys)
+
+
+# Positions in the index or -1; segments and rows of those that are there.
+Located = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]
 _Keys = tuple[
     npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.uint32]
 ]
@@ -246,21 +319,40 @@ def read_index(fs: pafs.FileSystem, root: str) -> Index:
 
 
 def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
+    """Holds little more than its result: each column is joined, then put in order, and what it came from is gone."""
     torn = [path for path, part in zip(paths, parts, strict=True) if part is None]
-    good = [(number, part) for number, part in enumerate(parts) if part is not None]
-    hi = _join((part[0] for _, part in good), np.uint64)
-    lo = _join((part[1] for _, part in good), np.uint64)
-    failed = _join((part[2] for _, part in good), np.bool_)
-    done_at = _join((part[3] for _, part in good), np.int64)
-    tokens = np.concatenate([part[4] for _, part in good]) if good else np.empty((0, 3), np.uint32)
-    segment = _join((np.full(len(part[0]), number, np.int32) for number, part in good), np.int32)
-    row = _join((np.arange(len(part[0]), dtype=np.int32) for _, part in good), np.int32)
-    order = np.lexsort((-done_at, failed, lo, hi))
-    hi, lo = hi[order], lo[order]
+    numbers = [number for number, part in enumerate(parts) if part is not None]
+    sizes = [len(part[0]) for part in parts if part is not None]
+    columns: list[Any] = [list(column) for column in zip(*filter(None, parts), strict=True)] or [[]] * 5
+    parts.clear()
+    for at, dtype in enumerate((np.uint64, np.uint64, np.bool_, np.int64, np.uint32)):
+        columns[at] = np.concatenate(columns[at]) if columns[at] else np.empty((0, 3) if at == 4 else 0, dtype)
+    columns.append(np.repeat(np.array(numbers, np.int32), sizes))
+    columns.append(np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]) if sizes else np.empty(0, np.int32))
+    order = _order(*columns[:4])
+    del columns[3]  # when it was done has no more to say
+    for at, column in enumerate(columns):
+        columns[at] = column[order]
+    hi, lo, *_ = columns
     first = np.ones(len(hi), np.bool_)
     first[1:] = (hi[1:] != hi[:-1]) | (lo[1:] != lo[:-1])
-    best = order[first]
-    return Index(hi[first], lo[first], segment[best], row[best], failed[best], tokens[best], paths, torn)
+    if not first.all():
+        columns = [column[first] for column in columns]
+    hi, lo, failed, tokens, segment, row = columns
+    return Index(hi, lo, segment, row, failed, tokens, paths, torn)
+
+
+def _order(
+    hi: npt.NDArray[np.uint64], lo: npt.NDArray[np.uint64], failed: npt.NDArray[np.bool_], done_at: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """By key, successes before failures, then the latest. Nearly all keys differ in `hi`; only the rest is looked at."""
+    order = np.argsort(hi, kind="stable")
+    equal = np.zeros(len(order) + 1, np.bool_)
+    equal[1:-1] = hi[order[1:]] == hi[order[:-1]]
+    at = np.flatnonzero(equal[1:] | equal[:-1])
+    some = order[at]
+    order[at] = some[np.lexsort((-done_at[some], failed[some], lo[some], hi[some]))]
+    return order
 
 
 def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
@@ -276,11 +368,6 @@ def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
     failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))
     usage = [np.asarray(pc.fill_null(pc.struct_field(table["usage"], f.name), 0)).astype(np.uint32) for f in USAGE]
     return hi, lo, failed, np.asarray(table["done_at"].cast(pa.int64())), np.stack(usage, axis=1)
-
-
-def _join(parts: Iterable[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
-    found = list(parts)
-    return np.concatenate(found) if found else np.empty(0, dtype)
 
 
 class SeenKeys:
@@ -304,7 +391,8 @@ class SeenKeys:
         if len(fresh):
             # Runs grow geometrically, as in an LSM tree, so that adding stays cheap and the runs stay few.
             while self._runs and len(self._runs[-1]) <= 2 * len(fresh):
-                fresh = np.union1d(self._runs.pop(), fresh)
+                fresh = np.concatenate([self._runs.pop(), fresh])
+                fresh.sort(kind="stable")  # two runs in order, so merged rather than sorted
             self._runs.append(fresh)
         mask = np.zeros(len(hi), np.bool_)
         mask[first[new]] = True

@@ -6,9 +6,11 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
@@ -36,7 +38,7 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
         lock = FileLock(f"{root}/{SEGMENTS}/.lock")
         try:
             os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)  # not 0: `held` looks by holding it for a moment
         except Timeout:
             raise held from None
         except OSError as error:
@@ -48,6 +50,21 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
         return
     with _claim(fs, root, held):
         yield
+
+
+def held(fs: pafs.FileSystem, root: str) -> bool:
+    """Whether a run holds the output directory. Changes nothing there, and needs no right to."""
+    if isinstance(fs, pafs.LocalFileSystem):
+        import fcntl
+
+        with suppress(FileNotFoundError), Path(root, SEGMENTS, ".lock").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+    claims = [info for info in listing(fs, f"{root}/{SEGMENTS}") if info.base_name.startswith(CLAIM)]
+    return any(time.time() - (claim.mtime_ns or 0) / 1e9 < STALE_S for claim in claims)
 
 
 @contextmanager

@@ -148,6 +148,24 @@ def start(actor_class: Any, placed: Placement, *args: Any) -> tuple[Any, Any]:
         raise
 
 
+def serve_options(placed: Placement) -> dict[str, Any]:
+    """The same place in the words of a Ray Serve deployment, which keeps as many replicas as are busy."""
+    first = placed.bundles[0]
+    actor: dict[str, Any] = {"num_cpus": first.get("CPU", 0)}
+    if memory := first.get("memory"):
+        actor["memory"] = int(memory)
+    options: dict[str, Any] = {"ray_actor_options": actor}
+    if len(placed.bundles) == 1:
+        actor["num_gpus"] = first.get("GPU", 0)
+        if placed.labels:
+            actor["label_selector"] = dict(placed.labels)
+        return options
+    options |= {"placement_group_bundles": [dict(bundle) for bundle in placed.bundles], "placement_group_strategy": "PACK"}
+    if placed.labels:
+        options["placement_group_bundle_label_selector"] = [dict(placed.labels)] * len(placed.bundles)
+    return options
+
+
 def end(actor: Any, group: Any) -> None:
     """Kills an actor and gives its place back."""
     import ray

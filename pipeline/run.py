@@ -21,28 +21,34 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
 from rich.text import Text
 
+from engines.base import Price
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
 from pipeline.batches import BATCHES, WRITER, BatchRun, Book
 from pipeline.config import Config, without_secrets
 from pipeline.crew import Crew, Interrupted, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
-from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, plan_columns, plan_jobs
+from pipeline.finalize import DATA, ERRORS, OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
 from pipeline.formats import RowParser
 from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic
 from pipeline.keys import Keyer
-from pipeline.ledger import SEGMENTS, Index, list_segments, read_index
+from pipeline.ledger import SEGMENTS, FarIndex, Index, Lookup, read_index
 from pipeline.limiter import limiter
 from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
 from pipeline.progress import RunProgress
+from pipeline.report import REPORT, write_report
+from pipeline.scores import score_columns
 from pipeline.source import list_chunks, read_chunk
+from pipeline.state import RunState, told
+from pipeline.traces import Trace, run_span
 from pipeline.worker import Worker, WorkerConfig
 
 MANIFEST = "manifest.json"
@@ -58,6 +64,10 @@ GRACE_S = 20.0
 REFUSALS_TO_STOP = 20
 # What all providers ask for a row in a batch, as a share of the live price.
 BATCH_PRICE = 0.5
+# Up to so much is read here and now: a process for it takes seconds to start.
+SMALL_FILES, SMALL_BYTES = 8, 8 << 20
+# A larger index stays on the driver's node and is asked, where there are others.
+FAR_ROWS = 100_000
 # `max_error_rate` says nothing about the first few rows.
 RATE_NEEDS_ROWS = 100
 
@@ -86,65 +96,76 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
     if config.run.dry_run:
         return _dry_run(config, fs, root, interpreter, console)
     with contextlib.ExitStack() as stack:
+        span = stack.enter_context(run_span(config.run.traces, config.engine, console))
         stack.enter_context(run_lock(fs, root))
         started = time.time()
         if not config.run.resume:
             _remove(fs, root)
+        state = stack.enter_context(told(config, fs, root))
         batches, asked = None, Status()
         if config.run.mode == "batch":
             batches = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
             asked = batches.status
-            with _signals() as interrupts:  # Ray is not needed for a day's waiting
+            state.enter("asking")
+            state.source = batches.shown
+            with note_signals() as interrupts:  # Ray is not needed for a day's waiting
                 found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), step)
             if found is None:
+                state.ended = "batches are under way at the provider"
                 return Outcome(STOPPED)
             summaries = found
         live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
-            planned = planner.submit(list_pieces, config, console)
-            own = stack.enter_context(_ray())
-            interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
-            pieces = planned.result()
+            planned = planner.submit(_plan, config, console)
+            own = stack.enter_context(running_ray())
+            interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
+            pieces, small = planned.result()
         if live:
-            _look_for_room(placed, own, console)
+            look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
 
-        index = _index(config)
-        for path in index.torn:
-            _warn(console, f"{path} cannot be read; its rows are asked again.")
         failed_too = batches is not None or not config.run.retry_failed
-        known = index.only(failed_too=failed_too)
+        known = Answers(config, failed_too=failed_too)
+        for path in known.index.torn:
+            _warn(console, f"{path} cannot be read; its rows are asked again.")
         missing = sys.maxsize
         for again in range(MAX_PASSES):
             if live:
                 try:
-                    status, summaries = _ask(config, placed, pieces, interpreter, known, interrupts, console)
+                    status, summaries = _ask(
+                        config, placed, pieces, small, interpreter, known, span.trace if span else None, interrupts, state,
+                        console,
+                    )  # fmt: skip
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
-                    known = _index(config).only(failed_too=failed_too)
+                    known = Answers(config, failed_too=failed_too)
                     continue
                 asked.done += status.done
                 asked.failed += status.failed
                 asked.crashes += status.crashes
             elif again and batches is not None:
                 summaries = batches.ask(pieces, console, interrupts, partial(_why_stop, config), "") or summaries
-            index = _index(config)
+            answers = known = Answers(config)  # in place of what the feed skipped, which is given up
+            index = answers.index
             if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces, index)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
-            result = _finalize(config, fs, root, pieces, summaries, interpreter, index, interrupts, console)
+            state.enter("putting the output together")
+            result = _finalize(config, fs, root, pieces, small, summaries, interpreter, answers, interrupts, console)
             if not result.missing:
                 break
             if result.missing >= missing:
                 raise Stopped(f"{result.missing:,} rows have no answer though they were asked: do all nodes see {root}?")
             missing = result.missing
             console.print(f"{missing:,} rows have no answer yet; asking them.", highlight=False)
-            known = index.only(failed_too=True)
         else:
             raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
         manifest = _manifest(config, pieces, fs, summaries, result, index, asked, started)
+        if span is not None:
+            span.rows(manifest["rows"])
         _drop_stale(fs, root, result)
         abort_uploads(str(config.output.path))
+        write_report(fs, root, manifest, result.stats, console)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         return Outcome(_exit_status(manifest), manifest)
 
@@ -161,17 +182,46 @@ def _exit_status(manifest: dict[str, Any]) -> int:
 # -- before -----------------------------------------------------------------------------------------------------------
 
 
-def _index(config: Config) -> Index:
-    """What the ledger has. Built in a task, so that its arrays lie in shared memory and the driver stays small."""
+class Answers:
+    """What the ledger has. A large one is read in a task beside the driver: its arrays lie in shared memory, and the driver
+    stays small."""
+
+    def __init__(self, config: Config, *, failed_too: bool = True) -> None:
+        import ray
+
+        where = resolve(str(config.output.path))
+        self.small = sum(info.size or 0 for info in listing(where[0], f"{where[1]}/{SEGMENTS}")) <= SMALL_BYTES
+        if self.small:
+            self.index = read_index(*where).only(failed_too=failed_too)
+            self.ref = ray.put(self.index)
+        else:
+            read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=_here())(_read_index)
+            self.ref = read.remote(str(config.output.path), failed_too)
+            self.index = ray.get(self.ref)
+        if len(self.index) > FAR_ROWS and len(ray.nodes()) > 1:
+            lookup = ray.remote(Lookup).options(num_cpus=0, scheduling_strategy=_here())
+            self.near = [self.ref]
+            self.ref = ray.put(FarIndex(lookup.remote(self.near), self.index.paths))
+
+
+def _read_index(path: str, failed_too: bool) -> Index:
+    return read_index(*resolve(path)).only(failed_too=failed_too)
+
+
+def _here() -> Any:
+    """On the driver's node; what is beside the driver dies with it anyway, and with no node that only came for the work."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if not list_segments(*resolve(str(config.output.path))):
-        return Index.empty()
-    return ray.get(ray.remote(num_cpus=0.25, max_retries=3)(_read_index).remote(str(config.output.path)))
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
-def _read_index(path: str) -> Index:
-    return read_index(*resolve(path))
+def _plan(config: Config, console: Console) -> tuple[list[Piece], bool]:
+    """The pieces, and whether they are so small that no other process is started to read them."""
+    pieces = list_pieces(config, console)
+    few = list(dict.fromkeys(piece.chunk.file for piece in pieces))[: SMALL_FILES + 1]
+    small = len(few) <= SMALL_FILES and sum(info_of(*resolve(name)).size for name in few) <= SMALL_BYTES
+    return pieces, small
 
 
 def list_pieces(config: Config, console: Console) -> list[Piece]:
@@ -209,6 +259,8 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
         )
     if exists(fs, f"{root}/{MANIFEST}"):
         fs.delete_file(f"{root}/{MANIFEST}")
+    if exists(fs, f"{root}/{REPORT}"):
+        fs.delete_file(f"{root}/{REPORT}")
     for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
         for info in listing(fs, f"{root}/{folder}"):
             if info.is_file and not info.base_name.startswith((".lock", CLAIM)):
@@ -216,7 +268,7 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
 
 
 @contextlib.contextmanager
-def _ray() -> Iterator[bool]:
+def running_ray() -> Iterator[bool]:
     """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone: then
     yields True."""
     import ray
@@ -240,7 +292,8 @@ def _ray() -> Iterator[bool]:
         scratch = tempfile.mkdtemp(prefix="eagleray-")
         keep = True
         try:
-            ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
+            with _only_what_works():
+                ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
             yield True
             keep = False
         except EaglerayError:
@@ -252,7 +305,25 @@ def _ray() -> Iterator[bool]:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
+@contextlib.contextmanager
+def _only_what_works() -> Iterator[None]:
+    """Within it Ray starts without its autoscaler, its reader of logs and its web server: of no use on one machine, they
+    cost three seconds of processor time, and Ray waits for the last. Where it has them no more, nothing changes."""
+    from ray._private.node import Node
+
+    os.environ.setdefault("RAY_worker_niceness", "0")  # this Ray has one run, which is not there to give way
+    unused = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]
+    before = {name: getattr(Node, name) for name in unused}
+    for name in unused:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
+
+
+def look_for_room(placed: Placement, own: bool, console: Console) -> None:
     """Says what is missing for the replicas. Raises `ConfigError` where none has room and no node can join."""
     import ray
 
@@ -265,7 +336,7 @@ def _look_for_room(placed: Placement, own: bool, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def note_signals() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM instead of dying of them; the second one kills."""
     seen: list[int] = []
 
@@ -289,23 +360,22 @@ def _ask(
     config: Config,
     placed: Placement,
     pieces: list[Piece],
+    small: bool,
     interpreter: Interpreter,
-    known: Index,
+    known: Answers,
+    trace: Trace | None,
     interrupts: list[int],
+    state: RunState,
     console: Console,
 ) -> tuple[Status, dict[int, Summary]]:
     """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     fail = config.dataset.on_bad_input == "fail"
     # In a list, so that the reference itself arrives: only the read tasks look into it.
-    done = [ray.put(known)]
-    # Beside the driver, which it could not outlive anyway, and so on no node that only came for the work.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    dispatcher = (
-        ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here).remote(pieces, interpreter, done, fail)
-    )
+    done = [known.ref]
+    beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=_here())
+    dispatcher = beside.remote(pieces, interpreter, done, fail, small)
     worker = WorkerConfig(
         engine=spread(config.engine, placed),
         generation=config.params(),
@@ -314,29 +384,34 @@ def _ask(
         drain_s=config.run.drain_s,
         max_outage_s=config.run.max_outage_s,
         cpus=config.hardware.cpus,
+        trace=trace,
     )
     crew = Crew(ray.remote(Worker), worker, placed, dispatcher, config.run.max_engine_deaths)
-    ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
+    reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
     # Held here: Ray ends an actor with whoever made it.
     limits = limiter(config.engine) if config.engine.provider else None
-    told = False
+    state.enter("asking")
+    state.source = None
+    said = False
     finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
     failure: EaglerayError | None = None  # of a replica; the others still commit what they have
     why, ends_by = "", math.inf
     began = time.monotonic()
     try:
         crew.start()
+        ray.get(reads)
         with RunProgress(console, config.run.progress_s) as progress:
             while True:
                 status: Status = ray.get(dispatcher.status.remote())
+                state.status = status
                 progress.show(status)
                 try:
                     crew.tend(status)
                 except EaglerayError as error:
                     failure = failure or error
-                told = told or status.workers > 0
-                if not told and time.monotonic() - began > PATIENCE_S:
-                    told = True
+                said = said or status.workers > 0
+                if not said and time.monotonic() - began > PATIENCE_S:
+                    said = True
                     _warn(console, f"No replica works yet: each asks for {placed.wish()}, and may be loading its model.")
                 if status.done > finished:
                     finished, refused = status.done, status.errors["auth"]
@@ -352,7 +427,7 @@ def _ask(
                 if (status.finished and not status.workers) or time.monotonic() > ends_by:
                     break
                 time.sleep(0.05 if status.finished else 0.2)
-        status = ray.get(dispatcher.status.remote())
+        state.status = status = ray.get(dispatcher.status.remote())
         summaries = ray.get(dispatcher.take_summaries.remote())
     finally:
         crew.dismiss()
@@ -393,49 +468,66 @@ def _finalize(
     fs: pafs.FileSystem,
     root: str,
     pieces: list[Piece],
+    small: bool,
     summaries: dict[int, Summary],
     interpreter: Interpreter,
-    index: Index,
+    answers: Answers,
     interrupts: list[int],
     console: Console,
 ) -> JobResult:
     """Writes data/ and errors/ on all nodes at once."""
-    import ray
     from ray.exceptions import RayTaskError
 
     if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
         fs.delete_file(f"{root}/{MANIFEST}")
-    columns = plan_columns(pieces, summaries, interpreter)
+    scores = score_columns(config.output.columns, config.params().response_format)
+    columns = plan_columns(pieces, summaries, interpreter, scores)
     params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
     optional = [name for name, param in OPTIONAL.items() if param in params]
     raw = any(summary.invalid for summary in summaries.values())
-    writer = ray.put(PartWriter(interpreter, index, columns, optional, raw, config.output))
-    do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
-    waiting = [do.remote(writer, job) for job in plan_jobs(pieces, summaries)]
+    writer = PartWriter(interpreter, columns, optional, raw, config.output, scores)
     total = JobResult()
+    used = np.zeros(len(answers.index), np.bool_)
     with console.status("putting the output together"):
-        while waiting:
-            done, waiting = ray.wait(waiting, timeout=0.5)
-            if interrupts:
-                raise Interrupted("interrupted while putting the output together; the same command does it again")
-            for ref in done:
-                try:
-                    result: JobResult = ray.get(ref)
-                except RayTaskError as error:
-                    if isinstance(error.cause, OSError):
-                        raise Stopped(f"putting the output together failed: {error.cause}") from None
-                    raise
+        try:
+            for result in _written(writer, plan_jobs(pieces, summaries), answers, small and answers.small, interrupts):
                 total.rows += result.rows
                 total.failed += result.failed
                 total.missing += result.missing
                 total.errors.update(result.errors)
-                total.used += result.used
                 total.files.update(result.files)
+                for positions in result.used:
+                    used[positions] = True
+                total.stats.merge(result.stats)
+        except (OSError, RayTaskError) as error:
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, OSError):
+                raise Stopped(f"putting the output together failed: {cause}") from None
+            raise
+    total.used = [used]
     return total
 
 
-def _do_job(writer: PartWriter, job: Any) -> JobResult:
-    return writer.run(job)
+def _written(
+    writer: PartWriter, jobs: list[Job], answers: Answers, here: bool, interrupts: list[int]
+) -> Iterator[JobResult]:
+    import ray
+
+    if here:
+        yield from (writer.run(job, answers.index) for job in jobs)
+        return
+    shared = ray.put(writer)
+    do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
+    waiting = [do.remote(shared, answers.ref, job) for job in jobs]
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
+        if interrupts:
+            raise Interrupted("interrupted while putting the output together; the same command does it again")
+        yield from ray.get(done)
+
+
+def _do_job(writer: PartWriter, answers: Index | FarIndex, job: Job) -> JobResult:
+    return writer.run(job, answers)
 
 
 def _drop_stale(fs: pafs.FileSystem, root: str, result: JobResult) -> None:
@@ -456,15 +548,14 @@ def _manifest(
     asked: Status,
     started: float,
 ) -> dict[str, Any]:
-    used = np.zeros(len(index), np.bool_)
-    for positions in result.used:
-        used[positions] = True
-    tokens = index.tokens[used].sum(axis=0, dtype=np.int64) if len(index) else np.zeros(3, np.int64)
+    (used,) = result.used
+    tokens = index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None])
     batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
-    cheap = index.tokens[used & batched[index.segment]].sum(axis=0, dtype=np.int64) if len(index) else tokens
+    cheap = np.zeros(3, np.int64)
+    if batched.any():
+        cheap = index.tokens.sum(axis=0, dtype=np.int64, where=(used & batched[index.segment])[:, None])
     share = float(config.engine.provider.get("batch", {}).get("price", BATCH_PRICE))
-    price = config.engine.price
-    cost = price.of(*map(int, tokens - cheap)) + share * price.of(*map(int, cheap))
+    cost = _cost(config.engine.price, tokens - cheap + share * cheap)
     return {
         "status": "complete",
         "rows": {
@@ -477,7 +568,8 @@ def _manifest(
         "errors": dict(result.errors),
         "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": cost,
+        "cost_usd": sum(cost.values()),
+        "cost_parts_usd": cost,
         "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
@@ -487,6 +579,16 @@ def _manifest(
         "versions": _versions(),
         "started_at": started,
         "finished_at": time.time(),
+    }
+
+
+def _cost(price: Price, tokens: npt.NDArray[np.float64]) -> dict[str, float]:
+    """What input, cached input and output come to."""
+    read, cached, written = tokens.tolist()
+    return {
+        "input": price.of(read - cached, 0, 0),
+        "cached_input": price.of(cached, cached, 0),
+        "output": price.of(0, 0, written),
     }
 
 
@@ -515,7 +617,8 @@ def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piec
             return None
         same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
         there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
-        return manifest if same and there.issuperset(manifest["files"]) else None
+        whole = there.issuperset(manifest["files"]) and exists(fs, f"{root}/{REPORT}")
+        return manifest if same and whole else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from engines.base import Engine, EngineConfig, load_engine
 from engines.text import one_line
-from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
-from pipeline.feed import Lease, Status
+from engines.types import Completion, EngineError, Failure, GenerationParams, Outage
+from pipeline.feed import Lease, Status, request_of
 from pipeline.fs import resolve
 from pipeline.ledger import Compactor, Record, write_segment
 from pipeline.limiter import source_of
 from pipeline.lossless import dumps, loads
 from pipeline.metrics import Metrics
+from pipeline.traces import RequestSpans, Trace
 
 DRAIN_FLUSH_S = 0.5
 
@@ -35,6 +36,7 @@ class WorkerConfig:
     drain_s: float
     max_outage_s: float
     cpus: float  # 0: the whole machine's
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class Secrets:
     nowhere, never in an actor's constructor or a runtime environment, which its metadata show."""
 
     values: dict[str, str] = field(repr=False)
+
+
+def settle_environment(secrets: Secrets, cpus: float) -> None:
+    """What an engine is to find in its process's environment."""
+    for name, value in secrets.values.items():
+        os.environ.setdefault(name, value)
+    # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
+    if cpus >= 1:
+        os.environ["OMP_NUM_THREADS"] = str(int(cpus))
+    else:
+        os.environ.pop("OMP_NUM_THREADS", None)
 
 
 @dataclass(slots=True)
@@ -82,21 +95,18 @@ class Worker:
         self.flushing = asyncio.Lock()
         self.puller: asyncio.Task[None] | None = None
         self.engine: Engine | None = None
+        self.spans: RequestSpans | None = None
 
     async def run(self, secrets: Secrets) -> bool:
         """Loads the engine and works; whether it ended for its node only (`clear_out`).
 
         Raises `ConfigError` where the engine cannot be loaded, `Outage` where its server is gone.
         """
-        for name, value in secrets.values.items():
-            os.environ.setdefault(name, value)
-        # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
-        if self.config.cpus >= 1:
-            os.environ["OMP_NUM_THREADS"] = str(int(self.config.cpus))
-        else:
-            os.environ.pop("OMP_NUM_THREADS", None)
+        settle_environment(secrets, self.config.cpus)
         await self.dispatcher.join.remote(self.name)
         self.metrics = Metrics(self.config.engine)
+        if self.config.trace is not None:
+            self.spans = RequestSpans(self.config.trace, self.config.engine, self.name)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
         engine.attach(source_of, self.config.max_outage_s)
@@ -121,6 +131,8 @@ class Worker:
             self._tell()
             await self.dispatcher.leave.remote(self.name)
             await asyncio.to_thread(engine.close)
+            if self.spans is not None:
+                await asyncio.to_thread(self.spans.close)
         return self.moves
 
     async def clear_out(self, nodes: frozenset[str]) -> None:
@@ -188,8 +200,9 @@ class Worker:
             row = self.queue.popleft()
             self.waits.append(time.monotonic() - row.since)
             self.busy += 1
+            began_ns = time.time_ns()
             try:
-                completion = await engine.generate(self._request(row))
+                completion = await engine.generate(request_of(loads(row.request), self.config.generation, row.key))
             except EngineError as error:  # from a row's override
                 completion = Completion(error=Failure.of(error), engine=engine.kind)
             except Exception as error:  # a bug, ours or a library's: no row may end the run for all
@@ -198,6 +211,8 @@ class Worker:
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
             finally:
                 self.busy -= 1
+            if self.spans is not None:
+                self.spans.add(row.key, row.id, began_ns, completion)
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
             if engine.outage is not None and completion.error is not None and completion.error.retryable:
@@ -214,13 +229,6 @@ class Worker:
         await self.dispatcher.leave.remote(self.name, reason)
         os._exit(1)
 
-    def _request(self, row: _Row) -> Request:
-        values = loads(row.request)
-        generation = self.config.generation
-        if overrides := values.get("generation"):
-            generation = generation.override(overrides)
-        return Request(values["messages"], generation, values.get("model"), values.get("adapter"), row.key.hex())
-
     async def _convict(self, lease: Lease) -> None:
         for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
             completion = Completion(error=Failure("engine_crash", lease.convicted or ""), attempts=0)
@@ -234,10 +242,10 @@ class Worker:
         self.places.setdefault(row.lease, []).append(row.offset)
         self.completed.setdefault(row.lease, []).append(row.offset)
         counts = self.counts
+        counts.input_tokens += completion.usage.input
+        counts.output_tokens += completion.usage.output
         if completion.error is None:
             counts.done += 1
-            counts.input_tokens += completion.usage.input
-            counts.output_tokens += completion.usage.output
         else:
             told = {"event": "row failed", "key": row.key.hex(), "id": row.id, **asdict(completion.error)}
             logger.warning("%s", dumps({**told, "attempts": completion.attempts}).decode())

@@ -95,7 +95,8 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def chat(body: dict[str, Any]) -> dict[str, Any]:
-    text = f"answer to: {text_of(body)}"
+    asked = text_of(body)
+    text = asked.removeprefix("say: ") if asked.startswith("say: ") else f"answer to: {asked}"
     usage = {"prompt_tokens": len(json.dumps(body)) // 4, "completion_tokens": len(text) // 4}
     usage["total_tokens"] = sum(usage.values())
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}, "logprobs": None}

@@ -49,6 +49,7 @@ class Infer:
             return run(compose([*base, *overrides]), console)
         finally:
             self.printed = console.file.getvalue()  # type: ignore[attr-defined]
+            assert "report.html could not" not in self.printed  # it costs no run, but it is a bug
 
     def table(self) -> pa.Table:
         return pa.concat_tables(pq.read_table(path) for path in sorted((self.out / "data").glob("*.parquet")))

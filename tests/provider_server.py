@@ -136,6 +136,8 @@ class ProviderServer:
                     return error(request, 429, "quota", headers | {"x-ratelimit-reset-requests": "1s"})
             planned = self.plan.get(text)
             fault = planned.pop(0) if planned else self.fault(text, self.attempts[text])
+            if fault in (None, "break", "break-error", "end") and body.get("stream"):
+                return await stream(request, body, text, fault)
             if fault is None:
                 return web.json_response(answer(request, body, text), headers=headers)
             self.faults[fault] += 1
@@ -175,6 +177,45 @@ def answer(request: web.Request, body: dict[str, Any], text: str | None, finish:
             "usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}}  # fmt: skip
 
 
+async def stream(request: web.Request, body: dict[str, Any], text: str, fault: str | None) -> web.StreamResponse:
+    """The answer as events, a word each, each in two pieces; or a part of them, and then a fault."""
+    whole = answer(request, body, text)
+    words = [word + " " for word in text.split(" ")]
+    words[-1] = words[-1][:-1]
+    events: list[dict[str, Any]] = []
+    if request.path.endswith("/messages"):
+        start = {"role": "assistant", "model": whole["model"], "usage": {**whole["usage"], "output_tokens": 1}}
+        events = [{"type": "message_start", "message": start}, {"type": "ping"},
+                  {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}]  # fmt: skip
+        deltas = ({"type": "text_delta", "text": word} for word in words)
+        events += ({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas)
+        events += [{"type": "content_block_stop", "index": 0},
+                   {"type": "message_delta", "delta": {"stop_reason": whole["stop_reason"]}, "usage": whole["usage"]},
+                   {"type": "message_stop"}]  # fmt: skip
+    else:
+        found: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": word}} for word in words]
+        found.append({"delta": {}, "finish_reason": whole["choices"][0]["finish_reason"]})
+        events = [{"model": whole["model"], "choices": [{"index": 0, **choice}]} for choice in found]
+        if body.get("stream_options", {}).get("include_usage"):
+            events.append({"model": whole["model"], "choices": [], "usage": whole["usage"]})
+    if fault is not None:
+        events = events[: len(events) - 4]
+    if fault == "break-error":
+        events.append({"type": "error", "error": {"type": "overloaded_error", "message": "fell over"}})
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    for event in events:
+        line = f"event: {event.get('type')}\r\ndata: {json.dumps(event, ensure_ascii=False)}\r\n\r\n".encode()
+        for piece in (line[: len(line) // 2], line[len(line) // 2 :]):
+            await response.write(piece)
+            await asyncio.sleep(0.002)
+    if fault == "break":
+        return abort(request)
+    if fault is None and not request.path.endswith("/messages"):
+        await response.write(b"data: [DONE]\n\n")
+    return response
+
+
 def error(request: web.Request, status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
     if request.path.endswith("/converse"):
         kinds = {400: "ValidationException", 401: "UnrecognizedClientException", 429: "ThrottlingException",
@@ -195,9 +236,18 @@ async def misbehave(fault: str, request: web.Request, body: dict[str, Any], text
         how, _, seconds = rest.partition("=")
         value = formatdate(time.time() + float(seconds or 1), usegmt=True) if how == "date" else seconds or "1"
         return error(request, int(name), STATUSES[name], {"retry-after": value})
+    if fault.startswith("answer="):  # these words; of a JSON list, where several are asked for, one each
+        said = fault.removeprefix("answer=")
+        found = answer(request, body, said)
+        if body.get("n"):
+            choices = [answer(request, body, each)["choices"][0] for each in json.loads(said)]
+            found["choices"] = [{**choice, "index": at} for at, choice in enumerate(choices)]
+        return web.json_response(found)
     if fault.startswith("say="):  # "say=400=the text of the error"
         _, status, message = fault.split("=", 2)
         return error(request, int(status), message)
+    if fault.startswith("body="):  # a whole answer
+        return web.Response(text=fault.removeprefix("body="), content_type="application/json")
     if fault == "redirect":
         raise web.HTTPTemporaryRedirect(location=request.headers.get("x-redirect", "http://localhost:1/elsewhere"))
     if fault == "hang":

@@ -117,6 +117,9 @@ def test_rows_go_in_batches_and_come_back_in_order_with_what_failed_sent_again(
     assert [b["rows"] for b in manifest["batches"]] == [15, 15, 10, 4]
     left = sorted(path.suffix for path in (infer.out / "_batches").iterdir())
     assert left == [".json"] * 4  # the copies of the dataset are gone
+    report = (infer.out / "report.html").read_text()
+    assert "of 42, 2 failed (1 unreadable), 1 duplicate" in report
+    assert "Latency" not in report and all(str(batch["id"]) in report for batch in manifest["batches"])
     sent = len(server.submitted)
     again = infer(data, *case.overrides(server, *more, "run.retry_failed=false"), engine=case.engine)
     assert again.exit_status == WITH_FAILURES and len(server.submitted) == sent

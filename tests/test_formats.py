@@ -86,11 +86,11 @@ def test_messages_that_are_no_conversation_are_refused(messages: Any, reason: st
 
 def test_a_row_without_a_conversation_names_its_columns() -> None:
     assert refusal({"question": "x", "n": 1}) == (
-        "no messages, conversations, body or prompt among the columns question, n "
+        "no messages, conversations, body, prompt or turns among the columns question, n "
         "(map one with dataset.columns or dataset.template)"
     )
     assert refusal({"prompt": "x"}, "messages").startswith("no messages among the columns prompt (")
-    assert refusal({}).startswith("no messages, conversations, body or prompt among the columns none")
+    assert refusal({}).startswith("no messages, conversations, body, prompt or turns among the columns none")
     assert "c19, … (" in refusal({f"c{i}": 1 for i in range(30)})
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,19 @@ from hypothesis import strategies as st
 from engines.types import Choice, Completion, Failure, Usage, answer
 from pipeline import ledger
 from pipeline.fs import resolve
-from pipeline.ledger import Compactor, Record, SeenKeys, list_segments, read_index, read_segment, split_keys, write_segment
+from pipeline.ledger import (
+    COMPLETION_FIELDS,
+    Compactor,
+    Record,
+    SeenKeys,
+    _index_of,
+    list_segments,
+    read_index,
+    read_rows,
+    read_segment,
+    split_keys,
+    write_segment,
+)
 
 
 def key(n: int) -> bytes:
@@ -96,6 +110,43 @@ def test_segments_that_are_large_stay_as_they_are(tmp_path: Path, monkeypatch: p
     for path in paths:
         compactor.add(path)
     assert list_segments(fs, root) == sorted(paths)
+
+
+def test_rows_of_a_segment_are_read_in_the_order_asked_for_whatever_their_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "GROUP_ROWS", 7)
+    fs, root = resolve(str(tmp_path))
+    path = write_segment(fs, root, "w", [Record(key(n), f"r{n}", good(f"t{n}"), 0.0) for n in range(50)])
+    assert pq.read_metadata(path).num_row_groups == 8
+    wanted = [49, 3, 3, 28, 0, 21, 34, 35]
+    table = read_rows(fs, path, np.array(wanted, np.int32))
+    assert table["response"].to_pylist() == [f"t{n}" for n in wanted]
+    assert table.schema == pa.schema(COMPLETION_FIELDS)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.integers(0, 5)), max_size=12), max_size=6))
+def test_the_best_record_of_each_key_is_found_in_any_order(segments: list[list[tuple[int, bool, int]]]) -> None:
+    """Held against a plain search; keys come in pairs that agree in their first 64 bits."""
+
+    def twin(n: int) -> bytes:
+        return key(n // 2)[:8] + key(n)[8:]
+
+    def part(rows: list[tuple[int, bool, int]]) -> Any:
+        hi, lo = split_keys([twin(n) for n, _, _ in rows])
+        failed, done_at = np.array([f for _, f, _ in rows], np.bool_), np.array([t for _, _, t in rows], np.int64)
+        return hi, lo, failed, done_at, np.zeros((len(rows), 3), np.uint32)
+
+    index = _index_of([str(at) for at in range(len(segments))], [part(rows) for rows in segments])
+    best: dict[int, tuple[bool, int]] = {}
+    for rows in segments:
+        for n, failed, done_at in rows:
+            best[n] = min(best.get(n, (failed, -done_at)), (failed, -done_at))
+    assert len(index) == len(best)
+    at, segment, row = index.locate([twin(n) for n in best])
+    assert (at >= 0).all()
+    found = [segments[s][r] for s, r in zip(segment, row, strict=True)]
+    assert [(n, failed, -done_at) for n, failed, done_at in found] == [(n, *best[n]) for n in best]
 
 
 def test_an_empty_ledger_finds_nothing(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_a_run_on_a_failing_store_equals_one_on_a_disk_byte_for_byte(
     for folder in ("data", "errors"):
         here = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out" / folder).iterdir()}
         assert here == {key: value for key, value in there.items() if key.startswith(folder)}
+    assert b"601" in there["report.html"] and there["report.html"].endswith(b"</html>")
     manifest = json.loads(there["manifest.json"])
     assert manifest["rows"]["total"] == 601 and manifest["files"].keys() == {
         key for key in there if key.startswith(("data/", "errors/"))

@@ -23,6 +23,7 @@ from engines import Completion, load_engine
 from engines.base import Engine
 from tests.checkpoint import adapter_dir, checkpoint_dir, gguf_path
 from tests.conftest import Infer, ask
+from tests.test_stream import joined, streamed
 
 READY_WITHIN_S = 600  # loading takes a minute where nothing else runs
 
@@ -88,6 +89,10 @@ def test_vllm_answers_the_same_twice(vllm_engine: Engine) -> None:
     assert first.usage.input > 20
     assert first.usage.output <= 24
     assert first.model == "base"
+    pieces, completion = streamed(vllm_engine, CAPITAL, temperature=0.0, max_tokens=24)
+    assert joined(pieces) == completion.text == first.text
+    assert len(pieces) > 4
+    assert (completion.usage, completion.finish_reason) == (first.usage, first.finish_reason)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from engines.base import Engine
 from pipeline.crew import Stopped
 from tests.checkpoint import adapter_dir, checkpoint_dir, smollm2_adapters
 from tests.conftest import Infer, ask
+from tests.test_stream import joined, streamed
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
@@ -73,6 +74,20 @@ def test_many_rows_at_once_are_answered_as_each_one_alone(engine: Engine) -> Non
     together = engine.infer([ask(q) for q in questions], {"max_tokens": 12})
     assert [c.error for c in together] == [None] * 40
     assert [c.text for c in together[::8]] == [one(engine, q, max_tokens=12).text for q in questions[::8]]
+
+
+def test_a_streamed_answer_is_the_same(engine: Engine) -> None:
+    keys: dict[str, Any] = {"max_tokens": 24, "n": 2, "temperature": 1.0, "seed": 3, "logprobs": 1}
+    pieces, completion = streamed(engine, CAPITAL, **keys)
+    whole = one(engine, **keys)
+    assert [choice.message for choice in completion.choices] == [choice.message for choice in whole.choices]
+    assert [joined(pieces, 0), joined(pieces, 1)] == [choice.message["content"] for choice in whole.choices]
+    assert len(pieces) > 8
+    assert (completion.usage, completion.model) == (whole.usage, whole.model)
+    assert [len(choice.logprobs or ()) for choice in completion.choices] == [len(c.logprobs or ()) for c in whole.choices]
+    pieces, completion = streamed(engine, "word " * 2000)
+    assert completion.error is not None
+    assert (pieces, completion.error.type) == ([], "context_length")
 
 
 @pytest.mark.parametrize(

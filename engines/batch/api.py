@@ -69,6 +69,7 @@ class Batches:
         `generation` must be what `infer_batch` was given.
         """
         from engines.batch.wire import BatchState
+        from engines.structured import in_shape
 
         engine, wire = self._batches()
         status = wire.status(batch_id)
@@ -81,7 +82,9 @@ class Batches:
             except EngineError as error:
                 found[custom_id] = Completion(error=Failure.of(error))
         absent = Completion(error=Failure("not_found", status.error or f"batch {batch_id} has no answer to this"))
-        completions = [found.get(id, absent) for id, _ in self._named(conversations, generation)]
+        completions = [
+            in_shape(found.get(id, absent), request.generation) for id, request in self._named(conversations, generation)
+        ]
         for completion in completions:
             completion.engine, completion.model = engine.kind, completion.model or engine.config.model
         return completions

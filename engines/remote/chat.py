@@ -6,7 +6,7 @@ https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -16,6 +16,7 @@ from engines.remote.provider import Provider, inline_refs, put
 from engines.types import (
     Choice,
     Completion,
+    Delta,
     EngineError,
     FinishReason,
     Message,
@@ -30,6 +31,9 @@ _PLAIN = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "seed", "n", "frequency_penalty",
     "presence_penalty", "repetition_penalty", "logit_bias", "tool_choice", "reasoning_effort",
 )  # fmt: skip
+
+# What a request says beside the rest to be answered piece by piece.
+STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 _FINISH: dict[str, FinishReason] = {
     "length": "length",
@@ -139,6 +143,57 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
         choices.append(Choice(out, finish, content if isinstance(content, list) else None))
     model = payload.get("model")
     return Completion(choices, _usage(payload.get("usage")), model if isinstance(model, str) else None, reasoning=reasoning)
+
+
+class Joined:
+    """A streamed answer's chunks, joined to what a plain answer is (see `engines.remote.events`)."""
+
+    def __init__(self) -> None:
+        self.whole: dict[str, Any] = {}
+        self.choices: dict[int, dict[str, Any]] = {}
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.choices) and all(choice["finish_reason"] for choice in self.choices.values())
+
+    def add(self, event: dict[str, Any]) -> Iterator[Delta]:
+        self.whole.update({name: event[name] for name in ("model", "usage") if event.get(name)})
+        found = event.get("choices")
+        for item in found if isinstance(found, list) else ():
+            at = count(item.get("index"))
+            empty = {"message": {"content": None}, "finish_reason": None}
+            choice = self.choices.setdefault(at, empty)
+            choice["finish_reason"] = item.get("finish_reason") or choice["finish_reason"]
+            logprobs = item.get("logprobs")
+            if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+                choice.setdefault("logprobs", {"content": []})["content"] += logprobs["content"]
+            delta, message = item.get("delta") or {}, choice["message"]
+            for name in ("content", "reasoning_content", "reasoning", "refusal"):
+                if isinstance(delta.get(name), str):
+                    message[name] = (message.get(name) or "") + delta[name]
+            calls = message.setdefault("tool_calls", [])
+            for call in delta.get("tool_calls") or ():
+                place = call.get("index")
+                _join_call(calls, count(place) if place is not None else len(calls), call)
+            text, thought = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
+            if text or thought:
+                yield Delta(text or "", (thought or "") if not at else "", at)
+
+    def payload(self) -> dict[str, Any]:
+        return {**self.whole, "choices": [choice for _, choice in sorted(self.choices.items())]}
+
+
+def _join_call(calls: list[dict[str, Any]], at: int, piece: dict[str, Any]) -> None:
+    """A call's name comes first, its arguments in pieces."""
+    while len(calls) <= at:
+        calls.append({"function": {"arguments": ""}})
+    function = piece.get("function") or {}
+    if piece.get("id"):
+        calls[at]["id"] = piece["id"]
+    if function.get("name"):
+        calls[at]["function"]["name"] = function["name"]
+    if isinstance(arguments := function.get("arguments"), str):
+        calls[at]["function"]["arguments"] += arguments
 
 
 def _text(content: Any) -> str | None:

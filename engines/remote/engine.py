@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import random
@@ -21,9 +22,10 @@ from engines.limits import Limits
 from engines.remote import chat, messages
 from engines.remote.auth import Auth
 from engines.remote.errors import OVERLOAD, broken, failure, observed
+from engines.remote.events import Events
 from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
-from engines.types import Completion, ConfigError, EngineError, Request, nearest
+from engines.types import Completion, ConfigError, EngineError, Request, invalid, nearest
 
 WIRES: dict[str, ModuleType] = {"chat": chat, "messages": messages}
 
@@ -124,13 +126,13 @@ class RemoteEngine(Engine):
 
     def body(self, request: Request) -> dict[str, Any]:
         """The JSON that is sent for a request. Raises `EngineError("invalid_input")`."""
+        if request.turns:  # of a batch: `generate` takes them apart
+            raise invalid("a row's turns are asked one after the other, which no batch API can do (run.mode=live does)")
         provider, _ = self.for_model(request)
         if provider.defaults:
             given = request.generation.given()
             absent = {name: value for name, value in provider.defaults.items() if name not in given}
-            request = Request(
-                request.messages, request.generation.override(absent), request.model, request.adapter, request.key
-            )
+            request = dataclasses.replace(request, generation=request.generation.override(absent))
         model = request.model or self.config.model
         if provider.adapter_model and (adapter := request.adapter or self.config.adapter):
             model = provider.adapter_model.format(adapter=adapter, model=model)
@@ -149,7 +151,8 @@ class RemoteEngine(Engine):
 
     async def _generate(self, request: Request) -> Completion:
         self._bind()
-        content, size = self.encode(self.body(request))
+        streams = getattr(self.wire, "STREAM", {}) if request.stream is not None else {}
+        content, size = self.encode({**streams, **self.body(request)})
         model = request.model or self.config.model or ""
         cost = size / self.bytes_per_token, float(request.generation.max_tokens or self.mean_output)
         headers = self.headers
@@ -164,7 +167,7 @@ class RemoteEngine(Engine):
                 return completion
             except EngineError as error:
                 error.attempts = tries
-                if not error.retryable:
+                if not error.retryable or (request.stream is not None and request.stream.begun):
                     raise
                 down = self.endpoints.down_s
                 if down > self.max_outage_s:
@@ -252,10 +255,14 @@ class RemoteEngine(Engine):
 
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         """Sends and reads. Raises `EngineError`."""
+        events = Events(self.wire.Joined(), request.stream) if request.stream is not None else None
         try:
-            reply = await self.transport.send("POST", endpoint.url, {**headers, **await self.auth.headers()}, content)
+            sent = {**headers, **await self.auth.headers()}
+            reply = await self.transport.send("POST", endpoint.url, sent, content, events.feed if events else None)
         except httpx.HTTPError as error:
             raise self._clean(broken(error)) from None
+        except EngineError as error:  # an event that is none
+            raise self._clean(error) from None
         if (told := observed(reply.headers)) is not None:
             self.limits.tell(request.model or self.config.model or "", told.pause_s, told.limits)
         if not 200 <= reply.status < 300:
@@ -263,16 +270,22 @@ class RemoteEngine(Engine):
             if reply.status == 401 and self.auth.refused():
                 refused.retryable = True
             raise self._clean(refused)
-        try:
-            payload = orjson.loads(reply.content)
-        except ValueError:
-            payload = None
+        payload: Any = None
+        if events is not None and events.fed:
+            try:
+                payload = events.payload()
+            except EngineError as error:
+                raise self._clean(error) from None
+        else:
+            with contextlib.suppress(ValueError):
+                payload = orjson.loads(reply.content)
         if not isinstance(payload, dict):
             raise self._clean(chat.bad_response("the answer is not a JSON object", reply.content[:200]))
         inner = payload.get("error")
         if inner and not payload.get("choices"):  # some say with a 200 that it went wrong
             code = inner.get("code") if isinstance(inner, dict) else None
-            raise self._clean(failure(code if isinstance(code, int) and code >= 400 else 502, reply.content, reply.headers))
+            code = code if isinstance(code, int) and code >= 400 else 502
+            raise self._clean(failure(code, orjson.dumps(payload), reply.headers))
         return self.read(payload)
 
     def read(self, answer: dict[str, Any] | EngineError) -> Completion:

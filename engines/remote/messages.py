@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -13,6 +13,7 @@ from engines.remote.provider import Provider, put
 from engines.types import (
     Choice,
     Completion,
+    Delta,
     EngineError,
     FinishReason,
     Message,
@@ -26,6 +27,7 @@ from engines.types import (
 
 _PLAIN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
           "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}  # fmt: skip
+STREAM: dict[str, Any] = {"stream": True}
 _CACHE = {"type": "ephemeral"}
 _FINISH: dict[str, FinishReason] = {
     "max_tokens": "length",
@@ -190,3 +192,38 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
         model if isinstance(model, str) else None,
         reasoning="\n".join(thoughts) or None,
     )
+
+
+class Joined:
+    """A streamed answer's events, joined to what a plain answer is (see `engines.remote.events`)."""
+
+    def __init__(self) -> None:
+        self.whole: dict[str, Any] = {"content": [], "usage": {}, "stop_reason": None}
+
+    @property
+    def finished(self) -> bool:
+        return self.whole["stop_reason"] is not None
+
+    def add(self, event: dict[str, Any]) -> Iterator[Delta]:
+        kind, blocks = event.get("type"), self.whole["content"]
+        if kind == "message_start":
+            message = event["message"]
+            self.whole.update(model=message.get("model"), usage=message.get("usage") or {})
+        elif kind == "content_block_start":
+            blocks.append({"text": "", "thinking": "", "json": "", **event["content_block"]})
+        elif kind == "content_block_delta" and blocks:
+            delta = event["delta"]
+            text, thought = str(delta.get("text") or ""), str(delta.get("thinking") or "")
+            blocks[-1]["text"] += text
+            blocks[-1]["thinking"] += thought
+            blocks[-1]["json"] += delta.get("partial_json") or ""
+            if text or thought:
+                yield Delta(text, thought)
+        elif kind == "content_block_stop" and blocks and blocks[-1]["json"]:
+            blocks[-1]["input"] = orjson.loads(blocks[-1]["json"])
+        elif kind == "message_delta":
+            self.whole["stop_reason"] = event["delta"].get("stop_reason")
+            self.whole["usage"] |= event.get("usage") or {}
+
+    def payload(self) -> dict[str, Any]:
+        return self.whole

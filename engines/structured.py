@@ -1,0 +1,186 @@
+"""Answers that were asked for in a shape (`response_format`): checked whoever gave them, and asked for again where they
+are not in it. Local engines are held to it by a grammar; providers may ignore it, or know only parts of JSON Schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import orjson
+
+from engines.types import (
+    DEFAULT_SCHEMA_RETRIES,
+    Choice,
+    Completion,
+    EngineError,
+    Failure,
+    GenerationParams,
+    Message,
+    Request,
+    answer,
+    invalid,
+    json_schema_of,
+    text_of,
+)
+
+Ask = Callable[[Request], Awaitable[Completion]]
+
+# Characters that an error shows of an answer, and of what is wrong with it.
+SHOWN = 200
+
+
+class Mismatch(EngineError):
+    """An answer that is not in its shape; retryable while it may be asked for again. `reason` is for the model."""
+
+    def __init__(self, reason: str, said: str, retryable: bool) -> None:
+        # With the answer's beginning, for it is kept nowhere else.
+        shown = repr(said) if len(said) <= SHOWN else f"{said[:SHOWN]!r}…"
+        super().__init__(
+            "schema_mismatch", f"the answer is not in the format asked for: {reason} (it was {shown})", retryable=retryable
+        )
+        self.reason = reason
+
+
+async def ask_in_shape(ask: Ask, request: Request) -> Completion:
+    """Asks, and again with what was wrong, up to `schema_retries` times; then the error is `schema_mismatch`.
+
+    Of several choices, each one that is wrong is asked for again by itself. What all tries used is in the completion.
+    What a reader has seen already (`stream`) is not asked for again.
+    """
+    completion = await ask(request)
+    for at in range(len(completion.choices)):
+        tries = 0
+        while error := mismatch(completion.choices[at], request.generation, tries):
+            tries += 1
+            seen = request.stream is not None and request.stream.begun
+            if isinstance(error, Mismatch) and error.retryable and not seen:
+                again = await ask(_corrected(request, completion.choices[at].message, error.reason, f"{at}.{tries}"))
+                again.carry(completion)
+                completion.usage, completion.attempts, completion.latency_s = again.usage, again.attempts, again.latency_s
+                if again.error is None:
+                    completion.choices[at] = again.choices[0]
+                    completion.reasoning = again.reasoning if at == 0 else completion.reasoning
+                    continue
+                if again.error.retryable or again.error.type in ("cancelled", "engine_crash"):
+                    return again
+                error.retryable = False  # the longer conversation does not fit, say: what was wrong first is the reason
+            return _failed(completion, error)
+    return completion
+
+
+def in_shape(completion: Completion, generation: GenerationParams) -> Completion:
+    """The completion, or its error where nobody asks again."""
+    error = first_mismatch(completion, generation, sys.maxsize)
+    return completion if error is None else _failed(completion, error)
+
+
+def first_mismatch(completion: Completion, generation: GenerationParams, tries: int) -> EngineError | None:
+    """What is wrong with the first of its choices that is wrong; see `mismatch`."""
+    return next(filter(None, (mismatch(choice, generation, tries) for choice in completion.choices)), None)
+
+
+def _failed(completion: Completion, error: EngineError) -> Completion:
+    return dataclasses.replace(completion, choices=[], reasoning=None, error=Failure.of(error))
+
+
+def mismatch(choice: Choice, generation: GenerationParams, tries: int) -> EngineError | None:
+    """What is wrong with an answer that was asked for again `tries` times already; None where nothing is.
+
+    A call of a tool and a refusal are no answers. One that was cut off would be so again.
+    """
+    wanted = generation.response_format
+    if wanted is None or wanted["type"] not in ("json_schema", "json_object"):
+        return None
+    if choice.message.get("tool_calls") or choice.finish_reason == "content_filter":
+        return None
+    text, cut = text_of(choice.message) or "", choice.finish_reason == "length"
+    try:
+        reason = _reason(text, wanted)
+    except EngineError as error:
+        return error
+    if reason is None:
+        return None
+    if cut:
+        limit = f"generation.max_tokens={generation.max_tokens}" if generation.max_tokens else "the limit of its tokens"
+        reason = f"it was cut off by {limit}"
+    retries = DEFAULT_SCHEMA_RETRIES if generation.schema_retries is None else generation.schema_retries
+    return Mismatch(reason, text, retryable=tries < retries and not cut)
+
+
+def _reason(text: str, wanted: Mapping[str, Any]) -> str | None:
+    """Why a text is not what `response_format` asks for. Raises `EngineError` for a schema that is none."""
+    try:
+        value = orjson.loads(text)
+    except ValueError as error:
+        return f"it is not JSON: {error}"
+    if wanted["type"] == "json_object":
+        return None if isinstance(value, dict) else "it is JSON, but not an object"
+    try:
+        return _errors(orjson.dumps(json_schema_of(wanted)))(value)
+    except EngineError:
+        raise
+    except RecursionError:
+        return "it is nested too deeply"
+    except Exception as error:  # a reference to nowhere, a pattern that is none: whatever a row brings
+        raise invalid(f"the schema in response_format cannot be used: {_printable(error)}") from None
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Raises `EngineError("invalid_input")` for a JSON schema that is none."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        raise invalid(f"the schema in response_format is none: {_told(error)}") from None
+
+
+@lru_cache(maxsize=256)
+def _errors(schema: bytes) -> Callable[[Any], str | None]:
+    """What is wrong with a value, by a schema (rows of a dataset mostly share one)."""
+    from jsonschema.exceptions import best_match
+    from jsonschema.validators import Draft202012Validator, validator_for
+    from referencing import Registry
+
+    parsed = orjson.loads(schema)
+    check_schema(parsed)
+    # A registry of its own: the library's would fetch what a schema refers to from the network.
+    validator = validator_for(parsed, default=Draft202012Validator)(parsed, registry=Registry())
+
+    def first(value: Any) -> str | None:
+        error = best_match(validator.iter_errors(value))
+        return None if error is None else _told(error)
+
+    return first
+
+
+def _told(error: Any) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
+    return _printable(f"{path.lstrip('.')}: {error.message}" if path else error.message)
+
+
+def _printable(text: object) -> str:
+    """A model's words in an error: in one line, not too long, and no terminal obeys them."""
+    shown = "".join(c if c.isprintable() else " " for c in str(text))
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+
+
+def _corrected(request: Request, said: Message, reason: str, name: str) -> Request:
+    """The request with the wrong answer and what is wrong with it; `name` tells it from the others of its row."""
+    asks = f"That is not in the format asked for: {reason}. Answer again, with JSON of that format and nothing else."
+    messages: list[Message] = [
+        *request.messages,
+        answer(text_of(said) or "(nothing)"),  # providers refuse an empty one
+        {"role": "user", "content": asks},
+    ]
+    return dataclasses.replace(
+        request,
+        messages=messages,
+        generation=dataclasses.replace(request.generation, n=None),
+        key=f"{request.key}-{name}" if request.key else "",
+    )

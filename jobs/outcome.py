@@ -1,0 +1,76 @@
+"""What a run came to, for a person: the counts, a few answers, where the results lie."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.guide import see_type
+from pipeline.fs import resolve
+
+SHOWN = 5
+
+
+def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
+    """Prints a table of the first few rows and the run's figures."""
+    rows, tokens, run = manifest["rows"], manifest["tokens"], manifest["this_run"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title, width in (("id", 18), ("last message", 30), ("answer", None)):
+        table.add_column(title, overflow="ellipsis", no_wrap=True, max_width=width)
+    for row in _first_rows(manifest, path):
+        # Model output is untrusted: as Text, so that no markup in it is obeyed.
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    console.print(table)
+    failed = f", {rows['failed']:,} failed ({_errors(manifest['errors'])})" if rows["failed"] else ""
+    console.print(
+        f"{rows['done']:,} of {rows['total']:,} rows answered{failed}; {run['asked']:,} requests asked in this run; "
+        f"{tokens['input']:,} tokens in, {tokens['output']:,} out.",
+        highlight=False,
+    )
+    bad = f"; failed rows: {path}/errors {_meaning(manifest['errors'])}" if rows["failed"] else ""
+    console.print(f"Results: {path}/data, {path}/report.html, {path}/manifest.json{bad}", highlight=False, soft_wrap=True)
+
+
+def _errors(errors: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(errors.items()))
+
+
+def _meaning(errors: dict[str, int]) -> str:
+    """Where the commonest type is explained."""
+    return see_type(max(errors, key=lambda name: errors[name]))
+
+
+def _first_rows(manifest: dict[str, Any], path: str) -> list[tuple[str, str, str]]:
+    name = next((name for name in manifest["files"] if name.startswith("data/")), None)
+    if name is None or manifest["config"]["output"]["style"] != "eagleray":
+        return []
+    fs, root = resolve(path)
+    with fs.open_input_file(f"{root}/{name}") as file:
+        if name.endswith(".parquet"):
+            columns = ["id", "messages", "response", "error.message"]
+            batch = next(pq.ParquetFile(file).iter_batches(batch_size=SHOWN, columns=columns), None)
+            rows = batch.to_pylist() if batch is not None else []
+        else:
+            # A line is small beside this, but for giants; those show as far as they are whole.
+            head = file.read(1 << 20).split(b"\n")
+            rows = [json.loads(line) for line in head[:-1][:SHOWN]]
+    return [(row["id"], _last_message(row["messages"]), _answer(row)) for row in rows]
+
+
+def _last_message(messages: Any) -> str:
+    found = json.loads(messages) if isinstance(messages, str) else messages or []
+    asked = [m for m in found if m["role"] == "user"]
+    return str(asked[-1]["content"]) if asked else ""
+
+
+def _answer(row: dict[str, Any]) -> str:
+    return f"({row['error']['message']})" if row["error"] else row["response"] or ""
+
+
+def one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]

@@ -1,0 +1,309 @@
+"""What the jobs that look at an output directory share: finding out what is there, reading rows, printing safely."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.text import Text
+
+from engines.text import one_line as said
+from engines.types import ConfigError, nearest
+from pipeline.fs import TRIES, exists, listing, resolve, steadily
+from pipeline.ledger import SEGMENTS, read_index
+from pipeline.lock import STALE_S, held
+from pipeline.lossless import loads, plain
+from pipeline.state import STATE
+
+MANIFEST, BATCHES = "manifest.json", "_batches"
+# Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.
+BUFFER = 4 << 20
+T = TypeVar("T")
+Row = dict[str, Any]
+Place = tuple[int, int]  # which part, which row of it
+
+
+# -- the directory ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Output:
+    """An output directory, as it is at this moment."""
+
+    path: str
+    fs: pafs.FileSystem
+    root: str
+    manifest: dict[str, Any] | None  # None as well where a later run has begun
+    run: dict[str, Any] | None  # `_run.json`, of a run that has not come to its end
+    live: bool  # a run is at work
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration without secrets, as far as it is known."""
+        found: dict[str, Any] = (self.manifest or self.run or {}).get("config", {})
+        return found
+
+    @property
+    def style(self) -> str:
+        return str(self.config.get("output", {}).get("style", "eagleray"))
+
+    def command(self, **changes: Any) -> str | None:
+        """What to type to go on with it: `changes` are laid over `run`. None where no command says it exactly."""
+        if not self.config:
+            return None
+        from jobs.compose import command_of
+
+        run, output = {**self.config["run"], **changes}, {**self.config["output"], "path": self.path}
+        words = command_of({**self.config, "run": run, "output": output})
+        return shlex.join(words) if words else None
+
+
+def open_output(path: str) -> Output:
+    """Looks at a directory. Raises `ConfigError` where it is no output of ours."""
+    path = path.removeprefix("output.path=")
+    fs, root = resolve(path)
+    names = {info.base_name for info in listing(fs, root)}
+    if not names & {MANIFEST, STATE, SEGMENTS, BATCHES}:
+        if not names and not exists(fs, root):
+            raise ConfigError(f"there is no directory {path}")
+        raise ConfigError(f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/")
+    live = held(fs, root)
+    run, manifest = _json(fs, f"{root}/{STATE}"), _json(fs, f"{root}/{MANIFEST}")
+    if manifest is not None and not {"rows", "config", "files", "finished_at"} <= manifest.keys():
+        raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's")
+    if run is not None and manifest is not None and run["started_at"] < manifest["finished_at"] and not live:
+        run = None  # killed after all was done
+    if run is not None and run["ended"] is None and run["host"] != socket.gethostname():
+        live = live or time.time() - run["beat_at"] < STALE_S  # not every file system tells other hosts of a lock
+    return Output(path, fs, root, None if run or live else manifest, run, live)
+
+
+def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
+    try:
+        with fs.open_input_stream(path) as file:
+            found = orjson.loads(file.read())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {said(error)}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} cannot be read: it holds no object")
+    return found
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The finished rows of an output: those of data/, in input order, once it is complete; until then, what the ledger
+    has, without prompts and places. Read in batches; only what is asked for."""
+
+    def __init__(self, out: Output, failed: bool = False) -> None:
+        """`failed` leaves out files without a failed row."""
+        self.fs, self.style, self.complete = out.fs, out.style, out.manifest is not None
+        self.paths: list[str] = []
+        self.sizes: list[int] = []
+        self.best: list[frozenset[int]] = []  # of each segment, the rows that are their keys' latest
+        if out.manifest is not None:
+            files = out.manifest["files"]
+            for name in sorted(name for name in files if name.startswith("data/")):
+                if not failed or name.replace("data/", "errors/") in files:
+                    self.paths.append(f"{out.root}/{name}")
+                    self.sizes.append(files[name])
+            return
+        index = read_index(out.fs, out.root)
+        for number, path in enumerate(index.paths):
+            mine = index.row[(index.segment == number) & (index.failed | (not failed))]
+            if len(mine):
+                self.paths.append(path)
+                self.best.append(frozenset(mine.tolist()))
+
+    def scan(self, *columns: str) -> Iterator[tuple[Place, Row]]:
+        """Every row with these columns, as far as there are such; all columns if none is named."""
+        for part in range(len(self.paths)):
+            for at, row in steadily(partial(self._read, part, columns, self.best[part] if self.best else None)):
+                yield (part, at), row
+
+    def fetch(self, places: Iterable[Place]) -> Iterator[Row]:
+        """Whole rows, in the order of their places."""
+        wanted: dict[int, set[int]] = {}
+        for part, at in places:
+            wanted.setdefault(part, set()).add(at)
+        for part in sorted(wanted):
+            for _, row in steadily(partial(self._read, part, (), wanted[part])):
+                yield row
+
+    def _read(self, part: int, columns: Sequence[str], wanted: Collection[int] | None) -> Iterator[tuple[int, Row]]:
+        last = max(wanted) if wanted else sys.maxsize
+        with self.fs.open_input_file(self.paths[part]) as file:
+            if self.paths[part].endswith(".jsonl"):
+                for at, line in enumerate(io.BufferedReader(file, BUFFER)):  # Arrow's own has no lines
+                    if at > last:
+                        return
+                    if wanted is None or at in wanted:
+                        yield at, in_our_shape(loads(line), self.style)
+                return
+            parquet = pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
+            names = [name for name in columns if name in parquet.schema_arrow.names] if columns else None
+            at = 0
+            for batch in parquet.iter_batches(4096 if names else 256, columns=names):
+                mine = range(len(batch)) if wanted is None else [i for i in range(len(batch)) if at + i in wanted]
+                if len(mine):
+                    yield from zip((at + i for i in mine), batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True)
+                at += len(batch)
+                if at > last:
+                    return
+
+
+def in_our_shape(row: Row, style: str) -> Row:
+    """A line of another style as a row of ours, with what that style has of it."""
+    if style == "oumi":
+        rest = row["metadata"].get("eagleray", {})
+        return {"id": row["conversation_id"], "messages": row["messages"], **rest}
+    if style != "openai_batch":
+        return row
+    body, error = row["response"]["body"], row["error"]
+    found: Row = {"id": row["custom_id"], "index": int(row["id"].rpartition("_")[2])}
+    if error is not None:
+        return {**found, "error": {"type": error["code"], "message": error["message"]}}
+    first, usage = body["choices"][0], body["usage"]
+    tokens = {"input": usage["prompt_tokens"], "output": usage["completion_tokens"], "cached_input": 0}
+    message = first["message"]
+    text = message.get("content")
+    return {**found, "response": text, "messages": [message], "finish_reason": first["finish_reason"],
+            "tool_calls": message.get("tool_calls"), "usage": tokens, "model": body["model"], "error": None}  # fmt: skip
+
+
+def steady(work: Callable[[], T]) -> T:
+    """`work()`; again where a file was merged into another one meanwhile, as those of the ledger are."""
+    for _ in range(TRIES - 1):
+        try:
+            return work()
+        except FileNotFoundError:
+            time.sleep(0.2)
+    return work()
+
+
+# -- the terminal -----------------------------------------------------------------------------------------------------
+
+_JOINERS = "\n\t\u200c\u200d"
+
+
+def visible(text: str) -> str:
+    """`text` with all that a terminal would obey, and what turns the direction of writing, spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+def brief(value: Any, length: int = 200) -> str:
+    """A value on one line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=plain)
+    text = visible(" ".join(text[: 4 * length].split()))
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """For programs; in ASCII, so that it is safe on a terminal as well."""
+    print(json.dumps(value, indent=indent, default=_simple))
+
+
+def _simple(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else plain(value)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Prints one line as it is: no markup, no wrapping."""
+    console.print(Text(visible(text), style), soft_wrap=True)
+
+
+def ago(seconds: float) -> str:
+    """A time span as people say it."""
+    for size, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {name}"
+    return f"{max(0.0, seconds):,.0f} s"
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+class Arguments(argparse.ArgumentParser):
+    """Options in the usual form, with this project's way to say what is wrong with them."""
+
+    def __init__(self, job: str, what: str, examples: str, outputs: Sequence[str] = ("OUT",)) -> None:
+        examples = "examples:\n" + "\n".join(f"  eagleray {job} {line}" for line in examples.splitlines())
+        super().__init__(
+            f"eagleray {job}",
+            description=what,
+            epilog=examples,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name in outputs:
+            self.add_argument(name, help="an output directory: local, s3://… or another file system's")
+        self.add_argument("--json", action="store_true", help="the same for programs, on standard output")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.replace('the following arguments are required:', 'missing:')} ({self.prog} --help)")
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        """Raises `ConfigError` for what it does not know, with the nearest name."""
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            known = [name for action in self._actions for name in action.option_strings]
+            word = rest[0].partition("=")[0]
+            what = f"there is no option {word}{nearest(word, known)}" if word.startswith("-") else f"{word} is one too many"
+            self.error(what)
+        return args
+
+
+def inspect(parser: Arguments, argv: list[str], work: Callable[[argparse.Namespace, Console], int]) -> int:
+    """Runs such a job; what is wrong is one line."""
+    try:
+        args = parser.read(argv)
+        return work(args, Console())
+    except SystemExit as end:  # --help; or the reader of a pipe is gone
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ConfigError, OSError, pa.ArrowException) as error:
+        print(f"eagleray: {visible(said(error))}", file=sys.stderr)
+        return 2
+
+
+def number(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+        return int(text)
+
+    return convert

@@ -1,0 +1,50 @@
+"""`eagleray serve`: an engine as an endpoint for OpenAI's clients."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from engines.types import ConfigError
+from jobs.infer import guarded, keys_help, start
+from pipeline.config import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def main(argv: list[str]) -> int:
+    """Serves until Ctrl-C or SIGTERM; returns the exit status."""
+    return start(argv, help_text, lambda config: guarded(lambda console: _run(config, console)))
+
+
+def _run(config: Config, console: Console) -> int:
+    try:
+        import ray.serve  # noqa: F401
+        import starlette  # noqa: F401
+    except ImportError:
+        raise ConfigError("eagleray serve needs Ray Serve: run pip install 'eagleray[serve]'") from None
+    from pipeline.serve import serve_engine
+
+    serve_engine(config, console)
+    return 0
+
+
+def help_text() -> str:
+    """The keys that matter to an endpoint."""
+    lines = [
+        "Serve an engine over HTTP as OpenAI's API: POST /v1/chat/completions, GET /v1/models, GET /health.",
+        "",
+        "  eagleray serve engine=ENGINE [hardware=PROFILE] [group=option …] [key=value …]",
+        "",
+        "hardware.replicas={min: 1, max: 8} follows the requests. Generation keys hold where a request says nothing.",
+        "",
+        *keys_help(("engine", "hardware", "generation", "serve"), ("run.drain_s", "run.max_outage_s")),
+        "",
+        "Exit status: 0 ended by Ctrl-C or SIGTERM; 2 wrong configuration; 4 no replica could start.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,225 @@
+"""`eagleray status`: how a run stands, from outside of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from engines.base import Price
+from jobs.reading import BATCHES, Arguments, Output, ago, inspect, open_output, print_json, steady, visible
+from pipeline.fs import exists, listing
+from pipeline.ledger import SEGMENTS, USAGE, split_keys
+
+OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
+WATCH_S = 5.0
+# What all providers ask for a row in a batch, as a share of the live price; see `pipeline.run.BATCH_PRICE`.
+BATCH_PRICE = 0.5
+STYLES = {"running": "bold cyan", "stopped": "bold yellow", "empty": "bold yellow", "complete": "bold green"}
+
+
+def main(argv: list[str]) -> int:
+    """Shows it; the exit status is 0 for complete, 3 for complete with failed rows, 4 for anything else."""
+    what = "How a run stands: while it goes on, after it stopped, when it is complete. Starts nothing, changes nothing."
+    parser = Arguments("status", what, "out\ns3://bucket/out --json\nout --watch")
+    parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:.0f} s until the run is over")
+    return inspect(parser, argv, _run)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    told = look(open_output(args.OUT))
+    if args.watch and not args.json:
+        with Live(_shown(told), console=console, auto_refresh=False) as live:
+            while told["state"] == "running":
+                time.sleep(WATCH_S)
+                told = look(open_output(args.OUT))
+                live.update(_shown(told), refresh=True)
+    elif args.json:
+        print_json(told)
+    else:
+        console.print(_shown(told), soft_wrap=True)
+    if told["state"] == "complete":
+        return WITH_FAILURES if told["rows"]["failed"] else OK
+    return NOT_COMPLETE
+
+
+# -- finding out ------------------------------------------------------------------------------------------------------
+
+
+def look(out: Output) -> dict[str, Any]:
+    """Everything there is to tell, as `--json` prints it."""
+    engine = out.config.get("engine", {})
+    told: dict[str, Any] = {"output": out.path, "engine": engine.get("kind"), "model": engine.get("model")}
+    if (done := out.manifest) is not None:
+        told |= {
+            "state": "complete", "rows": done["rows"], "errors": done["errors"], "tokens": done["tokens"],
+            "cost_usd": done["cost_usd"], "started_at": done["started_at"], "finished_at": done["finished_at"],
+            "last_activity_at": done["finished_at"],
+        }  # fmt: skip
+        return told
+    told |= _unfinished(out)
+    if exists(out.fs, f"{out.root}/{BATCHES}"):
+        from pipeline.batches import Book
+
+        told["batches"] = [
+            {"id": batch.id or batch.name, "state": batch.state, "rows": batch.rows}
+            for batch in steady(lambda: Book(out.fs, out.root)).open
+        ]
+    if not out.live:
+        told["command"] = out.command()
+    return told
+
+
+def _unfinished(out: Output) -> dict[str, Any]:
+    run = out.run
+    counts: dict[str, Any] = dict(run["status"]) if run else {}
+    last = run["beat_at"] if run else None
+    fed = counts.get("fed", False)  # only then it is known which of the earlier answers count
+    if not out.live and not (fed and run and run["ended"]):  # it had no time for last words: the ledger knows more
+        found = steady(lambda: _ledger(out, run["began_at"] if run and fed else 0.0))
+        last = max(filter(None, (last, found.pop("last_at"))), default=None)
+        counts |= found if fed else {**found, "answered": 0, "duplicates": 0}
+    errors = {k: v for k, v in counts.get("errors", {}).items() if v}
+    if counts.get("invalid"):
+        errors["invalid_input"] = errors.get("invalid_input", 0) + counts["invalid"]
+    done = counts.get("done", 0) + counts.get("answered", 0) + counts.get("duplicates", 0)
+    failed = counts.get("failed", 0) + counts.get("invalid", 0)
+    total = counts.get("read") if fed else None
+    state = "running" if out.live else "stopped" if done or failed or run else "empty"
+    told = {
+        "state": state, "phase": run and run["phase"], "why": None,
+        "rows": {"total": total, "read": counts.get("read"), "done": done, "failed": failed},
+        "errors": errors, "workers": counts.get("workers"), "trouble": counts.get("trouble") or None,
+        "tokens": {"input": counts.get("input_tokens", 0), "output": counts.get("output_tokens", 0)},
+        "cost_usd": _cost(out.config, counts), "last_activity_at": last,
+    }  # fmt: skip
+    if run is not None:
+        told |= {name: run[name] for name in ("pid", "host", "started_at")}
+        if not out.live:
+            told["why"] = run["ended"] or "killed, or its machine went away"
+            return told
+        (began, *before), (now, *after) = run["recent"][0], run["recent"][-1]
+        span = now - began
+        rows, into, out_of = ((b - a) / span if span > 0 else None for a, b in zip(before, after, strict=True))
+        told["lately"] = {"seconds": span, "rows_per_s": rows, "input_tokens_per_s": into, "output_tokens_per_s": out_of}
+        left = total - done - failed if total is not None else None
+        told["seconds_left"] = left / rows if left is not None and rows else None
+    return told
+
+
+def _cost(config: dict[str, Any], counts: dict[str, Any]) -> float | None:
+    """At the prices of the configuration; what came from a cache counts in full. None where no price is known."""
+    price = Price(**(config.get("engine", {}).get("price") or {}))
+    share = 1.0
+    if config.get("run", {}).get("mode") == "batch":
+        share = float(config["engine"]["provider"].get("batch", {}).get("price", BATCH_PRICE))
+    cost = share * price.of(counts.get("input_tokens", 0), 0, counts.get("output_tokens", 0))
+    return cost if price.input or price.output else None
+
+
+def _ledger(out: Output, since: float) -> dict[str, Any]:
+    """What the segments hold that was done from then on."""
+    done, keys = [], []
+    for info in listing(out.fs, f"{out.root}/{SEGMENTS}"):
+        if info.path.endswith(".parquet") and (info.mtime_ns or 0) / 1e9 >= int(since):
+            with out.fs.open_input_file(info.path) as file:
+                try:
+                    table = pq.ParquetFile(file).read(columns=["key", "error.type", "done_at", "usage"])
+                except pa.ArrowInvalid:  # torn: its rows will be asked again
+                    continue
+            table = table.filter(pc.greater_equal(table["done_at"].cast(pa.int64()), int(since * 1000)))
+            keys.append(split_keys(table["key"].cast(pa.binary(32)))[0])
+            done.append(table.drop_columns(["key"]))
+    if not done:
+        return {"last_at": None}
+    table = pa.concat_tables(done)
+    # A row may stand there twice: when its segment was being merged, or answered after a failure.
+    at = np.asarray(table["done_at"].cast(pa.int64()))
+    order = np.argsort(np.asarray(pc.is_valid(pc.struct_field(table["error"], "type"))), kind="stable")
+    table = table.take(pa.array(order[np.unique(np.concatenate(keys)[order], return_index=True)[1]]))
+    types = Counter(pc.struct_field(table["error"], "type").drop_null().to_pylist())
+    tokens = {f.name: pc.sum(pc.struct_field(table["usage"], f.name)).as_py() or 0 for f in USAGE}
+    return {
+        "done": len(table) - types.total(), "failed": types.total(), "errors": dict(types),
+        "input_tokens": tokens["input"], "output_tokens": tokens["output"],
+        "last_at": float(at.max()) / 1000 if len(at) else None,
+    }  # fmt: skip
+
+
+# -- showing ----------------------------------------------------------------------------------------------------------
+
+
+def _shown(told: dict[str, Any]) -> Text:
+    state, rows, tokens, now = told["state"], told["rows"], told["tokens"], time.time()
+    titles = {"running": f"running: {told.get('phase') or 'starting'}", "stopped": "stopped, resumable",
+              "empty": "nothing yet", "complete": "complete"}  # fmt: skip
+    lines: list[tuple[str, str | None]] = [("why", told.get("why"))]
+    if told.get("pid"):
+        since = f" since {_clock(told['started_at'])} ({ago(now - told['started_at'])})" if state == "running" else ""
+        lines.append(("run", f"process {told['pid']} on {told['host']}{since}"))
+    lines.append(("engine", " ".join(dict.fromkeys(filter(None, (told["engine"], told["model"]))))))
+    if state != "running" or rows["read"]:
+        lines.append(("rows", _rows(told)))
+    if rows["failed"]:
+        types = sorted(told["errors"].items(), key=lambda item: -item[1])
+        all = f"{rows['failed']:,}: " if len(types) != 1 else ""
+        lines.append(("failed", all + ", ".join(f"{count:,} {name}" for name, count in types)))
+    if (lately := told.get("lately")) and lately["rows_per_s"] is not None and told["phase"] == "asking":
+        per_s = (lately[f"{name}_tokens_per_s"] for name in ("input", "output"))
+        rate = "{:,.1f} rows/s, {:,.0f} tokens/s in, {:,.0f} out".format(lately["rows_per_s"], *per_s)
+        lines.append(("lately", f"{rate} (over {ago(lately['seconds'])})"))
+    if state == "running" and told["phase"] == "asking" and not told["workers"] and not told.get("batches"):
+        lines.append(("", "no replica works yet: each may be loading its model"))
+    if (left := told.get("seconds_left")) is not None:
+        lines.append(("left", f"about {ago(left)}"))
+    lines.append(("trouble", told.get("trouble") and f"trying again: {told['trouble']}"))
+    if tokens["input"] or tokens["output"]:
+        by = ", by this run" if state != "complete" and rows["total"] else ""
+        lines.append(("tokens", f"{tokens['input']:,} in, {tokens['output']:,} out{by}"))
+    if cost := told["cost_usd"]:
+        lines.append(("cost", f"${cost:,.4f}" if cost < 1 else f"${cost:,.2f}"))
+    if batches := told.get("batches"):
+        count = sum(batch["rows"] for batch in batches)
+        lines.append(("batches", f"{count:,} rows under way in {len(batches)}; eagleray batch status asks the provider"))
+    if last := told["last_activity_at"]:
+        took = f", after {ago(last - told['started_at'])}" if state == "complete" else ""
+        lines.append(("last word" if not took else "finished", f"{_clock(last)}, {ago(now - last)} ago{took}"))
+    if state == "complete" and rows["failed"]:
+        lines.append(("see", f"eagleray errors {told['output']}"))
+    elif state in ("stopped", "empty"):
+        lines.append(("go on", told["command"] or "with the same command as before"))
+    text = Text(f"{visible(told['output'])}: ")
+    text.append(titles[state] + (", with failed rows" if state == "complete" and rows["failed"] else ""), STYLES[state])
+    for name, line in lines:
+        if line:
+            text.append(f"\n{name:<11}", "dim").append(visible(line))
+    return text
+
+
+def _rows(told: dict[str, Any]) -> str:
+    rows = told["rows"]
+    settled = rows["done"] + rows["failed"]
+    if not rows.get("total"):
+        read = f", {rows['read']:,} read so far" if rows.get("read") else ""
+        return f"{rows['done']:,} answered{read}"
+    share = f" ({100 * settled / rows['total']:.0f}% settled)" if settled < rows["total"] else ""
+    return f"{rows['done']:,} of {rows['total']:,} answered{share}"
+
+
+def _clock(when: float) -> str:
+    same_day = time.strftime("%F", time.localtime(when)) == time.strftime("%F")
+    return time.strftime("%H:%M:%S" if same_day else "%Y-%m-%d %H:%M", time.localtime(when))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

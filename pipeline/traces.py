@@ -1,0 +1,164 @@
+"""OpenTelemetry, on by `run.traces`: a span of the run and, below it, one of each request; never a prompt or an answer.
+
+Names are those of OpenTelemetry's conventions for generative AI, and `eagleray.…` for what they do not know. Headers,
+a client's certificate and the like come from OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS, …).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from engines.base import EngineConfig
+from engines.types import Completion, ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# A burst of so many spans waits for the exporter; what is beyond is dropped, for rows do not wait for their spans.
+WAITING_SPANS = 1 << 16
+# How long the end of a run waits for its span to be taken.
+LAST_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a worker needs to put its spans below the run's."""
+
+    endpoint: str
+    parent: str  # the run's span, as W3C's `traceparent`
+
+
+def variables() -> set[str]:
+    """OpenTelemetry's own variables, which workers on other nodes need, too."""
+    return {name for name in os.environ if name.startswith("OTEL_")}
+
+
+def _exporter(endpoint: str, **more: Any) -> Any:
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError:
+        raise ConfigError("run.traces needs OpenTelemetry: run pip install 'eagleray[traces]'") from None
+    # It repeats at length what is said once at the end, or not at all.
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    path = "" if urlsplit(endpoint).path.strip("/") else "/v1/traces"
+    return OTLPSpanExporter(endpoint=endpoint.rstrip("/") + path, **more)
+
+
+def _provider(instance: str) -> Any:
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+
+    name = os.environ.get("OTEL_SERVICE_NAME", "eagleray")
+    return TracerProvider(resource=Resource.create({"service.name": name, "service.instance.id": instance}))
+
+
+@contextlib.contextmanager
+def run_span(endpoint: str | None, engine: EngineConfig, console: Console) -> Iterator[RunSpan | None]:
+    """The span of a run, in the driver; None where traces are off. Says it where nobody takes the span."""
+    if endpoint is None:
+        yield None
+        return
+    span = RunSpan(endpoint, engine)
+    try:
+        yield span
+    except BaseException as error:
+        span.failed(type(error).__name__)
+        raise
+    finally:
+        if not span.end():
+            console.print(
+                f"[yellow]The traces did not get through: does {endpoint} take OTLP over HTTP?[/]", highlight=False
+            )
+
+
+class RunSpan:
+    """The span above all others. Sent by itself, at the end: no thread works for it."""
+
+    def __init__(self, endpoint: str, engine: EngineConfig) -> None:
+        self.exporter = _exporter(endpoint, timeout=LAST_S)
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self.span = _provider("driver").get_tracer("eagleray").start_span("eagleray run", attributes=_engine(engine))
+        from opentelemetry.trace import set_span_in_context
+
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier, set_span_in_context(self.span))
+        self.trace = Trace(endpoint, carrier.get("traceparent", ""))
+
+    def rows(self, rows: Mapping[str, int]) -> None:
+        """The manifest's counts."""
+        self.span.set_attributes({f"eagleray.rows.{name}": count for name, count in rows.items()})
+
+    def failed(self, kind: str) -> None:
+        from opentelemetry.trace import Status, StatusCode
+
+        self.span.set_attribute("error.type", kind)
+        self.span.set_status(Status(StatusCode.ERROR))
+
+    def end(self) -> bool:
+        """Whether the span was taken."""
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        self.span.end()
+        taken = self.exporter.export([self.span]) is SpanExportResult.SUCCESS
+        self.exporter.shutdown()
+        return taken
+
+
+class RequestSpans:
+    """One worker's spans, sent in batches by a thread of the exporter's."""
+
+    def __init__(self, trace: Trace, engine: EngineConfig, worker: str) -> None:
+        exporter = _exporter(trace.endpoint)
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self.provider = _provider(worker)
+        self.provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=WAITING_SPANS))
+        self.tracer = self.provider.get_tracer("eagleray")
+        self.parent = TraceContextTextMapPropagator().extract({"traceparent": trace.parent})
+        self.engine, self.kind = _engine(engine), engine.kind
+        self.name = f"chat {engine.model}" if engine.model else "chat"
+
+    def add(self, key: bytes, id: str, began_ns: int, completion: Completion) -> None:
+        """A request that has ended just now, all its tries together."""
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+
+        told: dict[str, Any] = {
+            **self.engine,
+            "eagleray.engine": completion.engine or self.kind,
+            "eagleray.key": key.hex(),
+            "eagleray.id": id,
+            "eagleray.attempts": completion.attempts,
+        }
+        if completion.model:
+            told["gen_ai.response.model"] = completion.model
+        if completion.error is None:
+            told["gen_ai.response.finish_reasons"] = [choice.finish_reason for choice in completion.choices]
+            told["gen_ai.usage.input_tokens"] = completion.usage.input
+            told["gen_ai.usage.cache_read.input_tokens"] = completion.usage.cached_input
+            told["gen_ai.usage.output_tokens"] = completion.usage.output
+        else:  # not its message, which may quote the row
+            told["error.type"] = completion.error.type
+            if completion.error.status is not None:
+                told["http.response.status_code"] = completion.error.status
+        span = self.tracer.start_span(self.name, self.parent, kind=SpanKind.CLIENT, attributes=told, start_time=began_ns)
+        if completion.error is not None:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(time.time_ns())
+
+    def close(self) -> None:
+        """Sends what waits."""
+        self.provider.shutdown()
+
+
+def _engine(engine: EngineConfig) -> dict[str, Any]:
+    told = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": engine.kind, "eagleray.engine": engine.kind}
+    return told | ({"gen_ai.request.model": engine.model} if engine.model else {})

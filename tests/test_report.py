@@ -1,0 +1,540 @@
+"""report.html: its figures against data/, its sums against numpy, and the page in a real browser, with hostile rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from engines.types import Completion, Failure, Usage
+from pipeline.chat import ROW_CHARS, shown_row, visible
+from pipeline.fs import resolve
+from pipeline.ledger import COMPLETION_FIELDS, completion_columns
+from pipeline.report import SAMPLE_BYTES, write_report
+from pipeline.stats import MOST_BUCKETS, PAUSE_MS, SAMPLED, Stats
+from tests.conftest import Infer, ask
+from tests.provider_server import ProviderServer
+
+Write = Callable[..., Path]
+KEY = "sk-0123456789-a-key-that-nobody-may-see"
+# A bin is 2.2% wide.
+NEAR = 0.023
+
+HOSTILE = [
+    "</script><script>document.title = 'owned'</script>",
+    "<img src=x onerror=\"document.title = 'owned'\"><svg onload=\"document.title = 'owned'\">",
+    '"><iframe src="javascript:parent.document.title=1"></iframe><style>body { display: none }</style>',
+    "<!--<script>",
+    "-->]]></body></html>",
+    "{{ 7 * 7 }} {% raw %} ${7 * 7}",
+    "line\u2028separator\u2029paragraph",
+    "bell\x07 escape\x1b[31mred null\x00 delete\x7f next\x85",
+    "right\u202eto left\u202c isolate\u2067 and on",
+    "\ufeffzero\u200bwidth é e\u0301 👩‍👩‍👧 اللغة العربية 日本語",
+    "x" * 150_000,
+]
+SEEN = [visible(text)[:4000] for text in HOSTILE]
+
+
+def figure(page: str, label: str) -> str:
+    """What stands in the tile of that label."""
+    found = re.search(rf"<dt>{re.escape(label)}</dt><dd>(.*?)</dd>", page)
+    assert found, label
+    return unescape(found[1])
+
+
+def in_seconds(text: str) -> float:
+    value, unit = text.split()
+    return float(value) * {"ms": 0.001, "s": 1.0}[unit]
+
+
+def under(page: str, title: str) -> dict[str, str]:
+    """The figures under a histogram."""
+    part = page[page.index(f'aria-label="{title}"') :]
+    part = part[: part.index("</figure>")]
+    return dict(re.findall(r"<dt>(\w+)</dt><dd>(.*?)</dd>", part))
+
+
+def test_the_figures_are_those_of_the_output(infer: Infer, write_jsonl: Write) -> None:
+    rows: list[Any] = [ask(" ".join(f"w{i}-{j}" for j in range(1 + i * 7 % 90)), id=f"r{i}") for i in range(600)]
+    rows += [ask("the same", id=f"same-{i}") for i in range(5)] + ["{broken"]
+    kwargs = [f"engine.kwargs.{name}" for name in ("latency_s=0.05", "jitter_s=0.045", "failure_rate=0.1")]
+    outcome = infer(write_jsonl(rows), *kwargs, "engine.price.input=2", "engine.price.output=10")
+    page = (infer.out / "report.html").read_text()
+    table = list({row["messages"]: row for row in reversed(infer.rows())}.values())  # equal requests are asked once
+    good = [row for row in table if not row["error"]]
+    read, written = (np.array([row["usage"][name] for row in good]) for name in ("input", "output"))
+    assert len(good) > 450
+    assert figure(page, "Rows answered") == str(sum(not row["error"] for row in infer.rows()))
+    assert figure(page, "Output tokens") == f"{written.sum():,}"
+    assert figure(page, "Input tokens") == f"{read.sum():,}"
+    assert figure(page, "Cost") == f"${(2 * read.sum() + 10 * written.sum()) / 1e6:.4g}"
+    for title, values in (("Input tokens", read), ("Output tokens", written)):
+        told = {name: float(value.replace(",", "")) for name, value in under(page, title).items()}
+        assert (told["min"], told["max"]) == (values.min(), values.max())
+        for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+            assert told[name] == pytest.approx(np.quantile(values, q), rel=NEAR, abs=1)
+    latency = np.array([row["latency_s"] for row in good])
+    seconds = {name: in_seconds(value) for name, value in under(page, "Latency").items()}
+    assert seconds["max"] == pytest.approx(latency.max(), rel=0.01)
+    for name, q in (("p50", 0.5), ("p95", 0.95)):
+        assert seconds[name] == pytest.approx(np.quantile(latency, q), rel=2 * NEAR)
+    slowest = re.findall(r'<a href="#row-(\d+)">', page)
+    timed = sorted(table, key=lambda row: -row["latency_s"])
+    assert [int(index) for index in slowest] == [row["index"] for row in timed[:10]]
+    manifest = outcome.manifest
+    counts = re.findall(r'<td class="type">(\w+)</td><td class="num">([\d,]+)</td>', page)
+    assert {name: int(count.replace(",", "")) for name, count in counts} == manifest["errors"]
+    assert manifest["errors"]["invalid_input"] == 1
+    assert "<bdi>in.jsonl:606</bdi></b> <bdi>invalid JSON: " in page
+    assert sum(manifest["cost_parts_usd"].values()) == manifest["cost_usd"]
+    answered = sum(int(n.replace(",", "")) for n in re.findall(r": ([\d,]+) answered", page))
+    failed = sum(int(n.replace(",", "")) for n in re.findall(r"answered, ([\d,]+) failed", page))
+    assert (answered, answered + failed) == (len(good), manifest["rows"]["requests"])
+
+
+def test_nothing_new_leaves_the_report_and_deleting_it_makes_it_anew(infer: Infer, write_jsonl: Write) -> None:
+    path = write_jsonl([ask(f"{i}") for i in range(10)])
+    infer(path)
+    report = infer.out / "report.html"
+    before = report.stat().st_mtime_ns
+    infer(path)
+    assert report.stat().st_mtime_ns == before
+    report.unlink()
+    infer(path)
+    assert "Nothing new" not in infer.printed
+    assert "All 10 rows." in report.read_text()
+
+
+def test_an_input_column_named_done_at_is_left_alone(infer: Infer, write_jsonl: Write) -> None:
+    infer(write_jsonl([ask("x", done_at="yesterday")]))
+    assert infer.rows()[0]["done_at"] == "yesterday"
+
+
+def test_an_input_without_rows_has_a_report_too(infer: Infer, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("\n")
+    infer(tmp_path / "in.jsonl")
+    assert figure((infer.out / "report.html").read_text(), "Rows answered") == "0"
+
+
+def test_a_bug_in_the_report_costs_no_run_and_is_told(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    fs, root = resolve(str(tmp_path))
+    broken = Stats()
+    broken.add(np.array([0]), 0, pa.table({"no": ["<b>such"]}), None, ["r"], lambda row: {})
+    for stats, reason in ((Stats(), "KeyError: 'config'"), (broken, 'KeyError: \'Field "error"')):
+        write_report(fs, root, {}, stats, console)
+        page = (tmp_path / "report.html").read_text()
+        assert "Traceback" in page
+        assert reason in unescape(page)
+        assert "<b>" not in page
+        assert reason in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+# -- the sums ---------------------------------------------------------------------------------------------------------
+
+
+def completions(rows: list[tuple[float, float, int, bool]]) -> tuple[pa.Table, pa.ChunkedArray]:
+    """Columns as finalize has them, of (done_at, latency, tokens, failed)."""
+    found = [
+        Completion(latency_s=latency, error=Failure("server", f"{at}", 500))
+        if failed
+        else Completion(latency_s=latency, usage=Usage(tokens * 2, 0, tokens))
+        for at, (_, latency, tokens, failed) in enumerate(rows)
+    ]
+    table = pa.Table.from_arrays(completion_columns(found), names=[name for name, _ in COMPLETION_FIELDS])
+    done = pa.chunked_array([pa.array([int(row[0] * 1000) for row in rows], pa.timestamp("ms", tz="UTC"))])
+    return pa.table({name: pa.chunked_array([table[name].combine_chunks()]) for name in table.column_names}), done
+
+
+ROW = st.tuples(st.floats(1e9, 1e9 + 1e6), st.floats(0.001, 5000), st.integers(0, 100_000), st.booleans())
+
+
+def stats_of(rows: list[tuple[float, float, int, bool]], cuts: list[int]) -> Stats:
+    whole, done = completions(rows)
+    total = Stats()
+    for start, end in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+        part = Stats()
+        ids = [f"r{at}" for at in range(start, end)]
+        at = np.arange(start, end)
+        part.add(at, start, whole.slice(start, end - start), done.slice(start, end - start), ids, lambda row: {})
+        assert part.broken is None, part.broken
+        total.merge(part)
+    assert total.broken is None, total.broken
+    return total
+
+
+# Parts whose timelines have buckets of different widths, the wider one first and last.
+LONG = [(1e9 + at, 1.0, at, at % 7 == 0) for at in range(1000)]
+
+
+@settings(max_examples=60, deadline=None)
+@example(LONG, [900])
+@example(LONG, [100])
+@given(st.lists(ROW, min_size=1, max_size=300), st.lists(st.integers(0, 300), max_size=4))
+def test_the_sums_do_not_depend_on_how_the_rows_are_cut_into_parts(
+    rows: list[tuple[float, float, int, bool]], cuts: list[int]
+) -> None:
+    cuts = sorted(min(cut, len(rows)) for cut in cuts)
+    cut, whole = stats_of(rows, cuts), stats_of(rows, [])
+    good = np.array([row[2] for row in rows if not row[3]])
+    for histogram in (cut.output, whole.output):
+        assert len(histogram) == len(good)
+        if len(good):
+            assert (histogram.least, histogram.most, histogram.sum) == (good.min(), good.max(), good.sum())
+            for q in (0.0, 0.5, 0.95, 0.99, 1.0):
+                low, high = (np.quantile(good, q, method=method) for method in ("lower", "higher"))
+                assert low * (1 - NEAR) - 1 <= histogram.quantile(q) <= high * (1 + NEAR) + 1
+    assert (cut.latency.counts == whole.latency.counts).all()
+    assert (cut.timeline.stretches == whole.timeline.stretches).all()
+    assert cut.timeline.width_ms == whole.timeline.width_ms
+    order = [("bucket", "ascending"), ("latency", "ascending")]
+    assert cut.timeline.cells.sort_by(order).equals(whole.timeline.cells.sort_by(order))
+    for stats in (cut, whole):
+        cells = stats.timeline.cells.to_pandas()
+        assert cells.bucket.nunique() <= MOST_BUCKETS
+        assert (cells.answered.sum(), cells.failed.sum(), cells.output.sum()) == (
+            len(good),
+            len(rows) - len(good),
+            good.sum() if len(good) else 0,
+        )
+    for kind in ("sample", "failed", "slowest"):
+        assert [shown.at for shown in getattr(cut, kind)] == [shown.at for shown in getattr(whole, kind)]
+    assert cut.examples == whole.examples
+
+
+def test_pauses_are_not_counted_as_time_in_which_rows_were_answered() -> None:
+    rows = [(1e9 + t, 2.0, 1, False) for t in range(10)] + [(1e9 + 5000 + t, 2.0, 1, False) for t in range(10)]
+    stats = stats_of(rows, [3, 15])
+    assert len(stats.timeline.stretches) == 2
+    assert stats.timeline.seconds == 22
+    near = stats_of([(1e9, 1.0, 1, False), (1e9 + PAUSE_MS / 1000 + 0.9, 1.0, 1, False)], [1])
+    assert len(near.timeline.stretches) == 1
+
+
+def test_the_sample_is_spread_over_the_whole_input() -> None:
+    stats = stats_of([(1e9 + at / 100, 1.0, 1, False) for at in range(5000)], [1000, 1100, 4000])
+    found = sorted(shown.at for shown in stats.sample)
+    assert len(found) == SAMPLED
+    assert max(np.diff([0, *found, 5000])) < 5000 / SAMPLED * 3
+
+
+def test_a_row_shown_is_bounded_whatever_is_in_it() -> None:
+    huge = [{"role": "user", "content": "\x00<" * 5_000} for _ in range(500)]
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
+    signed = {"type": "image_url", "image_url": {"url": f"https://bucket.example/a.png?X-Signature={KEY}"}}
+    huge[1] = {"role": "user", "content": [{"type": "text", "text": "see"}, image, signed, {"type": "input_audio"}]}  # type: ignore[dict-item]
+    columns, _ = completions([(1e9, 1.0, 5, False)])
+    completion = {**columns.to_pylist()[0], "response": "y" * 100_000}
+    row = shown_row("i" * 5000, 3, json.dumps(huge).encode(), None, {}, completion)
+    text = json.dumps(row)
+    assert len(text) < 2 * ROW_CHARS * 6
+    assert KEY not in text
+    assert row["turns"][1]["parts"] == [
+        {"kind": "text", "text": "see"},
+        {"kind": "image", "text": "image/png, 292 KiB"},
+        {"kind": "image", "text": "https://bucket.example/a.png"},
+        {"kind": "other", "text": "input_audio"},
+    ]
+    assert row["turns"][-1]["parts"][0]["text"].startswith("yyyy")
+    assert {"kind": "note", "text": "480 messages are left out here"} in row["turns"][4]["parts"]
+
+
+def test_a_report_of_a_million_hostile_rows_stays_small(infer: Infer, write_jsonl: Write) -> None:
+    rows = [ask(f"{i} " + "<&\x01\u2028" * 4000, id="<" * 300 + str(i)) for i in range(300)]
+    infer(write_jsonl(rows), "engine.kwargs.failure_rate=0.3")
+    assert SAMPLE_BYTES < (infer.out / "report.html").stat().st_size + 200_000 < 2_000_000
+
+
+# -- the page, in a browser -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        reason = "needs chromium and chromedriver: apt-get install chromium chromium-driver"
+        if os.environ.get("EAGLERAY_NEEDS_BROWSER"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    options = ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    flags += " disable-component-update disable-sync disable-dev-shm-usage"
+    for flag in [*flags.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver_ = Chrome(options=options, service=Service(driver))
+    driver_.set_page_load_timeout(120)
+    yield driver_
+    driver_.quit()
+
+
+WEATHER = {
+    "id": "c",
+    "model": "m",
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": "tool_calls",
+            "message": {
+                "role": "assistant",
+                "content": None,
+                "reasoning_content": "I should <b>look</b> it up.",
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "<i>Paris"}'}}
+                ],
+            },
+        }
+    ],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 3}},
+}
+CHOICES = {
+    "id": "c",
+    "model": "m",
+    "choices": [
+        {"index": n, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        for n, text in enumerate(["first <u>choice", "second choice"])
+    ],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 4},
+}
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(scope="module")
+def report(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Infer, ProviderServer]]:
+    """A run against a provider, in which much goes wrong and everything is hostile."""
+    folder = tmp_path_factory.mktemp("report")
+    with ProviderServer(latency_s=0.02) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPORT_KEY", KEY)
+        rows: list[Any] = [ask(text, id=f"{n}-{text[:80]}") for n, text in enumerate(HOSTILE)]
+        rows += [ask(f"refuse {n}", id=f"refused-{n}") for n in range(3)]
+        rows += [{"messages": [{"role": "<script>robot", "content": "x"}], "id": "odd"}, '{"broken": "<script>']
+        picture = {"type": "image_url", "image_url": {"url": PIXEL}}
+        remote = {"type": "image_url", "image_url": {"url": f"{server.url}/seen.png?signature=s3cr3t"}}
+        content = [{"type": "text", "text": "What is this?"}, picture, remote]
+        rows += [ask("weather?", id="weather"), ask("twice", id="choices", generation={"n": 2})]
+        rows += [{"messages": [{"role": "user", "content": content}], "id": "picture"}]
+        rows += [ask(f"plain {n}", id=f"plain-{n}") for n in range(20)]
+        server.plan["weather?"] = ["body=" + json.dumps(WEATHER)]
+        server.plan["twice"] = ["body=" + json.dumps(CHOICES)]
+        for n in range(3):
+            server.plan[f"refuse {n}"] = [f"say=400={HOSTILE[n]}"]
+        path = folder / "in <b>put.jsonl"
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+        infer = Infer(folder / "out")
+        base = f"engine.base_url={server.url}"
+        price = ["engine.price.input=1", "engine.price.cached_input=0.1", "engine.price.output=4"]
+        more = ["engine.api_key_env=REPORT_KEY", "engine.model='<script>m'", *price]
+        infer(f'"{path}"', base, *more, engine="openai_compatible")
+        yield infer, server
+
+
+class Page:
+    """The report as a person has it before them."""
+
+    def __init__(self, browser: Any, path: Path) -> None:
+        self.browser = browser
+        browser.get_log("browser"), browser.get_log("performance")
+        browser.get(path.as_uri())
+
+    def __call__(self, script: str, *arguments: Any) -> Any:
+        return self.browser.execute_script(f"return {script}", *arguments)
+
+    def cdp(self, command: str, **arguments: Any) -> Any:
+        return self.browser.execute_cdp_cmd(command, arguments)
+
+    def click(self, selector: str) -> None:
+        self.browser.find_element("css selector", selector).click()
+
+    def find(self, text: str) -> None:
+        self("(document.getElementById('find').value = arguments[0], document.getElementById('find').oninput())", text)
+
+    def chat(self) -> str:
+        return self("document.getElementById('chat').textContent")
+
+    def complaints(self) -> list[Any]:
+        return [entry for entry in self.browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+    def asked_for(self) -> set[str]:
+        """The URLs that the page wanted."""
+        events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
+        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return {url for url in urls if not url.startswith("data:")}
+
+
+@pytest.fixture
+def page(browser: Any, report: tuple[Infer, ProviderServer]) -> Iterator[Page]:
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen(1280))
+    yield Page(browser, report[0].out / "report.html")
+
+
+def screen(width: int) -> dict[str, Any]:
+    return {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+
+
+def test_hostile_rows_are_seen_as_they_are_and_run_nothing(page: Page, report: tuple[Infer, ProviderServer]) -> None:
+    title = page("document.title")
+    rows = json.loads(page("document.getElementById('rows').textContent"))
+    assert [row["index"] for row in rows] == list(range(len(rows)))
+    for index, text in enumerate(SEEN):
+        page.browser.execute_script(f"location.hash = '#row-{index}'")
+        page.browser.execute_async_script("setTimeout(arguments[0], 50)")
+        assert page.chat().count(text) >= 2, text  # the question, and its echo
+    assert page("document.title") == title
+    assert "<script>m" in title
+    allowed = page("document.querySelectorAll('script, style, iframe, img, object, embed, form, base').length")
+    assert allowed == 3  # one style, one script, one island
+    assert (
+        page("[...document.querySelectorAll('*')].some(e => [...e.attributes].some(a => a.name.startsWith('on')))") is False
+    )
+    assert page("document.getElementById('errors').textContent").count("<script>") >= 1
+    assert page.complaints() == []
+
+
+def test_the_page_asks_the_network_for_nothing(page: Page, report: tuple[Infer, ProviderServer]) -> None:
+    _, server = report
+    page.find("picture")
+    assert "image: image/png" in page.chat()
+    assert f"image: {server.url}/seen.png" in page.chat()
+    assert "s3cr3t" not in page("document.documentElement.outerHTML")
+    assert page.asked_for() == {page("location.href")}
+    assert not any(seen.path == "/seen.png" for seen in server.requests)
+
+
+def test_the_policy_of_the_page_lets_nothing_else_in(page: Page, report: tuple[Infer, ProviderServer]) -> None:
+    _, server = report
+    page(
+        "(() => { const s = document.createElement('script'); s.textContent = 'document.title = 1';"
+        " document.body.append(s);"
+        " const i = document.createElement('img'); i.src = arguments[0]; document.body.append(i);"
+        " const p = document.createElement('p'); p.setAttribute('style', 'color: red'); document.body.append(p);"
+        " window.colour = getComputedStyle(p).color; })()",
+        f"{server.url}/stolen.png",
+    )
+    page.browser.execute_async_script("setTimeout(arguments[0], 300)")
+    assert page("document.title") != "1"
+    assert page("window.colour") != "rgb(255, 0, 0)"
+    assert len(page.complaints()) >= 3
+    assert not any(seen.path == "/stolen.png" for seen in server.requests)
+
+
+def test_calls_reasoning_and_choices_are_shown(page: Page) -> None:
+    page.find("weather?")
+    assert "I should <b>look</b> it up." in page.chat()
+    assert '"city": "<i>Paris"' in page("document.querySelector('#chat .call pre').textContent")
+    assert page("document.querySelector('#chat .call b').textContent") == "weather"
+    page.find("choices")
+    assert "first <u>choice" in page.chat()
+    assert "2 of 2" in page.chat()
+
+
+def test_the_sample_is_browsed_searched_and_filtered(page: Page) -> None:
+    def place() -> str:
+        return page("document.getElementById('place').textContent")
+
+    total = len(json.loads(page("document.getElementById('rows').textContent")))
+    assert place() == f"1 of {total}"
+    assert page("document.getElementById('before').disabled")
+    page.click("#after")
+    assert place() == f"2 of {total}"
+    page.browser.find_element("css selector", "body").send_keys("\ue014")  # the right arrow
+    assert place() == f"3 of {total}"
+    page.click("#before")
+    assert place() == f"2 of {total}"
+    page.find("PLAIN ")
+    shown = page("[...document.querySelectorAll('#list bdi')].map(e => e.textContent)")
+    assert shown
+    assert all(id.startswith("plain-") for id in shown)
+    page.find("")
+    page.click("#bad")
+    errors = page("document.querySelectorAll('#list li').length")
+    assert errors == 5
+    said = page("[...document.querySelectorAll('#list button')].map(b => (b.click(), document.body.textContent)).join()")
+    assert '{"messages":[{"role":"<script>robot"' in said
+    assert '{"broken": "<script>' in said
+    page.find("no such words")
+    assert place() == "none"
+    assert "No conversation is like that." in page.chat()
+    link = page.browser.find_element("css selector", "#slowest a")
+    name = link.text
+    link.click()
+    page.browser.execute_async_script("setTimeout(arguments[0], 100)")
+    assert page("document.querySelector('#chat h3').textContent").startswith(name[:20])
+    assert page.complaints() == []
+
+
+def test_the_charts_are_there(page: Page) -> None:
+    assert page("[...document.querySelectorAll('figure svg')].map(e => e.getAttribute('aria-label'))") == [
+        "Answers per second over time",
+        "Output tokens per second over time",
+        "Latency over time",
+        "Latency",
+        "Input tokens",
+        "Output tokens",
+    ]
+    for kind in ("answered", "tokens", "counted"):
+        heights = page(f"[...document.querySelectorAll('svg .{kind}')].map(e => e.getBoundingClientRect().height)")
+        assert max(heights) > 40
+    assert page("document.querySelector('svg .p95').getBoundingClientRect().width") > 50
+    outside = "[...document.querySelectorAll('svg text, svg rect')].filter(e => { const a = e.getBoundingClientRect(), b ="
+    outside += " e.ownerSVGElement.getBoundingClientRect(); return a.left < b.left - 1 || a.right > b.right + 1; })"
+    assert page(f"{outside}.map(e => e.outerHTML)") == []
+
+
+def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
+    def colour() -> str:
+        return page("getComputedStyle(document.body).backgroundColor")
+
+    found = []
+    for scheme in ("light", "dark"):
+        page.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        found.append(colour())
+    light, dark = found
+    assert light != dark
+    page.click("#theme")
+    assert colour() == light
+    page.click("#theme")
+    assert colour() == dark
+    page.cdp("Emulation.setEmulatedMedia", media="print", features=[])
+    assert page("getComputedStyle(document.body).colorScheme") == "light"
+    assert page("getComputedStyle(document.getElementById('list')).display") == "none"
+    page.cdp("Emulation.setEmulatedMedia", media="", features=[])
+    assert base64.b64decode(page.cdp("Page.printToPDF")["data"]).startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("width", [340, 390, 768, 1280, 2200])
+def test_no_width_scrolls_sideways(page: Page, width: int) -> None:
+    page.cdp("Emulation.setDeviceMetricsOverride", **screen(width))
+    for index in range(len(HOSTILE)):
+        page.browser.execute_script(f"location.hash = '#row-{index}'")
+        page.browser.execute_async_script("setTimeout(arguments[0], 20)")
+        assert page("document.documentElement.scrollWidth") <= width
+        assert page("document.getElementById('chat').scrollWidth <= document.getElementById('chat').clientWidth")
+
+
+def test_no_secret_is_in_the_report(report: tuple[Infer, ProviderServer]) -> None:
+    infer, server = report
+    assert any(KEY in seen.headers.get("authorization", "") for seen in server.requests)
+    assert KEY not in (infer.out / "report.html").read_text()
