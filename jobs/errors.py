@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.text import Text
 
+from jobs.guide import see_type
 from jobs.reading import Arguments, Output, Rows, brief, inspect, number, open_output, print_json, say, steady, visible
 
 LIMIT = 5
@@ -127,7 +128,7 @@ def _show(type: str, kinds: list[tuple[str, Kind]], limit: int, console: Console
     rows = sum(kind.rows for _, kind in kinds)
     console.print()
     console.print(Text(visible(type), "bold red") + Text(f"  {_rows(rows)}", "not bold default"))
-    say(console, f"  {ADVICE.get(type, '')}")
+    say(console, f"  {ADVICE[type]} {see_type(type)}" if type in ADVICE else "")
     for pattern, kind in kinds[:limit]:
         message = brief(kind.message, 300)
         say(console, f"  {kind.rows:>7,}  {pattern if kind.rows > 1 else message}", "yellow")
