@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.text import Text
 
+from jobs.guide import see_type
 from jobs.reading import Arguments, Output, Rows, brief, inspect, number, open_output, print_json, say, steady, visible
 
 LIMIT = 5
@@ -128,7 +129,7 @@ def _show(type: str, kinds: list[tuple[str, Kind]], limit: int, console: Console
     console.print()
     console.print(Text(visible(type), "bold red") + Text(f"  {_rows(rows)}", "not bold default"))
     if type in ADVICE:
-        say(console, f"  {ADVICE[type]}")
+        say(console, f"  {ADVICE[type]} {see_type(type)}")
     for pattern, kind in kinds[:limit]:
         message = brief(kind.message, 300)
         say(console, f"  {kind.rows:>7,}  {pattern if kind.rows > 1 else message}", "yellow")

@@ -5,16 +5,14 @@ The examples of docs/engines.md, which need models and servers, are in test_docs
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import pytest
 import yaml
 
-from engines.base import HTTP_ENGINES, REGISTRY
+from engines.base import REGISTRY
 from engines.types import ErrorType
 from jobs import infer, plan
 from jobs.cli import JOBS
@@ -22,7 +20,7 @@ from jobs.compose import compose
 from jobs.guide import MISTAKES, STOPS, anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
-from tests.pages import CONFIGURED, PAGES, ROOT, Block, Command, anchors, blocks, commands, links
+from tests.pages import CONFIGURED, PAGES, ROOT, Block, Command, anchors, blocks, commands, generator, links
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 COMMANDS = [command for page in PAGES for command in commands(page)]
@@ -117,30 +115,9 @@ def test_yaml_is_yaml(block: Block) -> None:
 # -- what the code knows ------------------------------------------------------------------------------------------------
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_generated_pages_are_what_the_code_says() -> None:
     for path, text in generator().pages().items():
         assert path.read_text() == text, f"{path.name} is not what the code says: run make docs"
-
-
-def test_the_table_of_engines_says_what_each_engine_itself_says() -> None:
-    """The generator reads the sources of local engines, for their libraries need not be here."""
-    from engines.base import engine_class
-    from engines.types import ConfigError
-
-    for kind in REGISTRY.keys() - HTTP_ENGINES.keys() - {"bedrock", "sglang_offline"}:
-        try:
-            declared = engine_class(kind).capabilities
-        except ConfigError:  # its library is not here
-            continue
-        assert generator().capabilities(kind) == declared, kind
 
 
 def test_every_key_and_every_engine_has_an_anchor() -> None:

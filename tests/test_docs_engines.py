@@ -21,14 +21,14 @@ import pytest
 
 import engines
 from engines import load_engine
-from engines.base import HTTP_ENGINES, REGISTRY, config_from_keys
+from engines.base import HTTP_ENGINES, REGISTRY, config_from_keys, engine_class
 from jobs import infer
 from jobs.compose import compose
 from tests.batch_server import BatchServer
 from tests.checkpoint import adapter_dir, checkpoint_dir
 from tests.conftest import ask
 from tests.google_account import google_account
-from tests.pages import PAGES, ROOT, Block, Command, blocks, commands
+from tests.pages import PAGES, ROOT, Block, Command, blocks, commands, generator
 from tests.provider_server import ProviderServer
 
 ENGINES, ADDING = ROOT / "docs" / "engines.md", ROOT / "docs" / "adding-an-engine.md"
@@ -164,6 +164,14 @@ def check_only(block: Block) -> None:
             )
             found += 1
     assert found
+
+
+def test_the_table_of_engines_says_what_each_engine_itself_says() -> None:
+    """The generator reads the sources of local engines, for their libraries need not be here."""
+    capabilities = generator().capabilities
+    for kind, package in LOCAL.items():
+        if importlib.util.find_spec(package) is not None:
+            assert capabilities(kind) == engine_class(kind).capabilities
 
 
 # -- adding one ---------------------------------------------------------------------------------------------------------
