@@ -321,7 +321,7 @@ def _wait(deployed: Future[None], desk: Any, interrupts: list[int], placed: Plac
         if not told and time.monotonic() - began > PATIENCE_S:
             told = True
             text = f"No replica works yet: each asks for {placed.wish()}, and may be loading its model."
-            console.print(Text(text, "yellow"))
+            console.print(Text(text, "yellow"), soft_wrap=True)
     else:
         return False
     if failure is not None:
@@ -362,4 +362,4 @@ def _watch(interrupts: list[int], console: Console) -> None:
                     if state == "RUNNING"
                     else f"A replica failed: {' '.join(app.message.split())[:300]}"
                 )
-                console.print(Text(text, "yellow"))
+                console.print(Text(text, "yellow"), soft_wrap=True)
