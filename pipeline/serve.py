@@ -218,7 +218,12 @@ def serve_engine(config: Config, console: Console) -> None:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         stack.callback(serve.shutdown)  # comes before the end of the pool, whose deployment it ends
         loopback = address == "127.0.0.1"
-        serve.start("HeadOnly" if loopback else "EveryNode", {"host": config.serve.host, "port": port})
+        try:
+            serve.start("HeadOnly" if loopback else "EveryNode", {"host": config.serve.host, "port": port})
+        except (RuntimeError, TimeoutError) as error:
+            raise ConfigError(
+                f"cannot listen at serve.host={config.serve.host} serve.port={port}: {one_line(error)}"
+            ) from None
 
         def deploy(concurrency: int) -> bool:
             return _wait(pool.submit(_deploy, config, placed, name, concurrency), desk, interrupts, placed, console)
@@ -357,9 +362,5 @@ def _watch(interrupts: list[int], console: Console) -> None:
                 raise Stopped("Ray Serve was ended by somebody else")
             if app.status != state and app.status in ("RUNNING", "UNHEALTHY"):
                 state = app.status
-                text = (
-                    "All replicas work."
-                    if state == "RUNNING"
-                    else f"A replica failed: {' '.join(app.message.split())[:300]}"
-                )
+                text = "All replicas work." if state == "RUNNING" else "A replica failed; Ray Serve starts another."
                 console.print(Text(text, "yellow"), soft_wrap=True)
