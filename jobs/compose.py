@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from engines.base import Price
+from engines.prices import priced
 from engines.types import ConfigError, nearest
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
@@ -55,6 +56,7 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
+    config.engine.price = priced(config.engine, Path(config_dir) / "price" if config_dir else None)
     return config
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
@@ -48,6 +51,21 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
         return
     with _claim(fs, root, held):
         yield
+
+
+def is_held(fs: pafs.FileSystem, root: str) -> bool:
+    """Whether a run holds the output directory just now; takes and writes nothing."""
+    if isinstance(fs, pafs.LocalFileSystem):
+        try:
+            with Path(f"{root}/{SEGMENTS}/.lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+    there = [info for info in listing(fs, f"{root}/{SEGMENTS}") if info.base_name.startswith(CLAIM)]
+    return any(time.time() - (info.mtime_ns or 0) / 1e9 < STALE_S for info in there)
 
 
 @contextmanager

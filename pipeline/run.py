@@ -28,10 +28,12 @@ from rich.text import Text
 
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
-from pipeline.batches import BATCHES, WRITER, BatchRun, Book
+from pipeline.batches import BATCHES, BatchRun, Book
+from pipeline.budget import FILE as BUDGET_FILE
+from pipeline.budget import Budget, cost_of, read_spent
 from pipeline.config import Config, without_secrets
 from pipeline.crew import Crew, Interrupted, Stopped
-from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
+from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary
 from pipeline.finalize import DATA, ERRORS, OPTIONAL, JobResult, PartWriter, plan_columns, plan_jobs
 from pipeline.formats import RowParser
 from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic
@@ -41,7 +43,8 @@ from pipeline.limiter import limiter
 from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
-from pipeline.progress import RunProgress
+from pipeline.preflight import FIRST_S, dry_run, look_at_configuration, look_at_rows
+from pipeline.progress import RunProgress, restore_terminal
 from pipeline.source import list_chunks, read_chunk
 from pipeline.worker import Worker, WorkerConfig
 
@@ -56,8 +59,6 @@ PATIENCE_S = 20.0
 GRACE_S = 20.0
 # A key that worked may be out of money, or expired: so many refusals in a row end the run.
 REFUSALS_TO_STOP = 20
-# What all providers ask for a row in a batch, as a share of the live price.
-BATCH_PRICE = 0.5
 # `max_error_rate` says nothing about the first few rows.
 RATE_NEEDS_ROWS = 100
 
@@ -84,7 +85,11 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         config.dataset.max_row_bytes,
     )
     if config.run.dry_run:
-        return _dry_run(config, fs, root, interpreter, console)
+        pieces, index = list_pieces(config, console), read_index(fs, root)
+        complete = _unchanged(config, fs, root, pieces, index) is not None
+        report = dry_run(config, fs, root, interpreter, pieces, index, complete, MANIFEST, console)
+        return Outcome(WRONG if report.wrong else WITH_FAILURES if report.rows.bad else OK)
+    check = look_at_configuration(config, fs, root, MANIFEST, console)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(fs, root))
         started = time.time()
@@ -102,6 +107,9 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(list_pieces, config, console)
+            with contextlib.suppress(TimeoutError):  # of a large input it is told what is known when its turn comes
+                if batches is None:
+                    look_at_rows(config, planned.result(FIRST_S), interpreter, check, console)
             own = stack.enter_context(_ray())
             interrupts = stack.enter_context(_signals())  # after Ray, which sets handlers of its own
             pieces = planned.result()
@@ -118,10 +126,12 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         for again in range(MAX_PASSES):
             if live:
                 try:
-                    status, summaries = _ask(config, placed, pieces, interpreter, known, interrupts, console)
+                    budget = _budget(config, fs, root, index)
+                    status, summaries = _ask(config, placed, pieces, interpreter, known, budget, interrupts, console)
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
-                    known = _index(config).only(failed_too=failed_too)
+                    index = _index(config)
+                    known = index.only(failed_too=failed_too)
                     continue
                 asked.done += status.done
                 asked.failed += status.failed
@@ -170,6 +180,14 @@ def _index(config: Config) -> Index:
     return ray.get(ray.remote(num_cpus=0.25, max_retries=3)(_read_index).remote(str(config.output.path)))
 
 
+def _budget(config: Config, fs: pafs.FileSystem, root: str, index: Index) -> Budget | None:
+    limit = config.run.budget_usd
+    if limit is None:
+        return None
+    spent = max(cost_of(config.engine, index) or 0.0, read_spent(fs, root))
+    return Budget(limit, config.engine, config.params(), spent)
+
+
 def _read_index(path: str) -> Index:
     return read_index(*resolve(path))
 
@@ -207,8 +225,9 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
             f"run.resume=false would forget {len(under_way)} batches under way ({under_way[0]}, …): "
             "wait for them, or end them with eagleray batch cancel"
         )
-    if exists(fs, f"{root}/{MANIFEST}"):
-        fs.delete_file(f"{root}/{MANIFEST}")
+    for name in (MANIFEST, BUDGET_FILE):
+        if exists(fs, f"{root}/{name}"):
+            fs.delete_file(f"{root}/{name}")
     for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
         for info in listing(fs, f"{root}/{folder}"):
             if info.is_file and not info.base_name.startswith((".lock", CLAIM)):
@@ -246,6 +265,9 @@ def _ray() -> Iterator[bool]:
         except EaglerayError:
             keep = False
             raise
+        except Exception as error:
+            error.add_note(f"Ray's own logs are in {scratch}/session_latest/logs.")
+            raise
         finally:
             ray.shutdown()
             if not keep:
@@ -272,6 +294,7 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, _: object) -> None:
         seen.append(number)
         if len(seen) > 1:
+            restore_terminal()
             os._exit(INTERRUPTED)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -291,6 +314,7 @@ def _ask(
     pieces: list[Piece],
     interpreter: Interpreter,
     known: Index,
+    budget: Budget | None,
     interrupts: list[int],
     console: Console,
 ) -> tuple[Status, dict[int, Summary]]:
@@ -303,9 +327,8 @@ def _ask(
     done = [ray.put(known)]
     # Beside the driver, which it could not outlive anyway, and so on no node that only came for the work.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    dispatcher = (
-        ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here).remote(pieces, interpreter, done, fail)
-    )
+    actor = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here)
+    dispatcher = actor.remote(pieces, interpreter, done, fail, budget, str(config.output.path))
     worker = WorkerConfig(
         engine=spread(config.engine, placed),
         generation=config.params(),
@@ -314,6 +337,7 @@ def _ask(
         drain_s=config.run.drain_s,
         max_outage_s=config.run.max_outage_s,
         cpus=config.hardware.cpus,
+        budget_price=budget.price if budget else None,
     )
     crew = Crew(ray.remote(Worker), worker, placed, dispatcher, config.run.max_engine_deaths)
     ray.get(dispatcher.start.remote(dispatcher.report, 8 * 1024))
@@ -322,14 +346,14 @@ def _ask(
     told = False
     finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
     failure: EaglerayError | None = None  # of a replica; the others still commit what they have
-    why, ends_by = "", math.inf
+    why, broke, ends_by = "", "", math.inf
     began = time.monotonic()
     try:
         crew.start()
-        with RunProgress(console, config.run.progress_s) as progress:
+        with RunProgress(console, config.run.progress_s, config.engine, config.run.budget_usd) as progress:
             while True:
                 status: Status = ray.get(dispatcher.status.remote())
-                progress.show(status)
+                progress.show(status, len(crew.replicas))
                 try:
                     crew.tend(status)
                 except EaglerayError as error:
@@ -343,16 +367,21 @@ def _ask(
                 reason = _why_stop(config, status, status.errors["auth"] - refused) or (
                     "Interrupted" if interrupts else failure and str(failure)
                 )
+                if status.broke and budget is not None and not reason:
+                    budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
+                    broke = reason = budget.told(f"{status.left:,} rows{more} are left")
                 if reason and not why:
                     why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
                     if status.in_flight:
-                        _warn(console, f"{why}: finishing {status.in_flight} rows in flight.")
+                        again = " (a second time ends at once)" if interrupts else ""
+                        _warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
                     ray.get(dispatcher.stop.remote())
                     crew.drain()
                 if (status.finished and not status.workers) or time.monotonic() > ends_by:
                     break
                 time.sleep(0.05 if status.finished else 0.2)
         status = ray.get(dispatcher.status.remote())
+        ray.get(dispatcher.settle.remote())
         summaries = ray.get(dispatcher.take_summaries.remote())
     finally:
         crew.dismiss()
@@ -365,6 +394,8 @@ def _ask(
     if why:
         if interrupts:
             raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
+        if broke:
+            raise Stopped(broke)
         raise Stopped(f"{why}; everything finished is kept, the same command goes on from here")
     return status, summaries
 
@@ -460,11 +491,6 @@ def _manifest(
     for positions in result.used:
         used[positions] = True
     tokens = index.tokens[used].sum(axis=0, dtype=np.int64) if len(index) else np.zeros(3, np.int64)
-    batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
-    cheap = index.tokens[used & batched[index.segment]].sum(axis=0, dtype=np.int64) if len(index) else tokens
-    share = float(config.engine.provider.get("batch", {}).get("price", BATCH_PRICE))
-    price = config.engine.price
-    cost = price.of(*map(int, tokens - cheap)) + share * price.of(*map(int, cheap))
     return {
         "status": "complete",
         "rows": {
@@ -477,7 +503,8 @@ def _manifest(
         "errors": dict(result.errors),
         "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": cost,
+        "cost_usd": cost_of(config.engine, index, used),  # null: the price is not known
+        "price_as_of": config.engine.price.as_of,
         "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
@@ -516,7 +543,7 @@ def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piec
         same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
         there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
         return manifest if same and there.issuperset(manifest["files"]) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -526,23 +553,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _dry_run(config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, console: Console) -> Outcome:
-    """Reads and checks everything in this process; starts no Ray and writes nothing."""
-    pieces = list_pieces(config, console)
-    known = read_index(fs, root).only(failed_too=not config.run.retry_failed)
-    rows = bad = answered = asked = 0
-    keys: set[bytes] = set()
-    for piece in pieces:
-        summary = Summary()
-        for table in read_piece(piece, interpreter, known, config.dataset.on_bad_input == "fail", summary):
-            asked += len(table)
-            keys.update(key[:8] for key in table["key"].to_pylist())
-        rows, bad, answered = rows + summary.rows, bad + summary.invalid, answered + summary.answered
-    console.print(
-        f"{rows:,} rows in {len({p.chunk.file for p in pieces}):,} files: {len(keys):,} requests to ask, "
-        f"{asked - len(keys):,} duplicates, {answered:,} already answered, {bad:,} cannot be read.",
-        highlight=False,
-    )
-    return Outcome(WITH_FAILURES if bad else OK)
