@@ -37,7 +37,7 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
 
 def _cost(manifest: dict[str, Any]) -> str:
     """Of all answers in the output, whichever run asked for them; nothing where they are made here."""
-    cost, as_of = manifest["cost_usd"], manifest["price_as_of"]
+    cost, as_of = manifest["cost_usd"], manifest.get("price_as_of")  # an older output has no date
     if cost is None:
         return "; what they cost is not known"
     of = f" by the list price of {as_of}" if as_of else ""
