@@ -130,7 +130,9 @@ def markdown(results: dict[str, Any]) -> str:
         if one := found.get("lora"):
             same = f"{one['identical']} of {one['rows']}"
             rows.append((f"vllm, {one['adapters']} adapters in one batch: answers as each gives alone", same, "all"))
-            rows.append(("… tokens/s, against one adapter alone", f"{one['tokens_per_s'] / one['alone_tokens_per_s']:.2f}", ""))
+            rows.append(
+                ("… tokens/s, against one adapter alone", f"{one['tokens_per_s'] / one['alone_tokens_per_s']:.2f}", "")
+            )
         for one in filter(None, (found.get("peers"), found.get("long"))):
             rows.append((f"vllm, {one['rows']:,} rows, the whole command, s", f"{one['eagleray']}", ""))
             rows.append(("… `vllm run-batch`, s", f"{one['run_batch']}", "more"))

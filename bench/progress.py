@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def main() -> None:
             run_module.run(compose(overrides), Console())
         except EaglerayError as stopped:
             print(stopped)
-    SVG.write_text(SVG_OF[0])
+    # Without the fonts it would fetch.
+    SVG.write_text(re.sub(r"@font-face \{.*?\}\s*", "", SVG_OF[0], flags=re.DOTALL))
 
 
 if __name__ == "__main__":
