@@ -13,7 +13,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -48,16 +48,22 @@ def key(default: Any, help: str) -> Any:
 
 @dataclass(slots=True)
 class Price:
-    """US dollars per million tokens."""
+    """US dollars per million tokens. What nobody told is None, never 0; `engines/prices.py` looks up list prices."""
 
-    input: float = 0.0
+    input: float | None = None
     cached_input: float | None = None  # None: as `input`
-    output: float = 0.0
+    output: float | None = None
+    as_of: str | None = None  # the day of the list it is from
+
+    @property
+    def known(self) -> bool:
+        return self.input is not None or self.output is not None
 
     def of(self, input: float, cached_input: float, output: float) -> float:
-        """What so many tokens cost; the cached ones are among the input."""
-        cached = self.cached_input if self.cached_input is not None else self.input
-        return ((input - cached_input) * self.input + cached_input * cached + output * self.output) / 1e6
+        """What so many tokens cost, where `known`; the cached ones are among the input. A rate nobody told adds nothing."""
+        each = self.input or 0.0
+        cached = self.cached_input if self.cached_input is not None else each
+        return ((input - cached_input) * each + cached_input * cached + output * (self.output or 0.0)) / 1e6
 
 
 @dataclass(slots=True)
@@ -88,7 +94,10 @@ class EngineConfig:
     connect_timeout_s: float = key(10.0, "how long connecting may take")
     read_timeout_s: float | None = key(None, "how long a server may be silent within one answer")
     fallback: Any = key([], "engines that get a row this one failed for good: names, or mappings of the keys here")
-    price: Price = field(default_factory=Price, metadata={"help": "input, cached_input, output: US$ per million tokens"})
+    price: Price = field(
+        default_factory=Price,
+        metadata={"help": "input, cached_input, output: US$ per million tokens; unset: the list price, where it is known"},
+    )
 
     # The keywords that change what is asked or which numbers answer; the others change only how fast.
     ANSWER_KWARGS: ClassVar[tuple[str, ...]] = (
@@ -231,17 +240,25 @@ def engine_class(kind: str, provider: Mapping[str, Any] | None = None) -> type[E
 
     Any kind with a `provider` section is a remote engine: that is all it takes to add one.
     """
-    if kind not in REGISTRY and not provider:
-        raise ConfigError(f"there is no engine '{kind}'{nearest(kind, REGISTRY)}")
-    target, needs, extra = REGISTRY.get(kind, _HTTP_ENGINE)
-    if needs and importlib.util.find_spec(needs) is None:
-        raise ConfigError(f"engine={kind} needs the package '{needs}': run pip install 'eagleray[{extra}]'")
+    if missing := missing_package(kind, provider):
+        raise missing
+    target, _, _ = REGISTRY.get(kind, _HTTP_ENGINE)
     module, name = target.split(":")
     loaded = getattr(importlib.import_module(module), name)
     assert issubclass(loaded, Engine)
     if kind in HTTP_ENGINES:
         return type(HTTP_ENGINES[kind], (loaded,), {"kind": kind})
     return loaded
+
+
+def missing_package(kind: str, provider: Mapping[str, Any] | None = None) -> ConfigError | None:
+    """What to install for an engine, or that there is none of this name; None where it can be imported."""
+    if kind not in REGISTRY and not provider:
+        return ConfigError(f"there is no engine '{kind}'{nearest(kind, REGISTRY)}")
+    _, needs, extra = REGISTRY.get(kind, _HTTP_ENGINE)
+    if needs and importlib.util.find_spec(needs) is None:
+        return ConfigError(f"engine={kind} needs the package '{needs}': run pip install 'eagleray[{extra}]'")
+    return None
 
 
 def load_engine(kind: str | EngineConfig, **keys: Any) -> Engine:
@@ -264,6 +281,8 @@ class Engine(Batches, ABC):
     kind: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
     max_outage_s: float = 900.0  # how long a remote engine's server may be silent
+    # Told that a try failed whose answer may have to be paid; whether there is money for another one.
+    afford: Callable[[Request], Awaitable[bool]] | None = None
     outage: str | None = None  # set where it was for longer: rows then fail for no fault of theirs
 
     def __init__(self, config: EngineConfig | None = None, /, **keys: Any) -> None:
@@ -283,6 +302,16 @@ class Engine(Batches, ABC):
     def concurrency(self) -> int:
         """How many requests this engine wants in flight to be fully busy."""
         return self.config.max_concurrency or 64
+
+    @property
+    def admitted(self) -> float | None:
+        """How many requests may be in flight just now, where that changes with the server's load."""
+        return None
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing goes on at the moment; empty where something does."""
+        return ""
 
     async def generate(self, request: Request) -> Completion:
         """Answers one request; what goes wrong with it is in the completion's `error`. Other exceptions are bugs.

@@ -22,6 +22,20 @@ class FallbackEngine(Engine):
             raise
         self.counts = self.engines[0].counts
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "afford":
+            for engine in self.engines:
+                engine.afford = self.afford
+
+    @property
+    def admitted(self) -> float | None:
+        return self.engines[0].admitted
+
+    @property
+    def trouble(self) -> str:
+        return self.engines[0].trouble
+
     @property
     def concurrency(self) -> int:
         return self.engines[0].concurrency

@@ -19,9 +19,6 @@ from engines.template import ChatTemplate
 from engines.text import one_line
 from engines.types import ConfigError, GenerationParams, Message
 
-# How many tokens a conversation's prompt has; raises `EngineError` where the chat template refuses it.
-PromptCounter = Callable[[list[Message], GenerationParams], int]
-
 # Their feed-forward layers have two matrices; everybody else's have three.
 # One layer in so many sees everything, where the config does not say so.
 _FULL_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
@@ -62,8 +59,23 @@ def footprint(config: EngineConfig) -> Footprint | None:
     return found
 
 
-def prompt_counter(config: EngineConfig) -> PromptCounter | None:
-    """Counts as the engine will; None where the tokenizer or the template is not at hand."""
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Conversations as a model gets them. Both raise `EngineError` where the chat template refuses one."""
+
+    template: ChatTemplate
+    tokenize: Callable[[str], list[int]]
+
+    def text(self, messages: list[Message], params: GenerationParams) -> str:
+        tools = params.tools if params.tool_choice != "none" else None
+        return self.template.render(messages, tools, params.reasoning_effort)
+
+    def count(self, messages: list[Message], params: GenerationParams) -> int:
+        return len(self.tokenize(self.text(messages, params)))
+
+
+def prompts(config: EngineConfig) -> Prompts | None:
+    """As the engine will make them; None where the tokenizer or the template is not at hand."""
     if not holds_model(config):
         return None
     if _is_gguf(config):
@@ -85,13 +97,7 @@ def prompt_counter(config: EngineConfig) -> PromptCounter | None:
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
             return ids
 
-    template = ChatTemplate(config.kwargs, own, bos, eos)
-
-    def count(messages: list[Message], params: GenerationParams) -> int:
-        tools = params.tools if params.tool_choice != "none" else None
-        return len(tokenize(template.render(messages, tools, params.reasoning_effort)))
-
-    return count
+    return Prompts(ChatTemplate(config.kwargs, own, bos, eos), tokenize)
 
 
 def holds_model(config: EngineConfig) -> bool:

@@ -113,3 +113,8 @@ def cut_at_stop(text: str, stops: Iterable[str]) -> str:
     """`text` up to the first stop text in it."""
     places = [at for stop in stops if (at := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

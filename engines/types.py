@@ -93,6 +93,7 @@ class EngineError(EaglerayError):
         self.retryable = retryable
         self.retry_after: float | None = None  # seconds a provider asks to wait
         self.attempts = 1
+        self.paid = False  # an answer came, or was under way, that may have to be paid all the same
 
     def __reduce__(self) -> Any:
         return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable)

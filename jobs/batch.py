@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engines.types import ConfigError, EngineError
-from jobs.infer import finish, guarded, start
+from jobs.infer import command, finish, guarded, start
 from pipeline.config import Config
 
 if TYPE_CHECKING:
@@ -36,16 +36,17 @@ def main(argv: list[str]) -> int:
         return start([], help_text, lambda _: _fail(raise_))
     if step == "list":  # asks for nothing of a dataset
         rest = [*rest, "run.mode=batch"]
-    return start([*rest, "run.mode=batch"] if step != "list" else rest, help_text, lambda config: _run(step, config))
+    again = command("batch", argv)
+    return start([*rest, "run.mode=batch"] if step != "list" else rest, help_text, lambda config: _run(step, config, again))
 
 
 def _fail(error: ConfigError) -> int:
     raise error
 
 
-def _run(step: str, config: Config) -> int:
+def _run(step: str, config: Config, again: str) -> int:
     if step in ("", "submit", "fetch"):
-        return guarded(lambda console: _go(step, config, console))
+        return guarded(lambda console: _go(step, config, console), again)
     return guarded(lambda console: _look(step, config, console))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from engines.types import ConfigError, EngineError
 from jobs.compose import GROUPS, SECTIONS, as_yaml, compose, options
 from jobs.guide import see, see_type
-from pipeline.config import Config
+from pipeline.config import Config, without_typed_secret
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Composes, runs, tells; returns the exit status."""
-    return start(argv, help_text, _run)
+    return start(argv, help_text, lambda config: guarded(lambda console: finish(config, console), command("infer", argv)))
+
+
+def command(job: str, argv: list[str]) -> str:
+    """The command to give again; a secret that was typed must be typed again."""
+    return shlex.join(["eagleray", job, *map(without_typed_secret, argv)])
 
 
 def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config], int]) -> int:
@@ -46,10 +52,6 @@ def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config],
         return 2
 
 
-def _run(config: Config) -> int:
-    return guarded(lambda console: finish(config, console))
-
-
 def finish(config: Config, console: Console, step: str = "") -> int:
     """Runs the main job and tells what it came to."""
     from pipeline.run import run
@@ -62,16 +64,23 @@ def finish(config: Config, console: Console, step: str = "") -> int:
     return outcome.exit_status
 
 
-def guarded(work: Callable[[Console], int]) -> int:
-    """Runs `work`, and says in a line what stopped it."""
+def guarded(work: Callable[[Console], int], again: str = "") -> int:
+    """Runs `work`, and says in a line what stopped it, and which command goes on from `again`."""
     from rich.console import Console
     from rich.markup import escape
+    from rich.text import Text
 
     from pipeline.crew import Interrupted, Stopped
     from pipeline.run import BUG, INTERRUPTED, STOPPED
 
     _check_clash()
     console = Console(stderr=True)
+
+    def go_on(status: int) -> int:
+        if again:  # the last line, whole: to be copied
+            console.print(Text(f"To go on: {again}"), soft_wrap=True)
+        return status
+
     try:
         return work(console)
     except EngineError as error:  # what a provider says to a step of `eagleray batch`
@@ -79,19 +88,20 @@ def guarded(work: Callable[[Console], int]) -> int:
         return STOPPED
     except Stopped as stop:
         console.print(f"[red]Stopped:[/] {escape(str(stop))} {see(str(stop), stopped=True)}", highlight=False)
-        return STOPPED
+        return go_on(STOPPED)
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)
-        return INTERRUPTED
+        return go_on(INTERRUPTED)
     except KeyboardInterrupt:  # before Ray was up: nothing was asked yet
         console.print("[yellow]interrupted[/]")
-        return INTERRUPTED
+        return go_on(INTERRUPTED)
     except ConfigError:
         raise
-    except Exception:
+    except Exception as error:
         path = _log_traceback()
         console.print(f"[red]This is a bug in Eagleray.[/] The traceback is in {path}.", highlight=False)
-        console.print(traceback.format_exc().strip().splitlines()[-1], markup=False, highlight=False)
+        told = [*traceback.format_exception_only(error)[:1], *getattr(error, "__notes__", ())]  # Ray's logs, say
+        console.print("\n".join(line.strip() for line in told), markup=False, highlight=False)
         return BUG
 
 

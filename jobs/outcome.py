@@ -29,11 +29,20 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
     failed = f", {rows['failed']:,} failed ({_errors(manifest['errors'])})" if rows["failed"] else ""
     console.print(
         f"{rows['done']:,} of {rows['total']:,} rows answered{failed}; {run['asked']:,} requests asked in this run; "
-        f"{tokens['input']:,} tokens in, {tokens['output']:,} out.",
+        f"{tokens['input']:,} tokens in, {tokens['output']:,} out{_cost(manifest)}.",
         highlight=False,
     )
     bad = f"; failed rows: {path}/errors {_meaning(manifest['errors'])}" if rows["failed"] else ""
     console.print(f"Results: {path}/data, {path}/report.html, {path}/manifest.json{bad}", highlight=False, soft_wrap=True)
+
+
+def _cost(manifest: dict[str, Any]) -> str:
+    """Of all answers in the output, whichever run asked for them; nothing where they are made here."""
+    cost, as_of = manifest["cost_usd"], manifest.get("price_as_of")  # an older output has no date
+    if cost is None:
+        return "; what they cost is not known"
+    of = f" by the list price of {as_of}" if as_of else ""
+    return f"; ${cost:,.4f}{of}" if cost else ""
 
 
 def _errors(errors: dict[str, int]) -> str:

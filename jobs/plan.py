@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from jobs.infer import start
 from pipeline.config import Config, HardwareConfig
 
 PROBLEM = 3  # the exit status where something does not fit
-SHOWN = 3  # examples of what is wrong
 BAR = 30  # characters of the histogram's longest bar
 UTILIZATION = 0.9  # vLLM's own default: the rest is for the system
 MOST_TENSOR = 8  # GPUs of a node, where nobody says
@@ -41,11 +38,10 @@ Exit status: 0 it fits; 3 it does not, or rows cannot be read or are too long; 2
 
 def _plan(config: Config) -> int:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from engines.footprint import footprint
     from engines.types import ConfigError
+    from pipeline.preflight import show
 
     config.check(runs=False)
     console, model = Console(highlight=False), footprint(config.engine)
@@ -54,12 +50,7 @@ def _plan(config: Config) -> int:
     about_model = _model(config, model) if model else []
     about_dataset = _dataset(config, model.context if model else None, console) if config.dataset.path else []
     for lines in filter(None, (about_model, about_dataset)):
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(style="bold", no_wrap=True)
-        for title, text, bad in lines:
-            # As Text: a row's own words may be in it and must not be obeyed as markup.
-            table.add_row(title, Text(text, "red" if bad else ""))
-        console.print(table, "")
+        show(lines, console)
     return PROBLEM if any(bad for _, _, bad in about_model + about_dataset) else 0
 
 
@@ -153,82 +144,22 @@ def _machine_memory() -> float:
 # --- the dataset -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Rows:
-    """What the dataset holds. Tokens are those of distinct requests: equal deterministic ones are asked once."""
-
-    exact: bool = True  # the prompts' tokens
-    files: int = 0
-    rows: int = 0
-    keys: set[bytes] = field(default_factory=set)  # 8 bytes of each distinct request's
-    prompts: array[int] = field(default_factory=lambda: array("q"))
-    output: float = 0.0  # tokens all answers may have
-    bounded: bool = True  # by max_tokens
-    invalid: int = 0
-    reasons: list[str] = field(default_factory=list)
-    too_long: int = 0  # prompts that do not fit the context
-    cut: int = 0  # answers that max_tokens allows and the context does not
-    long: list[str] = field(default_factory=list)  # examples of both
-
-
-def _read(config: Config, context: int | None, console: Any) -> Rows:
-    from engines.footprint import prompt_counter
-    from engines.remote.engine import BYTES_PER_TOKEN, FIRST_OUTPUT
-    from engines.text import for_template
-    from engines.types import DEFAULT_MAX_TOKENS, EngineError, Message
-    from engines.types import answer as said
-    from pipeline.feed import Interpreter
-    from pipeline.formats import RowParser
-    from pipeline.keys import Keyer
-    from pipeline.lossless import dumps
-    from pipeline.run import list_pieces
-
-    base, dataset, count = config.params(), config.dataset, prompt_counter(config.engine)
-    parser = RowParser(dataset.format, dataset.columns, dataset.template)
-    interpreter = Interpreter(parser, Keyer(config.engine, base), dataset.max_row_bytes)
-    pieces = list_pieces(config, console)
-    found = Rows(count is not None, len({piece.chunk.file for piece in pieces}))
-    usual = FIRST_OUTPUT if config.engine.provider else DEFAULT_MAX_TOKENS
-    for item in (item for piece in pieces for items in interpreter.read(piece) for item in items):
-        found.rows += 1
-        failure, tokens = item.failure.message if item.failure else "", 0
-        params = base.override(item.parsed.generation) if item.parsed else base
-        turns = item.parsed.turns if item.parsed else []
-        try:
-            # Of a script: its last request, without what the model says before.
-            between: list[Message] = [m for turn in turns for m in (said(""), Message(role="user", content=turn))]
-            if item.parsed and count:
-                tokens = count([*item.parsed.messages, *between], params)
-            elif item.parsed:  # as a remote engine reserves, before the provider has told better; images are left out
-                shown = [*map(for_template, [*item.parsed.messages, *between]), *(params.tools or ())]
-                tokens = round(len(dumps(shown)) / BYTES_PER_TOKEN)
-        except EngineError as error:
-            failure = f"{item.id}: {error}"
-        if failure or not item.key:
-            found.invalid += 1
-            found.reasons += [failure] if len(found.reasons) < SHOWN else []
-            continue
-        if context and tokens + (params.max_tokens or 1) > context:  # without max_tokens an answer gets what is left
-            found.too_long += tokens >= context
-            found.cut += tokens < context
-            answer = f" and {params.max_tokens:,} for the answer" if params.max_tokens else ""
-            found.long += [f"{item.id}: {tokens:,} tokens{answer}"] if len(found.long) < SHOWN else []
-        if item.key[:8] not in found.keys:
-            found.keys.add(item.key[:8])
-            found.prompts.append(tokens)
-            limit = params.max_tokens or usual
-            found.output += (len(turns) + (params.n or 1)) * (max(0, min(limit, context - tokens)) if context else limit)
-            found.bounded &= bool(params.max_tokens or not config.engine.provider)
-    return found
-
-
 def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     import numpy as np
 
-    found = _read(config, context, console)
+    from engines.footprint import prompts as prompts_of
+    from pipeline.feed import Interpreter
+    from pipeline.formats import RowParser
+    from pipeline.keys import Keyer
+    from pipeline.preflight import cost_line, read_rows
+    from pipeline.run import list_pieces
+
+    dataset = config.dataset
+    parser = RowParser(dataset.format, dataset.columns, dataset.template)
+    interpreter = Interpreter(parser, Keyer(config.engine, config.params()), dataset.max_row_bytes)
+    found = read_rows(config, list_pieces(config, console), interpreter, context, prompts_of(config.engine))
     asked, prompts = len(found.keys), np.array(found.prompts or [0])
-    duplicates = found.rows - found.invalid - asked
-    rows = f"{found.rows:,} in {found.files:,} files: {asked:,} requests to ask, {duplicates:,} duplicates"
+    rows = f"{found.rows:,} in {found.files:,} files: {asked:,} requests to ask, {found.duplicates:,} duplicates"
     lines: list[Line] = [("rows", rows, False)]
     if found.invalid:
         lines.append(("invalid", f"{found.invalid:,} cannot be asked", True))
@@ -250,27 +181,25 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
         lines += [("too long", text, True), *(("", example, True) for example in found.long)]
     else:
         lines.append(("too long", f"none: all fit {context:,} tokens", False))
-    return lines + _cost_and_time(config, asked, int(prompts.sum()), found)
+    if not config.engine.provider:
+        return [*lines, ("time", "not known beforehand: eagleray infer with dataset.limit=100 measures it", False)]
+    cost = f"{cost_line(config, found)}, with nothing from the provider's cache" if config.engine.price.known else ""
+    time = _time(config, asked, int(prompts.sum()), found.output)
+    return [*lines, ("cost", cost or cost_line(config, found), False), ("time", time, False)]
 
 
-def _cost_and_time(config: Config, asked: int, prompt: int, found: Rows) -> list[Line]:
-    engine, price = config.engine, config.engine.price
-    if not engine.provider:
-        return [("time", "not known beforehand: eagleray infer with dataset.limit=100 measures it", False)]
-    cost = "not known: engine.price.input and engine.price.output tell it"
-    if price.input or price.output:
-        dollars = (prompt * price.input + found.output * price.output) / 1e6
-        cost = f"{'at most' if found.bounded else 'about'} ${dollars:,.2f}, with nothing from the provider's cache"
+def _time(config: Config, asked: int, prompt: int, output: float) -> str:
+    engine = config.engine
     limits = (
         ("requests_per_minute", asked),
         ("input_tokens_per_minute", prompt),
-        ("output_tokens_per_minute", found.output),
+        ("output_tokens_per_minute", output),
     )
     minutes = [(amount / getattr(engine, name), name) for name, amount in limits if getattr(engine, name)]
     time = "not known: no limits a minute are set"
     if minutes:
         time = f"about {max(minutes)[0]:,.1f} minutes by engine.{max(minutes)[1]}, if the provider is fast enough for it"
-    return [("cost", cost, False), ("time", time, False)]
+    return time
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from engines.batch.wire import BatchState, BatchStatus, Requests
 from engines.structured import first_mismatch
 from engines.text import one_line
 from engines.types import Completion, ConfigError, EngineError, Failure, Usage
+from pipeline.budget import WRITER, Budget, batch_share, spent_so_far
 from pipeline.config import Config
 from pipeline.crew import Interrupted, Stopped
 from pipeline.feed import Interpreter, Piece, Status, Summary, read_piece, request_of
@@ -44,8 +45,6 @@ from pipeline.lossless import dumps, loads
 from pipeline.progress import RunProgress
 
 BATCHES = "_batches"
-# The names of segments made of batches begin so: their rows cost the price of batches.
-WRITER = "batch"
 
 GO_ON = "batches under way go on at the provider, the same command fetches them (eagleray batch cancel ends them)"
 
@@ -72,6 +71,7 @@ class Batch:
     settings: dict[str, Any]  # all that shapes its answers
     rows: int = 0
     size: int = 0  # bytes
+    estimate: float = 0.0  # US$ that it may cost at most, where there is a budget
     state: str = "spooled"
     file: str | None = None  # its id at the provider
     id: str | None = None  # likewise
@@ -229,6 +229,8 @@ class BatchRun:
         self.full_with = 0  # batches in it when it was found full
         self.troubles: dict[str, tuple[str, float]] = {}  # by batch: what it waits for, and until when at most
         self.status = Status()
+        self.budget: Budget | None = None
+        self.left = 0  # rows that it has no room for
         self.interrupts: list[int] = []
 
     def ask(
@@ -250,10 +252,17 @@ class BatchRun:
         for batch in [batch for batch in self.book.open if batch.state in ("spooled", "uploaded")]:
             if batch.rows > self.most_rows or batch.size > self.most_bytes:  # the limits were lowered
                 self.book.forget(batch)
-        with RunProgress(console, limits.progress_s) as progress:
+        with RunProgress(console, limits.progress_s, self.config.engine) as progress:
             while True:
-                rows, summaries = self.spool(pieces, read_index(self.fs, self.root).only(failed_too=failed_too))
+                index = read_index(self.fs, self.root)
+                self.budget = self._budget(index)
+                rows, summaries = self.spool(pieces, index.only(failed_too=failed_too))
+                if self.left:
+                    held = f"run.budget_usd={limits.budget_usd:g} has no room for {self.left:,} rows yet"
+                    console.print(f"{held}: they wait for what is under way.", highlight=False)
                 if not rows and not self.book.open:
+                    if self.left and self.budget and limits.batch_fallback != "live":
+                        raise Stopped(self.budget.told(f"{self.left:,} rows are left"))
                     return summaries
                 failed_too = True
                 pause = POLL_FIRST_S
@@ -276,6 +285,17 @@ class BatchRun:
                 if limits.batch_fallback == "live":
                     return summaries
 
+    def _budget(self, index: Index) -> Budget | None:
+        """With what batches under way may cost reserved."""
+        limit, engine = self.config.run.budget_usd, self.config.engine
+        if limit is None:
+            return None
+        spent = spent_so_far(engine, index, self.fs, self.root)
+        # No trickle at first: each round of batches may take a day.
+        budget = Budget(limit, engine, self.config.params(), spent, batch_share(engine), first_share=1.0)
+        budget.reserved = sum(batch.estimate for batch in self.book.open)
+        return budget
+
     def _heed(self) -> None:
         if self.interrupts:
             raise Interrupted(f"interrupted; {GO_ON}")
@@ -295,7 +315,7 @@ class BatchRun:
         spools: dict[str, _Spool] = {}
         refused: list[Record] = []
         summaries: dict[int, Summary] = {}
-        rows = 0
+        rows = self.left = 0
         for piece in pieces:
             summary = summaries[piece.number] = Summary()
             fail = self.config.dataset.on_bad_input == "fail"
@@ -303,6 +323,10 @@ class BatchRun:
                 self._heed()
                 fresh = table.filter(pa.array(seen.add(table["key"])))
                 for key, id, request in zip(*(fresh[name].to_pylist() for name in ("key", "id", "request")), strict=True):
+                    cost = self.budget.most(request) if self.budget else 0.0
+                    if self.budget and not self.budget.fits(cost):
+                        self.left += 1
+                        continue
                     rows += 1
                     try:
                         values = loads(request)
@@ -320,6 +344,9 @@ class BatchRun:
                             self.book, Batch(name, model, round, self.first_round, self.settings)
                         )
                     spool.add(key, id, line, values.get("generation"))
+                    spool.batch.estimate += cost
+                    if self.budget:
+                        self.budget.reserved += cost
         for spool in spools.values():
             self._advance(spool.close())
         self._commit(refused)
@@ -563,6 +590,8 @@ class BatchRun:
             completion = record.completion
             status.input_tokens += completion.usage.input
             status.output_tokens += completion.usage.output
+            usage, share = completion.usage, batch_share(self.config.engine)
+            status.cost_usd += share * self.config.engine.price.of(usage.input, usage.cached_input, usage.output)
             if completion.error is None:
                 status.done += 1
             else:

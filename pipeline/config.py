@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.base import REGISTRY, EngineConfig, fallbacks, key
+from engines.prices import RATES, most_expensive
 from engines.structured import check_schema
 from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, json_schema_of, nearest
 
@@ -46,6 +47,7 @@ class RunConfig:
     retry_failed: bool = key(True, "ask again what failed in an earlier run")
     max_error_rate: float | None = key(None, "stop early when this share of at least 100 rows failed")
     max_errors: int | None = key(None, "stop early after so many failed rows")
+    budget_usd: float | None = key(None, "stop, resumably, before all runs into output.path together have cost so many US$")
     flush_s: float = key(2.0, "a completion is durable after at most so many seconds")
     drain_s: float = key(30.0, "on Ctrl-C or SIGTERM, rows in flight get so many seconds to finish")
     max_outage_s: float = key(900.0, "stop, resumably, when no server has answered for so many seconds")
@@ -160,7 +162,7 @@ class Config:
         ):
             _above_zero(f"engine.{name}", getattr(self.engine, name))
         _at_least("engine.max_retries", self.engine.max_retries, 0)
-        for name in ("input", "cached_input", "output"):
+        for name in RATES:
             _at_least(f"engine.price.{name}", getattr(self.engine.price, name), 0)
         for name in ("cpus", "gpus", "memory"):
             value = getattr(self.hardware, name)
@@ -178,6 +180,9 @@ class Config:
         _above_zero("run.progress_s", self.run.progress_s)
         if self.run.traces is not None and not self.run.traces.startswith(("http://", "https://")):
             raise ConfigError(f"run.traces must be an http:// or https:// address, not {self.run.traces!r}")
+        _above_zero("run.budget_usd", self.run.budget_usd)
+        if self.run.budget_usd is not None:
+            most_expensive(self.engine)
         rate = self.run.max_error_rate
         if rate is not None and not 0 <= rate <= 1:
             raise ConfigError(f"run.max_error_rate must be between 0 and 1, not {rate}")
@@ -270,6 +275,14 @@ def without_secrets(config: Config) -> dict[str, Any]:
 
     cleaned: dict[str, Any] = clean(asdict(config))
     return cleaned
+
+
+def without_typed_secret(override: str) -> str:
+    """`engine.headers.authorization=…` of a command line with its value hidden, and everything else as it is."""
+    name, equals, _ = override.lstrip("+").partition("=")
+    path = name.split(".")
+    secret = ".".join(path[:2]) in OPEN_KEYS and len(path) > 2 and _SECRET_NAME.search(path[-1])
+    return f"{name}=***" if secret and equals else override
 
 
 def known_keys() -> dict[str, Any]:

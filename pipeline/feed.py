@@ -18,7 +18,9 @@ import pyarrow as pa
 
 from engines.base import SINGLE_MODEL_KINDS
 from engines.types import ConfigError, EngineError, Failure, GenerationParams, Request, invalid
+from pipeline.budget import Budget, Seen, write_spent
 from pipeline.formats import Parsed, RowParser
+from pipeline.fs import resolve
 from pipeline.keys import Keyer
 from pipeline.ledger import FarIndex, Index, SeenKeys
 from pipeline.lossless import dumps
@@ -233,7 +235,23 @@ class _Out:
 
     rows: list[Ask]
     states: bytearray  # LEASED, COMPLETED or DURABLE for each row
+    costs: list[float] = field(default_factory=list)  # reserved for each row, where there is a budget
     durable: int = 0
+
+
+@dataclass(slots=True)
+class Pulse:
+    """How a replica fares, as it tells with the calls it makes anyway."""
+
+    state: str = "loading"  # then "working", and "leaving" when it takes no more rows
+    busy: int = 0  # rows in the engine
+    done: int = 0  # rows that came out of it, failed ones included
+    admitted: float | None = None  # requests that may be in flight just now
+    most: int = 0  # and at most
+    retried: int = 0
+    throttled: int = 0
+    waited_s: float = 0.0  # for the limits a minute
+    trouble: str = ""
 
 
 @dataclass(slots=True)
@@ -251,6 +269,13 @@ class Status:
     crashes: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    cost_usd: float = 0.0  # of this run, where the price is known
+    seen: Seen = field(default_factory=Seen)
+    replicas: dict[str, Pulse] = field(default_factory=dict)  # by name
+    gone: Pulse = field(default_factory=Pulse)  # sums over the replicas that have left
+    spent: float = 0.0  # of the budget, by all runs
+    broke: bool = False  # the budget has no room for any row that is left
+    left: int = 0  # rows at hand that nobody has
     errors: Counter[str] = field(default_factory=Counter)  # failures by type
     first_errors: dict[str, str] = field(default_factory=dict)  # an example of each type
     fed: bool = False  # everything is read
@@ -263,9 +288,18 @@ class Dispatcher:
     """The actor between the feed and the workers. Its methods are short, so that one serves hundreds of workers."""
 
     def __init__(
-        self, pieces: list[Piece], interpreter: Interpreter, done: list[Any], fail_on_bad_input: bool, small: bool = False
+        self,
+        pieces: list[Piece],
+        interpreter: Interpreter,
+        done: list[Any],
+        fail_on_bad_input: bool,
+        small: bool = False,
+        budget: Budget | None = None,
+        output_path: str = "",
     ) -> None:
         self.pieces, self.interpreter, self.done = pieces, interpreter, done[0]
+        self.budget, self.output_path = budget, output_path
+        self.writing = asyncio.Lock()
         self.fail_on_bad_input = fail_on_bad_input
         self.small = small  # so small that the processes of a Ray Dataset would take longer to start than to read it
         self.ready = Ready()
@@ -354,8 +388,11 @@ class Dispatcher:
     async def join(self, worker: str) -> None:
         """`worker` is loading its engine: rows are kept for it."""
         self.joined.add(worker)
+        self.status_.replicas[worker] = Pulse()
 
-    async def pull(self, worker: str, want: int, held: int, completed: list[tuple[int, list[int]]]) -> Lease | None:
+    async def pull(
+        self, worker: str, want: int, held: int, completed: list[tuple[int, list[int]]], pulse: Pulse | None = None
+    ) -> Lease | None:
         """Up to `want` rows for `worker`, which still holds `held`; None when the run is over for it.
 
         `completed` are the (lease, rows) that came out of its engine since the last call. Waits while there is
@@ -363,6 +400,8 @@ class Dispatcher:
         """
         if worker in self.gone:
             return None
+        if pulse is not None:
+            self.status_.replicas[worker] = pulse
         mine = self.leases.setdefault(worker, {})
         for number, offsets in completed:
             out = mine.get(number)
@@ -376,11 +415,12 @@ class Dispatcher:
         while True:
             if self.stopping or worker in self.gone:
                 return None
-            if held == 0 and self.suspects:
-                return self._suspect(mine)
-            share = self._share() - held
-            if self.ready and share > 0:
-                return self._lease(worker, mine, min(want, share))
+            lease = self._suspect(mine) if held == 0 and self.suspects else None
+            if lease is None and self.ready and (share := self._share() - held) > 0:
+                lease = self._lease(worker, mine, min(want, share))
+            if lease is not None:
+                await self._write_spent()
+                return lease
             if self._over():
                 return None
             left = deadline - asyncio.get_running_loop().time()
@@ -397,36 +437,102 @@ class Dispatcher:
         left = len(self.ready) + len(self.suspects) + self.lent
         return -(-left // len(self.joined))
 
-    def _lease(self, worker: str, mine: dict[int, _Out], want: int) -> Lease:
-        rows = self.ready.take(worker, want)
+    def _lease(self, worker: str, mine: dict[int, _Out], want: int) -> Lease | None:
+        """None where the budget has no room for any of the next rows."""
+        rows, costs = self._affordable(self.ready.take(worker, want), want)
+        if not rows and not self._any_leased():  # one further back may be cheaper
+            rows, costs = self._affordable(self.ready.take(worker, len(self.ready)), want)
+        if not rows:
+            return None
         if len(self.ready) < self.buffer_rows:
             self.room.set()
-        return self._lend(mine, rows, last=self.status_.fed and not self.ready)
+        return self._lend(mine, rows, costs, last=self.status_.fed and not self.ready)
 
-    def _suspect(self, mine: dict[int, _Out]) -> Lease:
+    def _affordable(self, rows: list[Ask], want: int) -> tuple[list[Ask], list[float]]:
+        """Those, up to `want`, for which the budget has room, and what it reserves for them; the others go back."""
+        if self.budget is None:
+            return rows, []
+        fit: list[Ask] = []
+        costs: list[float] = []
+        back: list[Ask] = []
+        for row in rows:
+            cost = self.budget.most(row.request)
+            if len(fit) < want and self.budget.fits(cost):
+                self.budget.reserved += cost
+                fit.append(row)
+                costs.append(cost)
+            else:
+                back.append(row)
+        self.ready.put_back(back)
+        return fit, costs
+
+    def _any_leased(self) -> bool:
+        return any(self.leases.values())
+
+    async def _write_spent(self) -> None:
+        """Writes down what is about to be spent, unless it is."""
+        if self.budget is None:
+            return
+        async with self.writing:
+            if (usd := self.budget.to_write()) is not None:
+                await asyncio.to_thread(write_spent, *resolve(self.output_path), usd)
+                self.budget.written = usd
+
+    async def settle(self) -> None:
+        """Writes down what was spent, when nothing is in flight any more."""
+        if self.budget is not None:
+            await asyncio.to_thread(write_spent, *resolve(self.output_path), self.budget.spent + self.budget.reserved)
+
+    async def lost(self, worker: str, number: int, at: int) -> bool:
+        """A try of this row failed whose answer may have to be paid; whether the budget has room for another."""
+        out = self.leases.get(worker, {}).get(number)
+        if self.budget is None or out is None:
+            return True
+        self.budget.spent += out.costs[at]
+        await self._write_spent()
+        return not self.budget.exceeded
+
+    def _suspect(self, mine: dict[int, _Out]) -> Lease | None:
+        """The next one alone; None where the budget has no room for it. A convict costs nothing."""
+        deaths = self.crashes[self.suspects[0].key]
+        convicted, cost = deaths >= CRASHES_TO_CONVICT, 0.0
+        if self.budget is not None and not convicted:
+            cost = self.budget.most(self.suspects[0].request)
+            if not self.budget.fits(cost):
+                return None
+            self.budget.reserved += cost
         row = self.suspects.popleft()
-        lease = self._lend(mine, [row], last=self.status_.fed and not self.ready and not self.suspects)
-        lease.alone, lease.deaths = True, self.crashes[row.key]
-        if lease.deaths >= CRASHES_TO_CONVICT:
-            lease.convicted = f"the engine's process died {lease.deaths} times with this row in it ({self.crash_reason})"
+        lease = self._lend(mine, [row], [cost], last=self.status_.fed and not self.ready and not self.suspects)
+        lease.alone, lease.deaths = True, deaths
+        if convicted:
+            lease.convicted = f"the engine's process died {deaths} times with this row in it ({self.crash_reason})"
         return lease
 
-    def _lend(self, mine: dict[int, _Out], rows: list[Ask], last: bool) -> Lease:
+    def _lend(self, mine: dict[int, _Out], rows: list[Ask], costs: list[float], last: bool) -> Lease:
         self.next_lease += 1
         self.lent += len(rows)
-        mine[self.next_lease] = _Out(rows, bytearray(len(rows)))
+        mine[self.next_lease] = _Out(rows, bytearray(len(rows)), costs)
         return Lease(
             self.next_lease, [row.key for row in rows], [row.id for row in rows], [row.request for row in rows], last=last
         )
 
-    async def commit(self, worker: str, durable: list[tuple[int, list[int]]], counts: Status) -> None:
+    async def commit(
+        self, worker: str, durable: list[tuple[int, list[int]]], counts: Status, pulse: Pulse | None = None
+    ) -> None:
         """`worker` has made these rows durable; `counts` adds to the run's figures."""
         mine = self.leases.get(worker, {})
+        if pulse is not None and worker not in self.gone:
+            self.status_.replicas[worker] = pulse
+        if self.budget is not None:
+            self.budget.spent += counts.cost_usd
+            self.budget.seen.add(counts.seen)
         for number, offsets in durable:
             out = mine.get(number)
             if out is None:
                 continue
             for at in offsets:
+                if self.budget is not None and out.states[at] != DURABLE:
+                    self.budget.reserved -= out.costs[at]
                 out.durable += out.states[at] != DURABLE
                 self.lent -= out.states[at] == LEASED
                 out.states[at] = DURABLE
@@ -437,12 +543,14 @@ class Dispatcher:
         status.failed += counts.failed
         status.input_tokens += counts.input_tokens
         status.output_tokens += counts.output_tokens
+        status.cost_usd += counts.cost_usd
         status.errors.update(counts.errors)
         status.first_errors = {**counts.first_errors, **status.first_errors}
         await self._notify()
 
-    async def leave(self, worker: str, crash: str | None = None) -> None:
-        """`worker` is gone; what it held goes to others. `crash` tells how its process died, if it did.
+    async def leave(self, worker: str, crash: str | None = None, inside: list[tuple[int, int]] | None = None) -> None:
+        """`worker` is gone; what it held goes to others. `crash` tells how its process died, if it did; `inside` are the
+        (lease, row) that were in its engine and may have to be paid: None where all may.
 
         Rows that were in its engine then are suspects: tried alone, and convicted after the second death.
         """
@@ -451,12 +559,19 @@ class Dispatcher:
         self.gone.add(worker)
         self.joined.discard(worker)
         self.ready.leave(worker)
-        for out in self.leases.pop(worker, {}).values():
+        gone, last = self.status_.gone, self.status_.replicas.pop(worker, Pulse())
+        for name in ("done", "retried", "throttled", "waited_s"):
+            setattr(gone, name, getattr(gone, name) + getattr(last, name))
+        for number, out in self.leases.pop(worker, {}).items():
             back: list[Ask] = []
             self.lent -= out.states.count(LEASED)
-            for row, state in zip(out.rows, out.states, strict=True):
+            for at, (row, state) in enumerate(zip(out.rows, out.states, strict=True)):
                 if state == DURABLE:
                     continue
+                if self.budget is not None:
+                    self.budget.reserved -= out.costs[at]
+                    if inside is None or (number, at) in inside:
+                        self.budget.spent += out.costs[at]
                 if state == COMPLETED:  # it came out whole, so it is not to blame
                     self.crashes.pop(row.key, None)
                 elif crash is not None:
@@ -481,7 +596,13 @@ class Dispatcher:
         await self._notify()
 
     def _over(self) -> bool:
-        return self.status_.fed and not self.ready and not self.suspects and not any(self.leases.values())
+        return self.status_.fed and not self.ready and not self.suspects and not self._any_leased()
+
+    def _broke(self) -> bool:
+        """Whether there are rows, none of them is in flight, and the budget has room for none."""
+        waiting = [row for group in self.ready.groups.values() for row in group]
+        waiting += [row for row in self.suspects if self.crashes[row.key] < CRASHES_TO_CONVICT]
+        return bool(waiting) and not any(self.budget.fits(self.budget.most(row.request)) for row in waiting)  # type: ignore[union-attr]
 
     async def status(self) -> Status:
         status = self.status_
@@ -491,5 +612,10 @@ class Dispatcher:
         status.answered = sum(s.answered for s in found)
         status.in_flight = self.lent
         status.workers = len(self.leases)
+        status.left = len(self.ready) + len(self.suspects)
+        status.trouble = next((pulse.trouble for pulse in status.replicas.values() if pulse.trouble), "")
+        if self.budget is not None:
+            status.spent = self.budget.spent + self.budget.reserved
+            status.broke = not self._any_leased() and self._broke()
         status.finished = self._over() or self.stopping
         return status

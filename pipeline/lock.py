@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -55,8 +56,6 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
 def held(fs: pafs.FileSystem, root: str) -> bool:
     """Whether a run holds the output directory. Changes nothing there, and needs no right to."""
     if isinstance(fs, pafs.LocalFileSystem):
-        import fcntl
-
         with suppress(FileNotFoundError), Path(root, SEGMENTS, ".lock").open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

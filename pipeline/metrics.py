@@ -16,7 +16,7 @@ TAGS = ("engine", "model")
 COUNTERS = {
     "eagleray_rows": "rows that are done, by result: ok, or the type of the error",
     "eagleray_tokens": "tokens, by kind: input, cached_input (of the input), output",
-    "eagleray_cost_usd": "what the tokens cost at engine.price",
+    "eagleray_cost_usd": "what the tokens cost, where the price is known",
     "eagleray_retries": "tries beyond each row's first",
     "eagleray_throttled": "answers of a provider that said: too many requests",
     "eagleray_limiter_wait_seconds": "time that requests waited for the cluster's limits",

@@ -21,19 +21,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
 from rich.text import Text
 
-from engines.base import Price
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
-from pipeline.batches import BATCHES, WRITER, BatchRun, Book
+from pipeline.batches import BATCHES, BatchRun, Book
+from pipeline.budget import FILE as BUDGET_FILE
+from pipeline.budget import Budget, cost_of, spent_so_far
 from pipeline.config import Config, without_secrets
 from pipeline.crew import Crew, Interrupted, Stopped
-from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary, read_piece
+from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary
 from pipeline.finalize import DATA, ERRORS, OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
 from pipeline.formats import RowParser
 from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic
@@ -43,7 +43,8 @@ from pipeline.limiter import limiter
 from pipeline.lock import CLAIM, run_lock
 from pipeline.lossless import canonical
 from pipeline.placement import Placement, lack, placement, room, spread
-from pipeline.progress import RunProgress
+from pipeline.preflight import FIRST_S, dry_run, look_at_configuration, look_at_rows
+from pipeline.progress import RunProgress, restore_terminal
 from pipeline.report import REPORT, write_report
 from pipeline.scores import score_columns
 from pipeline.source import list_chunks, read_chunk
@@ -62,8 +63,6 @@ PATIENCE_S = 20.0
 GRACE_S = 20.0
 # A key that worked may be out of money, or expired: so many refusals in a row end the run.
 REFUSALS_TO_STOP = 20
-# What all providers ask for a row in a batch, as a share of the live price.
-BATCH_PRICE = 0.5
 # Up to so much is read here and now: a process for it takes seconds to start.
 SMALL_FILES, SMALL_BYTES = 8, 8 << 20
 # A larger index stays on the driver's node and is asked, where there are others.
@@ -94,7 +93,11 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         config.dataset.max_row_bytes,
     )
     if config.run.dry_run:
-        return _dry_run(config, fs, root, interpreter, console)
+        pieces, index = list_pieces(config, console), read_index(fs, root)
+        complete = _unchanged(config, fs, root, pieces, index) is not None
+        report = dry_run(config, fs, root, interpreter, pieces, index, complete, MANIFEST, console)
+        return Outcome(WRONG if report.wrong else WITH_FAILURES if report.rows.bad else OK)
+    check = look_at_configuration(config, fs, root, MANIFEST, console)
     with contextlib.ExitStack() as stack:
         span = stack.enter_context(run_span(config.run.traces, config.engine, console))
         stack.enter_context(run_lock(fs, root))
@@ -117,6 +120,9 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
             planned = planner.submit(_plan, config, console)
+            with contextlib.suppress(TimeoutError):  # of a large input it is told what is known when its turn comes
+                if batches is None:
+                    look_at_rows(config, planned.result(FIRST_S)[0], interpreter, check, console)
             own = stack.enter_context(running_ray())
             interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
             pieces, small = planned.result()
@@ -132,9 +138,10 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         for again in range(MAX_PASSES):
             if live:
                 try:
+                    budget = _budget(config, fs, root, known.index)
                     status, summaries = _ask(
-                        config, placed, pieces, small, interpreter, known, span.trace if span else None, interrupts, state,
-                        console,
+                        config, placed, pieces, small, interpreter, known, budget, span.trace if span else None, interrupts,
+                        state, console,
                     )  # fmt: skip
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
@@ -224,6 +231,13 @@ def _plan(config: Config, console: Console) -> tuple[list[Piece], bool]:
     return pieces, small
 
 
+def _budget(config: Config, fs: pafs.FileSystem, root: str, index: Index) -> Budget | None:
+    limit = config.run.budget_usd
+    if limit is None:
+        return None
+    return Budget(limit, config.engine, config.params(), spent_so_far(config.engine, index, fs, root))
+
+
 def list_pieces(config: Config, console: Console) -> list[Piece]:
     """What is to be read, in its order."""
     dataset = config.dataset
@@ -257,10 +271,9 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
             f"run.resume=false would forget {len(under_way)} batches under way ({under_way[0]}, …): "
             "wait for them, or end them with eagleray batch cancel"
         )
-    if exists(fs, f"{root}/{MANIFEST}"):
-        fs.delete_file(f"{root}/{MANIFEST}")
-    if exists(fs, f"{root}/{REPORT}"):
-        fs.delete_file(f"{root}/{REPORT}")
+    for name in (MANIFEST, REPORT, BUDGET_FILE):
+        if exists(fs, f"{root}/{name}"):
+            fs.delete_file(f"{root}/{name}")
     for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
         for info in listing(fs, f"{root}/{folder}"):
             if info.is_file and not info.base_name.startswith((".lock", CLAIM)):
@@ -298,6 +311,9 @@ def running_ray() -> Iterator[bool]:
             keep = False
         except EaglerayError:
             keep = False
+            raise
+        except Exception as error:
+            error.add_note(f"Ray's own logs are in {scratch}/session_latest/logs.")
             raise
         finally:
             ray.shutdown()
@@ -343,6 +359,7 @@ def note_signals() -> Iterator[list[int]]:
     def note(number: int, _: object) -> None:
         seen.append(number)
         if len(seen) > 1:
+            restore_terminal()
             os._exit(INTERRUPTED)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -363,6 +380,7 @@ def _ask(
     small: bool,
     interpreter: Interpreter,
     known: Answers,
+    budget: Budget | None,
     trace: Trace | None,
     interrupts: list[int],
     state: RunState,
@@ -375,7 +393,7 @@ def _ask(
     # In a list, so that the reference itself arrives: only the read tasks look into it.
     done = [known.ref]
     beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=_here())
-    dispatcher = beside.remote(pieces, interpreter, done, fail, small)
+    dispatcher = beside.remote(pieces, interpreter, done, fail, small, budget, str(config.output.path))
     worker = WorkerConfig(
         engine=spread(config.engine, placed),
         generation=config.params(),
@@ -385,6 +403,7 @@ def _ask(
         max_outage_s=config.run.max_outage_s,
         cpus=config.hardware.cpus,
         trace=trace,
+        budget_price=budget.price if budget else None,
     )
     crew = Crew(ray.remote(Worker), worker, placed, dispatcher, config.run.max_engine_deaths)
     reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
@@ -395,16 +414,16 @@ def _ask(
     said = False
     finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
     failure: EaglerayError | None = None  # of a replica; the others still commit what they have
-    why, ends_by = "", math.inf
+    why, broke, ends_by = "", "", math.inf
     began = time.monotonic()
     try:
         crew.start()
         ray.get(reads)
-        with RunProgress(console, config.run.progress_s) as progress:
+        with RunProgress(console, config.run.progress_s, config.engine, config.run.budget_usd) as progress:
             while True:
                 status: Status = ray.get(dispatcher.status.remote())
                 state.status = status
-                progress.show(status)
+                progress.show(status, len(crew.replicas))
                 try:
                     crew.tend(status)
                 except EaglerayError as error:
@@ -418,16 +437,21 @@ def _ask(
                 reason = _why_stop(config, status, status.errors["auth"] - refused) or (
                     "Interrupted" if interrupts else failure and str(failure)
                 )
+                if status.broke and budget is not None and not reason:
+                    budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
+                    broke = reason = budget.told(f"{status.left:,} rows{more} are left")
                 if reason and not why:
                     why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
                     if status.in_flight:
-                        _warn(console, f"{why}: finishing {status.in_flight} rows in flight.")
+                        again = " (a second time ends at once)" if interrupts else ""
+                        _warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
                     ray.get(dispatcher.stop.remote())
                     crew.drain()
                 if (status.finished and not status.workers) or time.monotonic() > ends_by:
                     break
                 time.sleep(0.05 if status.finished else 0.2)
         state.status = status = ray.get(dispatcher.status.remote())
+        ray.get(dispatcher.settle.remote())
         summaries = ray.get(dispatcher.take_summaries.remote())
     finally:
         crew.dismiss()
@@ -440,6 +464,8 @@ def _ask(
     if why:
         if interrupts:
             raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
+        if broke:
+            raise Stopped(broke)
         raise Stopped(f"{why}; everything finished is kept, the same command goes on from here")
     return status, summaries
 
@@ -551,12 +577,7 @@ def _manifest(
 ) -> dict[str, Any]:
     (used,) = result.used
     tokens = index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None])
-    batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
-    cheap = np.zeros(3, np.int64)
-    if batched.any():
-        cheap = index.tokens.sum(axis=0, dtype=np.int64, where=(used & batched[index.segment])[:, None])
-    share = float(config.engine.provider.get("batch", {}).get("price", BATCH_PRICE))
-    cost = _cost(config.engine.price, tokens - cheap + share * cheap)
+    cost = cost_of(config.engine, index, used)
     return {
         "status": "complete",
         "rows": {
@@ -569,8 +590,9 @@ def _manifest(
         "errors": dict(result.errors),
         "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": sum(cost.values()),
+        "cost_usd": None if cost is None else sum(cost.values()),  # null: the price is not known
         "cost_parts_usd": cost,
+        "price_as_of": config.engine.price.as_of,
         "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
@@ -580,16 +602,6 @@ def _manifest(
         "versions": _versions(),
         "started_at": started,
         "finished_at": time.time(),
-    }
-
-
-def _cost(price: Price, tokens: npt.NDArray[np.float64]) -> dict[str, float]:
-    """What input, cached input and output come to."""
-    read, cached, written = tokens.tolist()
-    return {
-        "input": price.of(read - cached, 0, 0),
-        "cached_input": price.of(cached, cached, 0),
-        "output": price.of(0, 0, written),
     }
 
 
@@ -620,7 +632,7 @@ def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piec
         there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
         whole = there.issuperset(manifest["files"]) and exists(fs, f"{root}/{REPORT}")
         return manifest if same and whole else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -630,23 +642,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _dry_run(config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, console: Console) -> Outcome:
-    """Reads and checks everything in this process; starts no Ray and writes nothing."""
-    pieces = list_pieces(config, console)
-    known = read_index(fs, root).only(failed_too=not config.run.retry_failed)
-    rows = bad = answered = asked = 0
-    keys: set[bytes] = set()
-    for piece in pieces:
-        summary = Summary()
-        for table in read_piece(piece, interpreter, known, config.dataset.on_bad_input == "fail", summary):
-            asked += len(table)
-            keys.update(key[:8] for key in table["key"].to_pylist())
-        rows, bad, answered = rows + summary.rows, bad + summary.invalid, answered + summary.answered
-    console.print(
-        f"{rows:,} rows in {len({p.chunk.file for p in pieces}):,} files: {len(keys):,} requests to ask, "
-        f"{asked - len(keys):,} duplicates, {answered:,} already answered, {bad:,} cannot be read.",
-        highlight=False,
-    )
-    return Outcome(WITH_FAILURES if bad else OK)

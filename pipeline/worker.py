@@ -11,10 +11,11 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engines.base import Engine, EngineConfig, load_engine
+from engines.base import Engine, EngineConfig, Price, load_engine
 from engines.text import one_line
-from engines.types import Completion, EngineError, Failure, GenerationParams, Outage
-from pipeline.feed import Lease, Status, request_of
+from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
+from pipeline.budget import Seen, shared_bytes
+from pipeline.feed import Lease, Pulse, Status, request_of
 from pipeline.fs import resolve
 from pipeline.ledger import Compactor, Record, write_segment
 from pipeline.limiter import source_of
@@ -37,6 +38,7 @@ class WorkerConfig:
     max_outage_s: float
     cpus: float  # 0: the whole machine's
     trace: Trace | None = None
+    budget_price: Price | None = None  # the most that tokens may cost; None: there is no budget
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class Worker:
         self.records: list[Record] = []
         self.places: dict[int, list[int]] = {}  # lease -> rows, those of self.records
         self.counts = Status()
+        self.done = 0
+        self.inside: dict[bytes, _Row] = {}  # by key: rows in the engine
+        self.overhead = shared_bytes(config.generation)
         self.work = asyncio.Condition()  # the queue grew, or the end came
         self.less = asyncio.Event()  # fewer rows are held
         self.idle = asyncio.Event()  # nothing held, nothing to come: a good moment to flush
@@ -110,6 +115,8 @@ class Worker:
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
         engine.attach(source_of, self.config.max_outage_s)
+        if self.config.budget_price is not None:
+            engine.afford = self._afford
         slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
@@ -129,7 +136,8 @@ class Worker:
             await asyncio.gather(flusher, return_exceptions=True)
             await self._flush()
             self._tell()
-            await self.dispatcher.leave.remote(self.name)
+            inside = [(row.lease, row.offset) for row in self.inside.values()]
+            await self.dispatcher.leave.remote(self.name, None, inside)
             await asyncio.to_thread(engine.close)
             if self.spans is not None:
                 await asyncio.to_thread(self.spans.close)
@@ -169,7 +177,8 @@ class Worker:
                 self.less.clear()
                 await self.less.wait()
             completed, self.completed = list(self.completed.items()), {}
-            lease: Lease | None = await self.dispatcher.pull.remote(self.name, window - self.held, self.held, completed)
+            wanted = window - self.held
+            lease: Lease | None = await self.dispatcher.pull.remote(self.name, wanted, self.held, completed, self._pulse())
             if lease is None:
                 return
             self.last = lease.last
@@ -200,6 +209,7 @@ class Worker:
             row = self.queue.popleft()
             self.waits.append(time.monotonic() - row.since)
             self.busy += 1
+            self.inside[row.key] = row
             began_ns = time.time_ns()
             try:
                 completion = await engine.generate(request_of(loads(row.request), self.config.generation, row.key))
@@ -211,6 +221,7 @@ class Worker:
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
             finally:
                 self.busy -= 1
+            del self.inside[row.key]
             if self.spans is not None:
                 self.spans.add(row.key, row.id, began_ns, completion)
             if completion.error is not None and completion.error.type == "engine_crash":
@@ -229,6 +240,14 @@ class Worker:
         await self.dispatcher.leave.remote(self.name, reason)
         os._exit(1)
 
+    def _request(self, row: _Row) -> Request:
+        request = request_of(loads(row.request), self.config.generation, row.key)
+        if self.config.budget_price is not None and request.model not in (None, self.config.engine.model):
+            raise EngineError(
+                "budget", f"run.budget_usd counts by the price of engine.model, and this row asks {request.model!r}"
+            )
+        return request
+
     async def _convict(self, lease: Lease) -> None:
         for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
             completion = Completion(error=Failure("engine_crash", lease.convicted or ""), attempts=0)
@@ -238,12 +257,15 @@ class Worker:
 
     def _record(self, row: _Row, completion: Completion) -> None:
         completion.attempts += row.deaths
+        self.done += 1
         self.records.append(Record(row.key, row.id, completion, time.time()))
         self.places.setdefault(row.lease, []).append(row.offset)
         self.completed.setdefault(row.lease, []).append(row.offset)
         counts = self.counts
         counts.input_tokens += completion.usage.input
         counts.output_tokens += completion.usage.output
+        if completion.usage.input or completion.usage.output:  # an answer of the wrong shape is paid, too
+            self._account(row, completion)
         if completion.error is None:
             counts.done += 1
         else:
@@ -253,6 +275,40 @@ class Worker:
             counts.errors[completion.error.type] += 1
             counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
 
+    def _account(self, row: _Row, completion: Completion) -> None:
+        """What an answer cost, and what it tells about the estimates of others."""
+        usage, config = completion.usage, self.config
+        price = config.engine.price
+        if completion.engine != config.engine.kind and config.budget_price is not None:
+            price = config.budget_price  # a fallback's, and whoever refused before it may want to be paid too
+        self.counts.cost_usd += price.of(usage.input, usage.cached_input, usage.output)
+        size = len(row.request) + self.overhead
+        each = -(-usage.output // max(1, len(completion.choices)))
+        self.counts.seen.add(Seen(1, usage.input / size if size else 0.0, each))
+
+    async def _afford(self, request: Request) -> bool:
+        row = self.inside[bytes.fromhex(request.key)]
+        room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset)
+        return room
+
+    def _pulse(self) -> Pulse:
+        engine = self.engine
+        if engine is None:
+            return Pulse()
+        leaving = self.puller is not None and self.puller.done()
+        counts = engine.counts
+        return Pulse(
+            "leaving" if leaving else "working",
+            self.busy,
+            self.done,
+            engine.admitted,
+            engine.config.max_concurrency or engine.concurrency,
+            counts["retried"],
+            counts["throttled"],
+            float(counts["limiter_wait_seconds"]),
+            engine.trouble,
+        )
+
     def _maybe_idle(self) -> None:
         if self.held == 0 and self.last and self.records:
             self.idle.set()
@@ -260,7 +316,9 @@ class Worker:
     async def _flush_often(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.idle.wait(), self.flush_s)
+                # Not `wait_for`, which forgets that it was cancelled where both happen at once (Python 3.11).
+                async with asyncio.timeout(self.flush_s):
+                    await self.idle.wait()
             self.idle.clear()
             await self._flush()
             self._tell()
@@ -284,7 +342,7 @@ class Worker:
                     await asyncio.sleep(wait)
             self.untold += records
             counts, self.counts = self.counts, Status()
-            await self.dispatcher.commit.remote(self.name, places, counts)
+            await self.dispatcher.commit.remote(self.name, places, counts, self._pulse())
             with contextlib.suppress(OSError):  # everything is durable as it is
                 await asyncio.to_thread(self.compactor.add, path)
 

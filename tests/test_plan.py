@@ -14,7 +14,7 @@ import pytest
 
 from engines import load_engine
 from engines.base import EngineConfig
-from engines.footprint import Footprint, footprint, prompt_counter, weights_bytes
+from engines.footprint import Footprint, footprint, prompts, weights_bytes
 from engines.types import GenerationParams
 from jobs import plan
 from tests.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401
@@ -265,9 +265,9 @@ def test_prompts_are_counted_as_the_engines_count(smollm2_checkpoint: Path) -> N
     with load_engine("llamacpp", kwargs={"n_ctx": 256}) as engine:
         (completion,) = engine.infer([QUESTION], {"max_tokens": 1})
     for config in (EngineConfig("llamacpp", "smollm2"), EngineConfig("transformers", str(smollm2_checkpoint))):
-        count = prompt_counter(config)
-        assert count is not None
-        assert count(QUESTION["messages"], GenerationParams()) == completion.usage.input
+        found = prompts(config)
+        assert found is not None
+        assert found.count(QUESTION["messages"], GenerationParams()) == completion.usage.input
 
 
 def test_rows_that_are_too_long_or_not_valid_are_found(
@@ -317,9 +317,11 @@ def test_cost_and_time_of_a_provider(write_jsonl: Callable[..., Path], planned: 
     assert status == 0
     assert "prompt tokens 500,000 (estimated" in text
     assert "output tokens at most 100,000" in text
-    assert "cost at most $1.50" in text
+    assert "cost at most $1.50 by engine.price" in text
     assert "about 10.0 minutes by engine.output_tokens_per_minute" in text
-    status, text = planned(*base[:-1], "engine.requests_per_minute=100")
+    assert "cost at most $0.14 by the list price of 20" in planned(*base)[1]
+    unlisted = [*base[:-1], "engine.model=gpt-nobody-knows"]
+    status, text = planned(*unlisted, "engine.requests_per_minute=100")
     assert "output tokens about (nothing bounds all of them; see generation.max_tokens) 256,000" in text
     assert "about 5.0 minutes by engine.requests_per_minute" in text
     assert "cost not known" in text

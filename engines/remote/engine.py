@@ -109,6 +109,15 @@ class RemoteEngine(Engine):
     def capabilities_for(self, request: Request) -> Capabilities:
         return self.for_model(request)[1]
 
+    @property
+    def admitted(self) -> float | None:
+        return self.slots.limit if self.loop is not None else None
+
+    @property
+    def trouble(self) -> str:
+        sick = next((endpoint for endpoint in self.endpoints.all if endpoint.open), None)
+        return sick.last_error if sick and self.endpoints.down_s else ""
+
     def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
         self.limits.source = source_of(self.config)
         self.max_outage_s = max_outage_s
@@ -167,8 +176,17 @@ class RemoteEngine(Engine):
                 return completion
             except EngineError as error:
                 error.attempts = tries
+                affordable = True
+                if self.afford is not None and (error.paid or error.type in ("timeout", "bad_response")):
+                    affordable = await self.afford(request)
                 if not error.retryable or (request.stream is not None and request.stream.begun):
                     raise
+                if not affordable:
+                    broke = EngineError(
+                        "budget", f"run.budget_usd leaves no room for another try ({error})", retryable=True
+                    )
+                    broke.attempts = tries
+                    raise broke from None
                 down = self.endpoints.down_s
                 if down > self.max_outage_s:
                     self.outage = f"engine={self.kind} has not answered for {down:.0f} s ({error})"
@@ -178,6 +196,7 @@ class RemoteEngine(Engine):
                 counted += not down and error.type != "rate_limit"
                 if counted > self.config.max_retries or time.monotonic() - began > 2 * self.max_outage_s:
                     raise
+                self.counts["retried"] += 1
                 wait = random.uniform(0, min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** min(tries, 16)))
                 await self._pause(max(wait + self.retries.wait_s(), error.retry_after or 0.0))
 
@@ -260,7 +279,9 @@ class RemoteEngine(Engine):
             sent = {**headers, **await self.auth.headers()}
             reply = await self.transport.send("POST", endpoint.url, sent, content, events.feed if events else None)
         except httpx.HTTPError as error:
-            raise self._clean(broken(error)) from None
+            lost = self._clean(broken(error))
+            lost.paid = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            raise lost from None
         except EngineError as error:  # an event that is none
             raise self._clean(error) from None
         if (told := observed(reply.headers)) is not None:
@@ -286,7 +307,11 @@ class RemoteEngine(Engine):
             code = inner.get("code") if isinstance(inner, dict) else None
             code = code if isinstance(code, int) and code >= 400 else 502
             raise self._clean(failure(code, orjson.dumps(payload), reply.headers))
-        return self.read(payload)
+        try:
+            return self.read(payload)
+        except EngineError as error:
+            error.paid = True
+            raise
 
     def read(self, answer: dict[str, Any] | EngineError) -> Completion:
         """The completion in an answer's body. Raises `EngineError` where there is none, or the one it is given."""
