@@ -347,7 +347,7 @@ def test_visible_leaves_what_is_only_text() -> None:
 def test_errors_are_grouped_explained_and_can_be_asked_again_as_said(infer: Infer, look: Look, write_jsonl: Write) -> None:
     rows = [ask(f"question {i}", id=f"r{i}") for i in range(60)]
     data = write_jsonl([*rows, "no json", "{", ask("x", id="odd", generation={"temperature": -1})])
-    infer(data, "engine.kwargs.failure_rate=0.4", "engine.kwargs.seed=1")
+    infer(data, "engine.kwargs.failure_rate=0.4")
     assert look("errors", infer.out) == 0
     assert ADVICE["server"] in look.out and ADVICE["invalid_input"] in look.out and "ids: " in look.out
     told = look.json("errors", infer.out)
@@ -400,16 +400,16 @@ def test_two_outputs_are_compared_row_by_row(local_ray: None, look: Look, write_
     told = look.json("diff", a.out, b.out)
     assert told["matched_by"] == "id"
     assert told["rows"] == {
-        "a": 22, "b": 22, "both": 20, "equal": 9, "differ": 10, "failed_only_in_a": 0, "failed_only_in_b": 1,
-        "failed_in_both": 0, "only_in_a": 2, "only_in_b": 2,
+        "a": 22, "b": 22, "both": 19, "equal": 9, "differ": 10, "failed_only_in_a": 0, "failed_only_in_b": 0,
+        "failed_in_both": 0, "only_in_a": 3, "only_in_b": 3,  # a row that cannot be read has no id
     }  # fmt: skip
-    assert told["b"]["finish_reasons"] == {"stop": 19, "invalid_input": 1}
+    assert told["b"]["finish_reasons"] == {"stop": 19}
     assert told["b"]["output_tokens"] > told["a"]["output_tokens"] > 0
     assert [pair["a"]["id"] for pair in told["shown"]] == ["r0", "r2", "r4", "r6", "r8"]  # in the first one's order
     assert all(pair["a"]["id"] == pair["b"]["id"] for pair in told["shown"])
     assert look("diff", a.out, b.out, "--limit", "2") == 0
-    assert "the [-same-] 0" in look.out and "the {+very other+} 0" in look.out and "9 more rows differ" in look.out
-    assert look("diff", a.out, b.out, "--id", "r19") == 0 and "(invalid_input: " in look.out
+    assert "the [-same-] 0" in look.out and "the {+very other+} 0" in look.out and "8 more rows differ" in look.out
+    assert look("diff", a.out, b.out, "--id", "r1") == 0 and "the same 1" in look.out
     assert look("diff", a.out, b.out, "--id", "a1") == 2 and "no common row with the id 'a1'" in look.err
 
 
