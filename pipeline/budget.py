@@ -78,7 +78,7 @@ class Budget:
         return self.seen.answers >= LEARNT
 
     def most(self, request: bytes) -> float:
-        """The most that this request is expected to cost: all its turns, each asked again for its shape as often as may be."""
+        """The most that this request is expected to cost: all turns, each asked again for its shape if allowed."""
         values = loads(request)
         own: Mapping[str, Any] = values.get("generation") or {}
         first, seen = FIRST_FACTOR / BYTES_PER_TOKEN, self.seen
