@@ -23,8 +23,6 @@ from pipeline.ledger import SEGMENTS, USAGE, split_keys
 
 OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
 WATCH_S = 5.0
-# What all providers ask for a row in a batch, as a share of the live price; see `pipeline.run.BATCH_PRICE`.
-BATCH_PRICE = 0.5
 STYLES = {"running": "bold cyan", "stopped": "bold yellow", "empty": "bold yellow", "complete": "bold green"}
 
 
@@ -122,6 +120,8 @@ def _cost(config: dict[str, Any], counts: dict[str, Any]) -> float | None:
     price = Price(**(config.get("engine", {}).get("price") or {}))
     share = 1.0
     if config.get("run", {}).get("mode") == "batch":
+        from pipeline.budget import BATCH_PRICE
+
         share = float(config["engine"]["provider"].get("batch", {}).get("price", BATCH_PRICE))
     cost = share * price.of(counts.get("input_tokens", 0), 0, counts.get("output_tokens", 0))
     return cost if price.input or price.output else None

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import math
-import os
-import platform
-import shutil
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
-from rich.text import Text
 
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
 from pipeline.batches import BATCHES, BatchRun, Book
 from pipeline.budget import FILE as BUDGET_FILE
-from pipeline.budget import Budget, cost_of, spent_so_far
-from pipeline.config import Config, without_secrets
+from pipeline.budget import Budget, spent_so_far
+from pipeline.config import Config
 from pipeline.crew import Crew, Interrupted, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary
 from pipeline.finalize import DATA, ERRORS, OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
@@ -41,24 +32,24 @@ from pipeline.keys import Keyer
 from pipeline.ledger import SEGMENTS, FarIndex, Index, Lookup, read_index
 from pipeline.limiter import limiter
 from pipeline.lock import CLAIM, run_lock
-from pipeline.lossless import canonical
-from pipeline.placement import Placement, lack, placement, room, spread
+from pipeline.manifest import MANIFEST, make_manifest, unchanged
+from pipeline.placement import Placement, placement, spread
 from pipeline.preflight import FIRST_S, dry_run, look_at_configuration, look_at_rows
-from pipeline.progress import RunProgress, restore_terminal
+from pipeline.progress import RunProgress
 from pipeline.report import REPORT, write_report
 from pipeline.scores import score_columns
+from pipeline.session import INTERRUPTED, PATIENCE_S, here, look_for_room, note_signals, running_ray, warn
 from pipeline.source import list_chunks, read_chunk
 from pipeline.state import RunState, told
 from pipeline.traces import Trace, run_span
 from pipeline.worker import Worker, WorkerConfig
 
-MANIFEST = "manifest.json"
-OK, BUG, WRONG, WITH_FAILURES, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+__all__ = ["INTERRUPTED", "Interrupted", "Outcome", "list_pieces", "run"]
+
+OK, BUG, WRONG, WITH_FAILURES, STOPPED = 0, 1, 2, 3, 4  # and INTERRUPTED
 
 # Rows that an engine crash or a 64-bit collision left out are asked in another pass; more passes mean a bug.
 MAX_PASSES = 5
-# An engine may take minutes to load; that none has found room yet is worth a word before that.
-PATIENCE_S = 20.0
 # A drain has `run.drain_s`, and this long to write and leave.
 GRACE_S = 20.0
 # A key that worked may be out of money, or expired: so many refusals in a row end the run.
@@ -94,7 +85,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
     )
     if config.run.dry_run:
         pieces, index = list_pieces(config, console), read_index(fs, root)
-        complete = _unchanged(config, fs, root, pieces, index) is not None
+        complete = unchanged(config, fs, root, pieces, index) is not None
         report = dry_run(config, fs, root, interpreter, pieces, index, complete, MANIFEST, console)
         return Outcome(WRONG if report.wrong else WITH_FAILURES if report.rows.bad else OK)
     check = look_at_configuration(config, fs, root, MANIFEST, console)
@@ -133,7 +124,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         failed_too = batches is not None or not config.run.retry_failed
         known = Answers(config, failed_too=failed_too)
         for path in known.index.torn:
-            _warn(console, f"{path} cannot be read; its rows are asked again.")
+            warn(console, f"{path} cannot be read; its rows are asked again.")
         missing = sys.maxsize
         for again in range(MAX_PASSES):
             if live:
@@ -144,7 +135,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
                         state, console,
                     )  # fmt: skip
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
-                    _warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
+                    warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
                     known = Answers(config, failed_too=failed_too)
                     continue
                 asked.done += status.done
@@ -154,7 +145,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
                 summaries = batches.ask(pieces, console, interrupts, partial(_why_stop, config), "") or summaries
             answers = known = Answers(config)  # in place of what the feed skipped, which is given up
             index = answers.index
-            if not asked.done + asked.failed and (manifest := _unchanged(config, fs, root, pieces, index)) is not None:
+            if not asked.done + asked.failed and (manifest := unchanged(config, fs, root, pieces, index)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
             state.enter("putting the output together")
@@ -167,7 +158,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             console.print(f"{missing:,} rows have no answer yet; asking them.", highlight=False)
         else:
             raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
-        manifest = _manifest(config, pieces, fs, summaries, result, index, asked, started)
+        manifest = make_manifest(config, pieces, fs, summaries, result, index, asked, started)
         if span is not None:
             span.rows(manifest["rows"])
         _drop_stale(fs, root, result)
@@ -175,11 +166,6 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         write_report(fs, root, manifest, result.stats, console)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         return Outcome(_exit_status(manifest), manifest)
-
-
-def _warn(console: Console, text: str) -> None:
-    """Prints a warning; as Text, because a row's own words may be in it and must not be obeyed as markup."""
-    console.print(Text(text, "yellow"))
 
 
 def _exit_status(manifest: dict[str, Any]) -> int:
@@ -202,25 +188,17 @@ class Answers:
             self.index = read_index(*where).only(failed_too=failed_too)
             self.ref = ray.put(self.index)
         else:
-            read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=_here())(_read_index)
+            read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=here())(_read_index)
             self.ref = read.remote(str(config.output.path), failed_too)
             self.index = ray.get(self.ref)
         if len(self.index) > FAR_ROWS and len(ray.nodes()) > 1:
-            lookup = ray.remote(Lookup).options(num_cpus=0, scheduling_strategy=_here())
+            lookup = ray.remote(Lookup).options(num_cpus=0, scheduling_strategy=here())
             self.near = [self.ref]
             self.ref = ray.put(FarIndex(lookup.remote(self.near), self.index.paths))
 
 
 def _read_index(path: str, failed_too: bool) -> Index:
     return read_index(*resolve(path)).only(failed_too=failed_too)
-
-
-def _here() -> Any:
-    """On the driver's node; what is beside the driver dies with it anyway, and with no node that only came for the work."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _plan(config: Config, console: Console) -> tuple[list[Piece], bool]:
@@ -247,7 +225,7 @@ def list_pieces(config: Config, console: Console) -> list[Piece]:
         chunks = [chunk for chunk in chunks if not resolve(chunk.file)[1].startswith(out)]
     for chunk in chunks:
         if chunk.kind == "bad":
-            _warn(console, f"{chunk.name}: {chunk.reason}; it becomes one error row.")
+            warn(console, f"{chunk.name}: {chunk.reason}; it becomes one error row.")
     pieces: list[Piece] = []
     left = dataset.limit
     for chunk in chunks:
@@ -280,96 +258,6 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
                 fs.delete_file(info.path)
 
 
-@contextlib.contextmanager
-def running_ray() -> Iterator[bool]:
-    """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone: then
-    yields True."""
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if ray.is_initialized():
-        yield False
-    elif address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(**quiet)
-        except (
-            ConnectionError,
-            RuntimeError,
-            ray.exceptions.RayError,
-        ) as error:  # no cluster there, a token it wants, another Ray version
-            hint = " (where it wants a token, set RAY_AUTH_MODE=token)" if "RAY_AUTH_MODE" not in os.environ else ""
-            raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}") from None
-        yield False
-    else:
-        # Ray never removes what it wrote; a run a night would fill the disk. Kept after a bug of ours, for its logs.
-        scratch = tempfile.mkdtemp(prefix="eagleray-")
-        keep = True
-        try:
-            with _only_what_works():
-                ray.init(address="local", include_dashboard=False, _temp_dir=scratch, **quiet)
-            yield True
-            keep = False
-        except EaglerayError:
-            keep = False
-            raise
-        except Exception as error:
-            error.add_note(f"Ray's own logs are in {scratch}/session_latest/logs.")
-            raise
-        finally:
-            ray.shutdown()
-            if not keep:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _only_what_works() -> Iterator[None]:
-    """Within it Ray starts without its autoscaler, its reader of logs and its web server: of no use on one machine, they
-    cost three seconds of processor time, and Ray waits for the last. Where it has them no more, nothing changes."""
-    from ray._private.node import Node
-
-    os.environ.setdefault("RAY_worker_niceness", "0")  # this Ray has one run, which is not there to give way
-    unused = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]
-    before = {name: getattr(Node, name) for name in unused}
-    for name in unused:
-        setattr(Node, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        for name, start in before.items():
-            setattr(Node, name, start)
-
-
-def look_for_room(placed: Placement, own: bool, console: Console) -> None:
-    """Says what is missing for the replicas. Raises `ConfigError` where none has room and no node can join."""
-    import ray
-
-    nodes = ray.nodes()
-    missing = lack(placed, nodes)
-    if missing and own and not room(placed, nodes):
-        raise ConfigError(f"{missing} (see hardware=…)")
-    if missing:
-        _warn(console, f"{missing[0].upper()}{missing[1:]}; the rest wait for nodes to join.")
-
-
-@contextlib.contextmanager
-def note_signals() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM instead of dying of them; the second one kills."""
-    seen: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            restore_terminal()
-            os._exit(INTERRUPTED)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # -- asking -----------------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +280,7 @@ def _ask(
     fail = config.dataset.on_bad_input == "fail"
     # In a list, so that the reference itself arrives: only the read tasks look into it.
     done = [known.ref]
-    beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=_here())
+    beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here())
     dispatcher = beside.remote(pieces, interpreter, done, fail, small, budget, str(config.output.path))
     worker = WorkerConfig(
         engine=spread(config.engine, placed),
@@ -431,7 +319,7 @@ def _ask(
                 said = said or status.workers > 0
                 if not said and time.monotonic() - began > PATIENCE_S:
                     said = True
-                    _warn(console, f"No replica works yet: each asks for {placed.wish()}, and may be loading its model.")
+                    warn(console, f"No replica works yet: each asks for {placed.wish()}, and may be loading its model.")
                 if status.done > finished:
                     finished, refused = status.done, status.errors["auth"]
                 reason = _why_stop(config, status, status.errors["auth"] - refused) or (
@@ -444,7 +332,7 @@ def _ask(
                     why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
                     if status.in_flight:
                         again = " (a second time ends at once)" if interrupts else ""
-                        _warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
+                        warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
                     ray.get(dispatcher.stop.remote())
                     crew.drain()
                 if (status.finished and not status.workers) or time.monotonic() > ends_by:
@@ -563,82 +451,3 @@ def _drop_stale(fs: pafs.FileSystem, root: str, result: JobResult) -> None:
         for info in listing(fs, f"{root}/{folder}"):
             if info.is_file and f"{folder}/{info.base_name}" not in result.files:
                 fs.delete_file(info.path)
-
-
-def _manifest(
-    config: Config,
-    pieces: list[Piece],
-    fs: pafs.FileSystem,
-    summaries: dict[int, Summary],
-    result: JobResult,
-    index: Index,
-    asked: Status,
-    started: float,
-) -> dict[str, Any]:
-    (used,) = result.used
-    tokens = index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None])
-    cost = cost_of(config.engine, index, used)
-    return {
-        "status": "complete",
-        "rows": {
-            "total": result.rows,
-            "done": result.rows - result.failed,
-            "failed": result.failed,
-            "invalid": sum(s.invalid for s in summaries.values()),
-            "requests": int(used.sum()),  # distinct ones; equal deterministic requests are asked once
-        },
-        "errors": dict(result.errors),
-        "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
-        "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": None if cost is None else sum(cost.values()),  # null: the price is not known
-        "cost_parts_usd": cost,
-        "price_as_of": config.engine.price.as_of,
-        "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
-        "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
-        "config": without_secrets(config),
-        "input": _fingerprint(config, pieces),
-        "ledger": _ledger(index),
-        "files": dict(sorted(result.files.items())),
-        "versions": _versions(),
-        "started_at": started,
-        "finished_at": time.time(),
-    }
-
-
-def _fingerprint(config: Config, pieces: list[Piece]) -> dict[str, Any]:
-    """The input files as they are now, and a digest over them and all that shapes the output."""
-    names = list(dict.fromkeys(piece.chunk.file for piece in pieces))
-    with ThreadPoolExecutor(16) as pool:  # a store answers one at a time in tens of milliseconds
-        found = pool.map(lambda name: info_of(*resolve(name)), names)
-        files = [{"path": name, "bytes": i.size, "modified_ns": i.mtime_ns} for name, i in zip(names, found, strict=True)]
-    shape = [files, asdict(config.dataset), asdict(config.output), config.engine.identity(), config.params().given()]
-    return {"files": files, "digest": hashlib.sha256(canonical(shape)).hexdigest()}
-
-
-def _ledger(index: Index) -> dict[str, int]:
-    """By which an output tells how far the ledger was when it was put together."""
-    return {"requests": len(index), "failed": int(index.failed.sum())}
-
-
-def _unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piece], index: Index) -> dict[str, Any] | None:
-    """The manifest, where it stands for exactly this input and configuration and its files are all there."""
-    try:
-        with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
-            manifest: dict[str, Any] = orjson.loads(stream.read())
-        # An older one, where a run was killed between its last answer and the output.
-        if manifest["ledger"] != _ledger(index):
-            return None
-        same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
-        there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
-        whole = there.issuperset(manifest["files"]) and exists(fs, f"{root}/{REPORT}")
-        return manifest if same and whole else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("eagleray", "ray", "pyarrow", "llama-cpp-python", "transformers", "torch", "vllm"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -29,7 +29,7 @@ from pipeline.crew import Stopped
 from pipeline.limiter import NAMESPACE, limiter, source_of
 from pipeline.lossless import dumps, loads
 from pipeline.placement import Placement, placement, serve_options, spread
-from pipeline.run import PATIENCE_S, look_for_room, note_signals, running_ray
+from pipeline.session import PATIENCE_S, look_for_room, note_signals, running_ray
 from pipeline.worker import Secrets, settle_environment
 
 NAME = "eagleray"
