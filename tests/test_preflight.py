@@ -263,7 +263,7 @@ def test_a_real_run_says_in_a_line_what_it_will_take(
     more = ["engine.model=gpt-4o-mini", f"engine.base_url={server.url}", "generation.max_tokens=50"]
     assert infer(data, *more, engine="openai").exit_status == 3
     first, *rest = infer.printed.splitlines()
-    assert first.startswith("12 rows in 1 files: about 2,4") and "at most 550 out; cost: at most $" in first
+    assert first.startswith("12 rows in 1 files: about 2,3") and "at most 550 out; cost: at most $" in first
     assert "1 of them cannot be read and become error rows, such as in.jsonl:12: invalid JSON" in rest[0]
     assert "1 of them are not for this engine and become error rows" in rest[1]
     assert "generation.min_p" in rest[1]
