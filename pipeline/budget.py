@@ -22,8 +22,7 @@ import pyarrow.fs as pafs
 
 from engines.base import EngineConfig
 from engines.prices import most_expensive
-from engines.remote.engine import BYTES_PER_TOKEN, FIRST_OUTPUT
-from engines.types import DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, GenerationParams
+from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, GenerationParams
 from pipeline.fs import exists, write_atomic
 from pipeline.ledger import Index
 from pipeline.lossless import dumps, loads

@@ -27,10 +27,19 @@ from engines.base import Engine, EngineConfig, engine_class, fallbacks, missing_
 from engines.batch.connect import no_batch_api
 from engines.footprint import Prompts, footprint, holds_model, prompts
 from engines.remote.auth import Auth
-from engines.remote.engine import BYTES_PER_TOKEN, FIRST_OUTPUT, RemoteEngine
+from engines.remote.engine import RemoteEngine
 from engines.remote.provider import Provider, endpoints
 from engines.text import for_template, printable
-from engines.types import DEFAULT_MAX_TOKENS, ConfigError, EngineError, Message, Request, answer
+from engines.types import (
+    BYTES_PER_TOKEN,
+    DEFAULT_MAX_TOKENS,
+    FIRST_OUTPUT,
+    ConfigError,
+    EngineError,
+    Message,
+    Request,
+    answer,
+)
 from pipeline.budget import batch_share
 from pipeline.config import Config, without_secrets
 from pipeline.feed import Interpreter, Item, Piece

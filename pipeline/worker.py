@@ -212,7 +212,7 @@ class Worker:
             self.inside[row.key] = row
             began_ns = time.time_ns()
             try:
-                completion = await engine.generate(request_of(loads(row.request), self.config.generation, row.key))
+                completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
                 completion = Completion(error=Failure.of(error), engine=engine.kind)
             except Exception as error:  # a bug, ours or a library's: no row may end the run for all

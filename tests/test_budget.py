@@ -166,7 +166,7 @@ def test_batches_are_cut_and_submitted_within_the_budget(
     data = write_jsonl([ask(TEXT.format(i)) for i in range(rows)])
     with BatchServer() as server:
         more = [
-            "engine.model=m", f"engine.base_url={server.url}/openai/v1", "run.mode=batch", "run.batch_poll_s=0.2",
+            "engine.model=m", f"engine.base_url={server.url}/v1", "run.mode=batch", "run.batch_poll_s=0.2",
             "generation.max_tokens=80", "engine.provider.batch.rows=10", *PRICED,
         ]  # fmt: skip
         budget = rows * FREE / 2 * 0.5  # half of what all cost at the price of batches

@@ -95,6 +95,7 @@ def test_in_a_terminal_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(te
     chat.until("> $")
     chat.type("What is the capital of France?\n")
     assert "Paris" in chat.until("Paris[^>]*> $")
+    time.sleep(1)  # between its prompt and its reading, `input` does not hear it
     chat.type("\x03")
     chat.until("Ctrl-D leaves")
     chat.type("\x04")

@@ -204,6 +204,7 @@ def test_a_stop_and_failed_rows_end_with_their_place_in_the_docs(
     rows = write_jsonl([{"prompt": "a"}, {"messages": 1}])
     args = [f"dataset.path={rows}", f"output.path={tmp_path}/out", "engine=echo"]
     assert infer.main([*args, "engine.kwargs.failure_rate=1", "run.max_errors=1"]) == run.STOPPED
-    assert capsys.readouterr().err.splitlines()[-1].endswith("(see docs/errors.md#too-many-failed-rows)")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Stopped:")]
+    assert [line.endswith("(see docs/errors.md#too-many-failed-rows)") for line in said] == [True]
     assert infer.main(args) == run.WITH_FAILURES
     assert f"failed rows: {tmp_path}/out/errors (see docs/errors.md#invalid_input)" in capsys.readouterr().err

@@ -25,18 +25,14 @@ from engines.remote.errors import OVERLOAD, broken, failure, observed
 from engines.remote.events import Events
 from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
-from engines.types import Completion, ConfigError, EngineError, Request, invalid, nearest
+from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, ConfigError, EngineError, Request, invalid, nearest
 
 WIRES: dict[str, ModuleType] = {"chat": chat, "messages": messages}
 
 # Full jitter: a wait is drawn between 0 and twice as much each time, up to the most.
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
-# Bytes of a request's body for each token of input, before the provider has told better.
-BYTES_PER_TOKEN = 4.0
 # The longest that one answer's Retry-After holds up all the others; its own row waits as long as it says.
 MOST_PAUSE_S = 60.0
-# What an answer is reserved with where the request does not bound it and none has come yet; tokens.
-FIRST_OUTPUT = 512.0
 
 
 class RemoteEngine(Engine):
