@@ -42,7 +42,7 @@ LOCK := import json, sys; [print(f"{p['name']}=={p['version'].split('+')[0]}") f
   sorted((i["metadata"] for i in json.load(sys.stdin)["install"]), key=lambda p: p["name"].lower()) if p["name"] != "eagleray"]
 
 lock: $(BIN)/python
-	$(BIN)/pip install -q --dry-run --ignore-installed --report - '.[llamacpp,transformers,vllm,s3]' | \
+	$(BIN)/pip install -q --dry-run --ignore-installed --report - '.[llamacpp,transformers,vllm,cluster]' | \
 	  $(BIN)/python -c '$(LOCK)' > jobs/constraints.txt
 
 clean:

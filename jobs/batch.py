@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -149,3 +150,7 @@ Steps (without one: all of them, waiting as long as it takes; it may be killed a
 
 Every step takes the same arguments; `eagleray infer --help` lists them, and the exit statuses.
 run.batch_fallback=live asks live what a batch left unanswered, with the same settings."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -274,7 +274,10 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
         step = max(1, math.ceil((ends[1] - ends[0]) / bars))
         edges = np.arange(ends[0], ends[1] + step, step)
     else:
-        low, high = forth(np.maximum(ends, 0 if whole else 1e-5)).tolist()
+        ends = np.maximum(ends, 0 if whole else 1e-5)
+        if ends[0] == ends[1]:  # all alike, and too soon to be told apart
+            ends[1] *= 2
+        low, high = forth(ends).tolist()
         edges = back(np.linspace(low, high, bars + 1))
         edges = np.unique(np.round(edges)) if whole else edges
     counts = _rebinned(found, edges, whole)

@@ -24,6 +24,10 @@ class Stopped(EaglerayError):
     """The run stopped early; all that is done is committed, and the same command resumes (exit status 4)."""
 
 
+class EnginesDied(Stopped):
+    """All that engines do is die; their last words are in Ray's logs."""
+
+
 class Interrupted(EaglerayError):
     """Ctrl-C or SIGTERM (exit status 130); the same command resumes."""
 
@@ -137,7 +141,7 @@ class Crew:
         self.finished_at_death = finished
         self.deaths += not node_lost
         if self.deaths > self.allowed_deaths:
-            raise Stopped(f"engines died {self.deaths} times in a row without finishing a row: {reason}")
+            raise EnginesDied(f"engines died {self.deaths} times in a row without finishing a row: {reason}")
         if not status.finished:
             self._add()
 

@@ -7,13 +7,14 @@ configuration and the first rows only, and ends at once where no row could be an
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,7 @@ def examine(config: Config, thorough: bool) -> Findings:
         if missing is not None:
             (found.doubtful if elsewhere else found.wrong).append(str(missing))
             continue
+        (found.doubtful if elsewhere else found.wrong).extend(_absent(engine))
         try:
             if engine.provider:
                 provider = Provider.of(engine)
@@ -243,6 +245,20 @@ def examine(config: Config, thorough: bool) -> Findings:
         found.wrong.append(str(no_batch_api(config.engine.kind)))
     found.check = _checker(config, found.engine, thorough)
     return found
+
+
+def _absent(engine: EngineConfig) -> Iterator[str]:
+    """What a local engine would look for in vain: a path with nothing there, a library for fewer bits."""
+    if engine.provider or engine.kind == "echo":
+        return
+    for name in ("model", "adapter"):
+        path = str(getattr(engine, name) or "")
+        # Anything else may be the id of a repository of the hub.
+        if (path.startswith(("/", "./", "../", "~")) or path.endswith(".gguf")) and not Path(path).expanduser().exists():
+            yield f"engine.{name}={path}: there is no such file or directory"
+    bits = next((name for name in ("load_in_4bit", "load_in_8bit") if engine.kwargs.get(name)), None)
+    if bits and engine.kind == "transformers" and importlib.util.find_spec("bitsandbytes") is None:
+        yield f"engine.kwargs.{bits} needs the package 'bitsandbytes': run pip install 'bitsandbytes>=0.46'"
 
 
 def _joins_a_cluster() -> bool:

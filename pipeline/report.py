@@ -132,7 +132,9 @@ def _given(value: Any) -> Any:
     return {name: item for name, item in found.items() if item not in (None, {}, [])}
 
 
-def _dollars(value: float) -> str:
+def _dollars(value: float | None) -> str:
+    if value is None:  # a rate that nobody told
+        return "–"
     if value >= 1 or round(value, 2) == value:
         return f"${value:,.2f}"
     return f"${value:.4g}" if value >= 1e-4 else f"${value:.1e}"

@@ -17,7 +17,7 @@ from tenacity import retry, stop_after_attempt
 
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
-from pipeline.crew import Stopped
+from pipeline.crew import EnginesDied, Stopped
 from pipeline.placement import Placement, lack, room
 from pipeline.progress import restore_terminal
 
@@ -48,13 +48,16 @@ def running_ray() -> Iterator[bool]:
             raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}") from None
         yield False
     else:
-        # Ray never removes what it wrote; a run a night would fill the disk. Kept after a bug of ours, for its logs.
+        # Ray never removes what it wrote; a run a night would fill the disk. Kept for its logs after a bug, and after
+        # engines that only died.
         scratch = tempfile.mkdtemp(prefix="eagleray-")
         keep = True
         try:
             _start(scratch, **quiet)
             yield True
             keep = False
+        except EnginesDied as stop:
+            raise EnginesDied(f"{stop} (their last words: {scratch}/session_latest/logs)") from None
         except EaglerayError:
             keep = False
             raise

@@ -11,6 +11,7 @@ import pytest
 
 from engines.types import ConfigError
 from jobs import cli, infer
+from jobs.cli import JOBS
 from jobs.compose import compose
 from pipeline.config import known_keys
 from tests.conftest import ask
@@ -269,9 +270,10 @@ def test_the_printed_configuration_can_be_read_back(capsys: pytest.CaptureFixtur
     assert printed["run"]["flush_s"] == 2.0
 
 
-def test_the_command_and_the_module_say_the_same() -> None:
+@pytest.mark.parametrize("job", JOBS)
+def test_the_command_and_the_module_say_the_same(job: str) -> None:
     texts = [
         subprocess.run([sys.executable, "-m", *module], capture_output=True, text=True, check=True).stdout
-        for module in (["jobs.infer", "--help"], ["jobs.cli", "infer", "--help"])
+        for module in ([f"jobs.{job}", "--help"], ["jobs.cli", job, "--help"])
     ]
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] != ""

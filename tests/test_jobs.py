@@ -189,6 +189,8 @@ def scraped(cluster: Standing) -> dict[str, float]:
         if match := re.match(r"ray_(eagleray_\w+)\{(.*)\} (\S+)$", line):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
             which = tags.get("result") or tags.get("kind") or tags.get("le") or ""
+            if tags["engine"] == "echo":  # of an earlier job on this cluster
+                continue
             assert tags["engine"] == "remote_vllm" and tags["model"] == "m"
             name = f"{match[1]} {which}".strip()
             found[name] = found.get(name, 0.0) + float(match[3])

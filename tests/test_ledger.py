@@ -18,7 +18,7 @@ from engines.types import Choice, Completion, Failure, Usage, answer
 from pipeline import ledger
 from pipeline.fs import resolve
 from pipeline.ledger import (
-    COMPLETION_FIELDS,
+    ANSWER_SCHEMA,
     Compactor,
     Record,
     SeenKeys,
@@ -122,7 +122,7 @@ def test_rows_of_a_segment_are_read_in_the_order_asked_for_whatever_their_groups
     wanted = [49, 3, 3, 28, 0, 21, 34, 35]
     table = read_rows(fs, path, np.array(wanted, np.int32))
     assert table["response"].to_pylist() == [f"t{n}" for n in wanted]
-    assert table.schema == pa.schema(COMPLETION_FIELDS)
+    assert table.schema == ANSWER_SCHEMA
 
 
 @settings(deadline=None)
