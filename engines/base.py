@@ -61,7 +61,7 @@ class Price:
 
     def of(self, input: float, cached_input: float, output: float) -> float:
         """What so many tokens cost, where `known`; the cached ones are among the input. A rate nobody told adds nothing."""
-        each = self.input or 0.0
+        each, cached_input = self.input or 0.0, min(cached_input, input)  # whatever a provider says
         cached = self.cached_input if self.cached_input is not None else each
         return ((input - cached_input) * each + cached_input * cached + output * (self.output or 0.0)) / 1e6
 
@@ -449,8 +449,15 @@ def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
         if name not in known:
             raise ConfigError(f"engine '{kind}' has no key '{name}'{nearest(name, known)}; engine keywords go in kwargs")
     values = {**packaged(kind), **keys, "kind": kind}
-    if isinstance(values.get("price"), Mapping):
-        values["price"] = Price(**values["price"])
+    if isinstance(price := values.get("price"), Mapping):
+        rates = {f.name for f in fields(Price)}
+        for name, value in price.items():
+            if name not in rates:
+                raise ConfigError(f"engine '{kind}' has no key 'price.{name}'{nearest(str(name), rates)}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            if name != "as_of" and value is not None and not number:
+                raise ConfigError(f"price.{name} of engine '{kind}' must be a number of at least 0, not {value!r}")
+        values["price"] = Price(**price)
     return EngineConfig(**values)
 
 
@@ -508,6 +515,12 @@ def to_request(conversation: Conversation | Mapping[str, Any], base: GenerationP
         if "messages" not in conversation:
             raise invalid(f"a conversation needs 'messages'; this one has {', '.join(map(str, conversation)) or 'nothing'}")
         conversation = Conversation(**{k: v for k, v in conversation.items() if k in _CONVERSATION_KEYS})
+    if not isinstance(conversation, Conversation):
+        raise invalid(f"a conversation is a Conversation or a mapping, not {type(conversation).__name__}")
+    if conversation.generation and not isinstance(conversation.generation, Mapping):
+        raise invalid(f"generation must be a mapping of parameters, not {conversation.generation!r:.60}")
+    if not isinstance(conversation.turns, list):
+        raise invalid(f"turns must be a list of what the user says, not {conversation.turns!r:.60}")
     return Request(
         messages=check_messages(conversation.messages),
         generation=base.override(conversation.generation or {}),

@@ -5,6 +5,7 @@ are not in it. Local engines are held to it by a grammar; providers may ignore i
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
@@ -120,13 +121,20 @@ def _reason(text: str, wanted: Mapping[str, Any]) -> str | None:
     if wanted["type"] == "json_object":
         return None if isinstance(value, dict) else "it is JSON, but not an object"
     try:
-        return _errors(orjson.dumps(json_schema_of(wanted)))(value)
+        return _errors(_as_json(json_schema_of(wanted)))(value)
     except EngineError:
         raise
     except RecursionError:
         return "it is nested too deeply"
     except Exception as error:  # a reference to nowhere, a pattern that is none: whatever a row brings
         raise invalid(f"the schema in response_format cannot be used: {_printable(error)}") from None
+
+
+def _as_json(schema: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(schema)
+    except TypeError:  # numbers as names, or beyond 64 bits
+        return json.dumps(schema).encode()
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
@@ -138,6 +146,8 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         raise invalid(f"the schema in response_format is none: {_told(error)}") from None
+    except Exception as error:  # what only looks like one
+        raise invalid(f"the schema in response_format is none: {_printable(error)}") from None
 
 
 @lru_cache(maxsize=256)
@@ -147,7 +157,7 @@ def _errors(schema: bytes) -> Callable[[Any], str | None]:
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
 
-    parsed = orjson.loads(schema)
+    parsed = json.loads(schema)  # numbers of any size
     check_schema(parsed)
     # A registry of its own: the library's would fetch what a schema refers to from the network.
     validator = validator_for(parsed, default=Draft202012Validator)(parsed, registry=Registry())

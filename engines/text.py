@@ -63,7 +63,7 @@ def for_template(message: Message, parts: bool = False) -> dict[str, Any]:
     plain: dict[str, Any] = {**message, "content": texts if parts else text_of(message) or ""}
     if plain["role"] == "developer":
         plain["role"] = "system"
-    if calls := message.get("tool_calls"):
+    if isinstance(calls := message.get("tool_calls"), list) and calls:
         plain["tool_calls"] = [_with_object_arguments(call) for call in calls]
     return plain
 

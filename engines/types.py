@@ -186,6 +186,8 @@ def _check_param(name: str, value: Any) -> Any:
         if isinstance(value, float) and value.is_integer():  # Parquet and YAML may carry 256 as 256.0
             value = int(value)
         least = 1 if name in _POSITIVE_INT else (0 if name in ("logprobs", "schema_retries") else None)
+        if name in _POSITIVE_INT and isinstance(value, int) and value >= 1 << 31:
+            raise invalid(f"{name} must be below 2,147,483,648")
         if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
             bound = f" of at least {least}" if least is not None else ""
             raise invalid(f"{name} must be a whole number{bound}, not {value!r}")

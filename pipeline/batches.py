@@ -35,7 +35,7 @@ from engines.batch.wire import BatchState, BatchStatus, Requests
 from engines.structured import first_mismatch
 from engines.text import one_line
 from engines.types import Completion, ConfigError, EngineError, Failure, Usage
-from pipeline.budget import WRITER, Budget, batch_share, spent_so_far
+from pipeline.budget import WRITER, Budget, batch_share, check_model, spent_so_far
 from pipeline.config import Config
 from pipeline.crew import Interrupted, Stopped
 from pipeline.feed import Interpreter, Piece, Status, Summary, read_piece, request_of
@@ -355,6 +355,8 @@ class BatchRun:
 
     def _line(self, key: bytes, values: dict[str, Any]) -> tuple[str, bytes]:
         request = request_of(values, self.generation, key)
+        if self.budget is not None:
+            check_model(request, self.config.engine)
         body = self.engine.body(self.engine.prepared(request))
         line = encoded(self.wire, key.hex(), body, self.engine)
         if len(line) > self.most_bytes:
@@ -623,7 +625,7 @@ def _odd(error: Exception) -> EngineError:
 
 def _plain(value: Any) -> Any:
     """As it comes back from a JSON file."""
-    return orjson.loads(orjson.dumps(value, default=str))
+    return orjson.loads(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
 
 
 # What the next step of a batch is, for an error that keeps it from there.

@@ -11,9 +11,7 @@ in flight, and the next one counts that as spent: nobody knows what became of it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +20,15 @@ import pyarrow.fs as pafs
 
 from engines.base import EngineConfig
 from engines.prices import most_expensive
-from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, GenerationParams
+from engines.types import (
+    BYTES_PER_TOKEN,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_SCHEMA_RETRIES,
+    FIRST_OUTPUT,
+    EngineError,
+    GenerationParams,
+    Request,
+)
 from pipeline.fs import exists, write_atomic
 from pipeline.ledger import Index
 from pipeline.lossless import dumps, loads
@@ -79,31 +85,22 @@ class Budget:
     def most(self, request: bytes) -> float:
         """The most that this request is expected to cost: all turns, each asked again for its shape if allowed."""
         values = loads(request)
-        own: Mapping[str, Any] = values.get("generation") or {}
+        params = self.params.override(values.get("generation") or {})  # parsed before, so it is valid
         first, seen = FIRST_FACTOR / BYTES_PER_TOKEN, self.seen
         a_byte = max(1 / BYTES_PER_TOKEN, MARGIN * seen.tokens_a_byte) if self.learnt else max(first, seen.tokens_a_byte)
         longest = MARGIN * seen.output if self.learnt else max(FIRST_OUTPUT, seen.output)
-        output = own.get("max_tokens") or self.params.max_tokens or self.bound or longest
-        count = own.get("n") or self.params.n or 1
+        output = params.max_tokens or self.bound or longest
         prompt = (len(request) + self.overhead) * a_byte
-        turns, again = len(values.get("turns") or ()), self._again(own)
+        turns, again = len(values.get("turns") or ()), _again(params)
         asked = (turns + 1) * (again + 1)
         # A turn's prompt has the answers before it; one that is asked again for its shape has the wrong one.
         said = (turns * (turns + 1) // 2 * (again + 1) + (turns + 1) * again) * output
-        return self.share * self.price.of(asked * prompt + said, 0, asked * output * count)
-
-    def _again(self, own: Mapping[str, Any]) -> int:
-        """How often an answer of the wrong shape is asked for again."""
-        shape = own.get("response_format") or self.params.response_format
-        if not shape or shape.get("type") not in ("json_schema", "json_object"):
-            return 0
-        own_retries = own.get("schema_retries", self.params.schema_retries)
-        return DEFAULT_SCHEMA_RETRIES if own_retries is None else int(own_retries)
+        return self.share * self.price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
 
     def fits(self, cost: float) -> bool:
         """Whether so much more may be in flight."""
         left = self.limit - self.spent - self.reserved
-        if not self.learnt and self.reserved:
+        if not self.learnt and self.reserved > 1e-9:  # sums of floats come to 0 nearly
             left = min(left, self.first_share * (self.limit - self.spent) - self.reserved)
         return cost <= left
 
@@ -123,6 +120,21 @@ class Budget:
         """How much to write down now, before more is sent; None where enough is."""
         most = self.spent + self.reserved
         return None if most <= self.written else max(most, min(self.limit, most + STEP * self.limit))
+
+
+def _again(params: GenerationParams) -> int:
+    """How often an answer of the wrong shape is asked for again."""
+    if (params.response_format or {}).get("type") not in ("json_schema", "json_object"):
+        return 0
+    return DEFAULT_SCHEMA_RETRIES if params.schema_retries is None else params.schema_retries
+
+
+def check_model(request: Request, engine: EngineConfig) -> None:
+    """Raises `EngineError` for a row whose model has a price of its own, which nobody told."""
+    if request.model not in (None, engine.model):
+        raise EngineError(
+            "budget", f"run.budget_usd counts by the price of engine.model, and this row asks {request.model!r}"
+        )
 
 
 def batch_share(engine: EngineConfig) -> float:

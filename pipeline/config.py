@@ -250,8 +250,10 @@ GENERATION_HELP = {
     "schema_retries": "how often an answer that is not the JSON of response_format is asked for again [2]",
 }
 
-# Names under the open keys whose values are secrets.
+_MAY_HOLD_SECRETS = (*OPEN_KEYS, "engine.fallback")
+# Names under these whose values are secrets.
 _SECRET_NAME = re.compile(r"(^|[_-])(api[_-]?key|key|token|secret|password|authorization|cookie)$", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(\w+://[^/\s:@]*:)[^/\s@]+@")
 _SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
@@ -263,14 +265,17 @@ def without_secrets(config: Config) -> dict[str, Any]:
 
     def clean(value: Any, path: tuple[str, ...] = ()) -> Any:
         if isinstance(value, Mapping):
-            return {name: clean(item, (*path, str(name))) for name, item in value.items()}
+            return {str(name): clean(item, (*path, str(name))) for name, item in value.items()}
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            return str(value)  # JSON readers know no larger ones
         if isinstance(value, list):
             return [clean(item, path) for item in value]
         if isinstance(value, str):
-            if ".".join(path[:2]) in OPEN_KEYS and len(path) > 2 and _SECRET_NAME.search(path[-1]):
+            if ".".join(path[:2]) in _MAY_HOLD_SECRETS and len(path) > 2 and _SECRET_NAME.search(path[-1]):
                 return "***"
             for secret in secrets:
                 value = value.replace(secret, "***")
+            return _URL_PASSWORD.sub(r"\1***@", value)
         return value
 
     cleaned: dict[str, Any] = clean(asdict(config))
@@ -278,11 +283,13 @@ def without_secrets(config: Config) -> dict[str, Any]:
 
 
 def without_typed_secret(override: str) -> str:
-    """`engine.headers.authorization=…` of a command line with its value hidden, and everything else as it is."""
-    name, equals, _ = override.lstrip("+").partition("=")
+    """`engine.headers.authorization=…` of a command line with its value hidden, and everything else as it is; a whole
+    mapping that names a secret is hidden, too."""
+    name, equals, value = override.lstrip("+").partition("=")
     path = name.split(".")
-    secret = ".".join(path[:2]) in OPEN_KEYS and len(path) > 2 and _SECRET_NAME.search(path[-1])
-    return f"{name}=***" if secret and equals else override
+    inside = re.search(r"(key|token|secret|password|authorization|cookie)\W*:", value, re.IGNORECASE)
+    secret = _SECRET_NAME.search(path[-1]) if len(path) > 2 else inside
+    return f"{name}=***" if ".".join(path[:2]) in _MAY_HOLD_SECRETS and secret and equals else override
 
 
 def known_keys() -> dict[str, Any]:

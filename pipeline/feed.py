@@ -7,6 +7,7 @@ join and leave when it likes, and hand back what it held when it dies.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -481,7 +482,8 @@ class Dispatcher:
     async def settle(self) -> None:
         """Writes down what was spent, when nothing is in flight any more."""
         if self.budget is not None:
-            await asyncio.to_thread(write_spent, *resolve(self.output_path), self.budget.spent + self.budget.reserved)
+            with contextlib.suppress(OSError):  # then more than was spent stands there
+                await asyncio.to_thread(write_spent, *resolve(self.output_path), self.budget.spent + self.budget.reserved)
 
     async def lost(self, worker: str, number: int, at: int) -> bool:
         """A try of this row failed whose answer may have to be paid; whether the budget has room for another."""
@@ -493,15 +495,20 @@ class Dispatcher:
         return not self.budget.exceeded
 
     def _suspect(self, mine: dict[int, _Out]) -> Lease | None:
-        """The next one alone; None where the budget has no room for it. A convict costs nothing."""
-        deaths = self.crashes[self.suspects[0].key]
-        convicted, cost = deaths >= CRASHES_TO_CONVICT, 0.0
-        if self.budget is not None and not convicted:
-            cost = self.budget.most(self.suspects[0].request)
-            if not self.budget.fits(cost):
-                return None
+        """The next one alone; None where the budget has room for none of them. A convict costs nothing."""
+        for _ in range(len(self.suspects)):
+            row = self.suspects[0]
+            deaths = self.crashes[row.key]
+            convicted = deaths >= CRASHES_TO_CONVICT
+            cost = 0.0 if self.budget is None or convicted else self.budget.most(row.request)
+            if self.budget is None or self.budget.fits(cost):
+                break
+            self.suspects.rotate(-1)
+        else:
+            return None
+        self.suspects.popleft()
+        if self.budget is not None:
             self.budget.reserved += cost
-        row = self.suspects.popleft()
         lease = self._lend(mine, [row], [cost], last=self.status_.fed and not self.ready and not self.suspects)
         lease.alone, lease.deaths = True, deaths
         if convicted:

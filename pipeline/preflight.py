@@ -355,7 +355,8 @@ def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, manife
     found = examine(config, thorough=False)
     if found.engine is not None:
         found.engine.close()
-    if found.wrong and not exists(fs, f"{root}/{manifest}"):  # a complete output needs no engine
+    # A complete output needs no engine; one that is to be made anew does.
+    if found.wrong and not (config.run.resume and exists(fs, f"{root}/{manifest}")):
         raise ConfigError(found.wrong[0])
     for text in found.doubtful:
         console.print(Text(f"On this machine: {text}", "yellow"))
@@ -368,7 +369,7 @@ def look_at_rows(
     """Prints what the first rows tell of all."""
     try:
         found = read_rows(config, pieces, interpreter, check=check, most=FIRST_ROWS, seconds=FIRST_S)
-    except (ConfigError, OSError):  # whoever reads it all says it
+    except Exception:  # whoever reads it all says it, row by row; a look ahead ends no run
         return
     total = _total(pieces, found)
     factor = total / found.rows if total and found.rows else 1.0

@@ -51,7 +51,7 @@ class RunState:
 
     def write(self) -> None:
         """Writes it down. A store that is away costs this beat, never the run."""
-        with suppress(OSError):
+        with suppress(Exception):  # a counter that grew while it was copied, a store that is away: no run ends for this
             status, now = self.source() if self.source else self.status, time.time()
             self.recent.append((now, status.done + status.failed, status.input_tokens, status.output_tokens))
             told = {

@@ -14,7 +14,7 @@ from typing import Any
 from engines.base import Engine, EngineConfig, Price, load_engine
 from engines.text import one_line
 from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
-from pipeline.budget import Seen, shared_bytes
+from pipeline.budget import Seen, check_model, shared_bytes
 from pipeline.feed import Lease, Pulse, Status, request_of
 from pipeline.fs import resolve
 from pipeline.ledger import Compactor, Record, write_segment
@@ -242,10 +242,8 @@ class Worker:
 
     def _request(self, row: _Row) -> Request:
         request = request_of(loads(row.request), self.config.generation, row.key)
-        if self.config.budget_price is not None and request.model not in (None, self.config.engine.model):
-            raise EngineError(
-                "budget", f"run.budget_usd counts by the price of engine.model, and this row asks {request.model!r}"
-            )
+        if self.config.budget_price is not None:
+            check_model(request, self.config.engine)
         return request
 
     async def _convict(self, lease: Lease) -> None:
@@ -287,7 +285,7 @@ class Worker:
         self.counts.seen.add(Seen(1, usage.input / size if size else 0.0, each))
 
     async def _afford(self, request: Request) -> bool:
-        row = self.inside[bytes.fromhex(request.key)]
+        row = self.inside[bytes.fromhex(request.key[:64])]  # a turn's, or another try's, has more behind it
         room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset)
         return room
 

@@ -22,7 +22,10 @@ from engines.types import ConfigError, GenerationParams
 from jobs.compose import compose, conf_dir
 from pipeline.budget import FILE, Budget, Seen, read_spent
 from pipeline.crew import Stopped
+from pipeline.feed import Dispatcher
 from pipeline.fs import resolve
+from pipeline.lossless import dumps
+from pipeline.ready import Ask
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer, by_hash
@@ -299,3 +302,38 @@ def test_the_price_lists_are_in_the_wheel() -> None:
         from importlib.resources import files
 
         assert (files("conf") / "price" / "openai.yaml").is_file()
+
+
+def test_turns_and_further_tries_of_a_shape_are_reserved_too() -> None:
+    engine = EngineConfig("echo", price=Price(0.0, None, 1e6))  # a dollar an output token
+    budget = Budget(1e9, engine, GenerationParams(max_tokens=10), spent=0.0)
+    shape = {"type": "object", "properties": {}}
+    plain, script, shaped = (
+        budget.most(dumps({"messages": [], **more}))
+        for more in ({}, {"turns": ["a", "b"]}, {"generation": {"response_format": shape, "schema_retries": 3}})
+    )
+    assert (plain, script, shaped) == (10, 30, 40)
+
+
+def test_what_was_reserved_and_given_back_is_nothing() -> None:
+    budget = Budget(1.0, EngineConfig("echo", price=Price(1.0, None, 1.0)), GenerationParams(max_tokens=1), spent=0.0)
+    for cost in (0.01, 0.02, 0.03):
+        budget.reserved += cost
+    for cost in (0.01, 0.02, 0.03):
+        budget.reserved -= cost
+    assert budget.reserved != 0 and budget.fits(0.5)
+
+
+def test_a_dear_suspect_does_not_keep_a_cheap_one_waiting() -> None:
+    budget = Budget(1.0, EngineConfig("echo", price=Price(0.0, None, 1.0)), GenerationParams(), spent=0.0)
+    dispatcher = Dispatcher([], None, [None], False, budget=budget)  # type: ignore[arg-type]
+    for name, limit in (("dear", 10_000_000), ("cheap", 10)):
+        request = dumps({"messages": [], "generation": {"max_tokens": limit}})
+        dispatcher.suspects.append(Ask(name.encode(), name, request, 0, 0))
+    lease = dispatcher._suspect({})
+    assert lease is not None and lease.ids == ["cheap"] and [row.id for row in dispatcher.suspects] == ["dear"]
+    assert dispatcher._suspect({}) is None
+
+
+def test_a_provider_that_counts_more_from_its_cache_than_there_was_gives_nothing_back() -> None:
+    assert Price(1.0, 0.1, 0.0).of(10, 10**9, 0) == Price(1.0, 0.1, 0.0).of(10, 10, 0) > 0

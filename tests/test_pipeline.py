@@ -346,3 +346,13 @@ def test_columns_of_different_types_in_two_files_become_json_text(infer: Infer, 
         pq.write_table(pa.table({"prompt": [name], "x": [value]}), tmp_path / "in" / f"{name}.parquet")
     infer(tmp_path / "in")
     assert infer.table()["x"].to_pylist() == ['"1.10"', '"/w=="', str(2**60)]
+
+
+def test_numbers_as_names_in_the_configuration_reach_manifest_and_report(infer: Infer, write_jsonl: Write) -> None:
+    data = write_jsonl([ask("a")])
+    outcome = infer(data, "generation.logit_bias={50256: -100}", "generation.seed=99999999999999999999999")
+    assert outcome.exit_status == 0 and not (infer.out / "_run.json").exists()
+    assert outcome.manifest["config"]["generation"]["logit_bias"] == {"50256": -100}
+    with pytest.raises(Stopped, match="max_errors"):
+        infer(data, "generation.logit_bias={50256: -99}", "engine.kwargs.failure_rate=1", "run.max_errors=1")
+    assert "max_errors" in json.loads((infer.out / "_run.json").read_text())["ended"]

@@ -299,3 +299,35 @@ def test_a_lock_that_somebody_holds_is_seen_without_touching_it(tmp_path: Path) 
         assert held(pafs.LocalFileSystem(), str(tmp_path))
     assert not held(pafs.LocalFileSystem(), str(tmp_path))
     assert not held(pafs.LocalFileSystem(), str(tmp_path / "nowhere"))
+
+
+def test_no_row_ends_the_look_ahead(infer: Infer, write_jsonl: Write) -> None:
+    odd = {"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}, {"role": "user", "content": "y"}]}
+    outcome = infer(write_jsonl([odd, ask("a", generation={"max_tokens": 10**400}), ask("b")]))
+    assert outcome.manifest["rows"]["done"] >= 1 and outcome.manifest["errors"] == {"invalid_input": 1}
+
+
+def test_a_model_that_is_not_there_is_told_before_ray_starts(
+    write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.run.running_ray", lambda: 1 / 0)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    data = [f"dataset.path={write_jsonl([ask('a')])}", f"output.path={tmp_path}/out"]
+    for engine, model in (("llamacpp", "nope.gguf"), ("transformers", "/nope")):
+        with pytest.raises(ConfigError, match=f"engine.model={model}: there is no such file or directory"):
+            run(compose([f"engine={engine}", f"engine.model={model}", *data]), Console(file=io.StringIO()))
+
+
+def test_an_output_is_not_given_up_for_a_run_that_cannot_start(
+    infer: Infer, write_jsonl: Write, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl([ask("a")])
+    more = ["engine.model=m", f"engine.base_url={server.url}"]
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert infer(data, *more, engine="openai").exit_status == 0
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setattr("pipeline.preflight._joins_a_cluster", lambda: False)
+    assert infer(data, *more, engine="openai").exit_status == 0  # it is complete, and needs no key
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        infer(data, *more, "run.resume=false", engine="openai")
+    assert len(infer.rows()) == 1

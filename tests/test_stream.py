@@ -247,3 +247,11 @@ def orjson_of(value: Any) -> bytes:
     import orjson
 
     return orjson.dumps(value)
+
+
+def test_a_call_with_an_absurd_number_takes_no_memory() -> None:
+    joined = chat.Joined()
+    piece = {"index": 4_000_000_000, "function": {"name": "x", "arguments": "{}"}}
+    list(joined.add({"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]}))
+    (choice,) = joined.payload()["choices"]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["x"]

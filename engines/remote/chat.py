@@ -185,7 +185,8 @@ class Joined:
 
 def _join_call(calls: list[dict[str, Any]], at: int, piece: dict[str, Any]) -> None:
     """A call's name comes first, its arguments in pieces."""
-    while len(calls) <= at:
+    at = min(at, len(calls))  # whatever number a server gives it
+    if at == len(calls):
         calls.append({"function": {"arguments": ""}})
     function = piece.get("function") or {}
     if piece.get("id"):
