@@ -123,11 +123,12 @@ def test_vllm_takes_every_sampling_parameter(vllm_engine: Engine) -> None:
 
 
 def test_vllm_serves_adapters_by_name_in_both_ways(vllm: str, vllm_engine: Engine) -> None:
-    plain, by_row = one(vllm_engine), one(vllm_engine, row={"adapter": "poet"})
+    question = "Name three colours."  # of all adapters' answers to the usual one some are alike, by the processor
+    plain, by_row = one(vllm_engine, question), one(vllm_engine, question, row={"adapter": "poet"})
     with load_engine("remote_vllm", model="poet", base_url=[vllm, f"{vllm}/v1"]) as as_model:
-        by_model = one(as_model)
+        by_model = one(as_model, question)
     with load_engine("remote_vllm", model="base", adapter="poet", base_url=f"{vllm}/v1/chat/completions") as with_adapter:
-        by_key = one(with_adapter)
+        by_key = one(with_adapter, question)
     assert by_row.text == by_model.text == by_key.text
     assert by_row.text != plain.text
     assert by_row.model == "poet"
