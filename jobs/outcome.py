@@ -20,8 +20,8 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
     """Prints a table of the first few rows and the run's figures."""
     rows, tokens, run = manifest["rows"], manifest["tokens"], manifest["this_run"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title, width in (("id", 18), ("last message", 30), ("answer", None)):
-        table.add_column(title, overflow="ellipsis", no_wrap=True, max_width=width)
+    for title, least, most in (("id", 12, 18), ("last message", 20, 30), ("answer", 20, None)):
+        table.add_column(title, overflow="ellipsis", no_wrap=True, min_width=least, max_width=most)
     for row in _first_rows(manifest, path):
         # Model output is untrusted: as Text, so that no markup in it is obeyed.
         table.add_row(*(Text(one_line(cell)) for cell in row))
