@@ -19,12 +19,15 @@ SHOWN = 5
 def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
     """Prints a table of the first few rows and the run's figures."""
     rows, tokens, run = manifest["rows"], manifest["tokens"], manifest["this_run"]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title, least, most in (("id", 12, 18), ("last message", 20, 30), ("answer", 20, None)):
-        table.add_column(title, overflow="ellipsis", no_wrap=True, min_width=least, max_width=most)
-    for row in _first_rows(manifest, path):
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    shown = [[one_line(cell) for cell in row] for row in _first_rows(manifest, path)]
+    for at, (title, most) in enumerate((("id", 18), ("last message", 30))):  # the answer gets what is left
+        longest = max((len(row[at]) for row in shown), default=0)
+        table.add_column(title, overflow="ellipsis", no_wrap=True, width=max(len(title), min(most, longest)))
+    table.add_column("answer", overflow="ellipsis", no_wrap=True, ratio=1)
+    for row in shown:
         # Model output is untrusted: as Text, so that no markup in it is obeyed.
-        table.add_row(*(Text(one_line(cell)) for cell in row))
+        table.add_row(*map(Text, row))
     console.print(table)
     failed = f", {rows['failed']:,} failed ({_errors(manifest['errors'])})" if rows["failed"] else ""
     console.print(
