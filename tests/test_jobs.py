@@ -189,9 +189,9 @@ def scraped(cluster: Standing) -> dict[str, float]:
         if match := re.match(r"ray_(eagleray_\w+)\{(.*)\} (\S+)$", line):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
             which = tags.get("result") or tags.get("kind") or tags.get("le") or ""
-            if tags["engine"] == "echo":  # of an earlier job on this cluster
+            if tags["model"] != "measured":  # of an earlier job on this cluster
                 continue
-            assert tags["engine"] == "remote_vllm" and tags["model"] == "m"
+            assert tags["engine"] == "remote_vllm"
             name = f"{match[1]} {which}".strip()
             found[name] = found.get(name, 0.0) + float(match[3])
     return found
@@ -201,7 +201,7 @@ def test_prometheus_sees_rows_tokens_cost_and_waits(cluster: Standing, server: P
     data, out = write(tmp_path / "in.jsonl", 1500), tmp_path / "out"
     server.plan |= {f"question {i}": ["400"] for i in range(3)} | {f"question {i}": ["429"] for i in range(3, 9)}
     server.latency_s = 0.1
-    more = ["engine.requests_per_minute=6000", "engine.price.input=1"]
+    more = ["engine.model=measured", "engine.requests_per_minute=6000", "engine.price.input=1"]
     cluster.submit("measured", *remote(server), *more, *args(data, out))
     seen: dict[str, float] = {}
 
