@@ -85,10 +85,10 @@ class Drawing:
     left: float = LEFT
 
     def y(self, value: float) -> float:
-        return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * min(1.0, value / self.top), 1)
+        return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * min(1.0, value / (self.top or 1.0)), 1)
 
     def x(self, value: float) -> float:
-        return round(self.left + (WIDTH - self.left - RIGHT) * (value - self.low) / (self.high - self.low), 1)
+        return round(self.left + (WIDTH - self.left - RIGHT) * (value - self.low) / ((self.high - self.low) or 1.0), 1)
 
     def scale_y(self, text: Callable[[float], str] = short) -> None:
         for value in ticks(0, self.top, 4):
