@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,7 +25,7 @@ from tests.provider_server import ProviderServer
 from tests.test_cluster import PATIENCE_S, Raylets, check, durable, finish, until, write
 from tests.test_cluster import raylets as raylets
 
-ROWS = 5000
+ROWS = 10_000  # more than the losses have time for: they must find a run that still goes on
 AT_ONCE = 8  # rows in one replica
 
 
@@ -63,7 +64,7 @@ def ray(env: dict[str, str], code: str) -> Any:
 ACTORS = """
 from ray._private.state import actors
 found = [a for a in actors().values() if a["State"] == "ALIVE"]
-print(json.dumps([[a["ActorClassName"], a["Address"]["NodeID"]] for a in found]))
+print(json.dumps([[a["ActorClassName"], a["Address"]["NodeID"], a["Pid"]] for a in found]))
 """
 
 
@@ -81,28 +82,32 @@ def test_nodes_go_and_come_the_limiter_moves_and_the_driver_dies(
         before = durable(out)
         until(lambda: durable(out) >= min(ROWS, before + rows), run)
 
-    def where(actor: str) -> str:
-        found: list[str] = []
+    def where(actor: str) -> tuple[str, int]:
+        """The node and the process of the one actor of its class."""
+        found: list[tuple[str, int]] = []
 
-        def look() -> bool:  # Ray may not know yet that the node of one is gone
-            found[:] = [raylets.ids.get(node, "") for kind, node in ray(raylets.env, ACTORS) if kind == actor]
-            return len(found) == 1 and bool(found[0])
+        def look() -> bool:  # Ray may not know yet that a node is gone, or a process
+            alive = [(raylets.ids.get(node, ""), pid) for kind, node, pid in ray(raylets.env, ACTORS) if kind == actor]
+            found[:] = [(node, pid) for node, pid in alive if node and psutil.pid_exists(pid)]
+            return len(found) == 1
 
         until(look, run)
         return found[0]
 
     # The node that the driver came to, and the dispatcher with it: on one host it may be any of them.
-    stays = where("Dispatcher")
+    stays, _ = where("Dispatcher")
     bound = 0
     some_more(order.randint(100, 400))
     victim = order.choice(sorted(raylets.busy() - {"head", stays}))  # a node with a replica, and all that its store holds
     raylets.tell("kill", victim)
     bound += AT_ONCE * 4
     some_more(200)
-    limiter = where("Limiter")
-    if limiter not in ("head", stays):  # with it may go a replica
-        raylets.tell("kill", limiter)
-        bound += AT_ONCE * 4
+    limiter, process = where("Limiter")
+    while limiter in ("head", stays):  # these stay; a new limiter, as good as the old one, comes on any node
+        os.kill(process, signal.SIGKILL)
+        limiter, process = where("Limiter")
+    raylets.tell("kill", limiter)  # and the replica on it
+    bound += AT_ONCE * 4
     raylets.tell("add", "five")
     raylets.tell("add", "six")
     until(lambda: raylets.busy() & {"five", "six"}, run)
