@@ -165,6 +165,51 @@ def test_a_run_killed_at_every_step_submits_no_row_twice_and_loses_none(
     assert [row["response"] for row in rows] == [f"answer to: question {i}" for i in range(30)]
 
 
+# A run that kills itself at its next durable step: with DIE=before or DIE=after what makes it durable.
+SUICIDAL = """
+import os, signal, sys
+from jobs.infer import main
+
+def replace(source, target, real=os.replace):
+    durable = "/_batches/" in str(target) or "/_segments/" in str(target)
+    if not (durable and os.environ["DIE"] == "before"):
+        real(source, target)
+    if durable:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_a_run_killed_before_and_after_every_durable_step_submits_no_row_twice_and_loses_none(
+    provider: str, server: BatchServer, tmp_path: Path, write_jsonl: Write
+) -> None:
+    data, out, case = write_jsonl(conversations(8)), tmp_path / "out", CASES[provider]
+    # What becomes durable of a batch: its keys, that it is spooled, uploaded, submitting, submitted, its answers, fetched.
+    server.fate = by_text({"question 2": ["expired"]})  # and of a second one
+    steps = 2 * (6 if provider == "anthropic" else 7)
+    command = [
+        sys.executable, "-c", SUICIDAL, f"engine={case.engine}", f"dataset.path={data}", f"output.path={out}",
+        *case.overrides(server),
+    ]  # fmt: skip
+    killed = 0
+    while killed <= 3 * steps:
+        die = ("before", "after")[killed % 2]
+        run = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, env={**os.environ, "DIE": die})
+        if run.returncode != -signal.SIGKILL:
+            break
+        killed += 1
+    assert run.returncode == 0, run.stderr
+    assert killed >= 2 * steps
+    times = {text: sum(text_of(body) == text for body in server.bodies) for text in map(text_of, server.bodies)}
+    assert times == {f"question {i}": 2 if i == 2 else 1 for i in range(8)}
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(out / "data")["response"].to_pylist() == [f"answer to: question {i}" for i in range(8)]
+
+
 def test_what_a_server_does_wrong_in_passing_is_done_again(
     case: Case, server: BatchServer, infer: Infer, write_jsonl: Write
 ) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import configparser
 import copy
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +24,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from jobs.compose import compose
+from pipeline.run import GRACE_S, WITH_FAILURES, WRONG
 from tests import kuberay
 from tests.test_cluster import PATIENCE_S, Raylets
 from tests.test_cluster import raylets as raylets
@@ -105,6 +109,31 @@ def test_manifests_are_what_kuberay_takes(name: str) -> None:
 def test_both_manifests_run_on_the_same_cluster() -> None:
     job, cron = load("jobs/rayjob.yaml")["spec"], load("jobs/raycronjob.yaml")["spec"]["jobTemplate"]
     assert {**job, "entrypoint": ""} == {**cron, "entrypoint": ""}
+
+
+# -- one machine ------------------------------------------------------------------------------------------------------
+
+
+def test_the_systemd_units_run_every_night_a_command_that_is_right(tmp_path: Path) -> None:
+    service, timer = (ROOT / f"jobs/eagleray-nightly.{kind}" for kind in ("service", "timer"))
+    units = configparser.RawConfigParser(strict=True, interpolation=None)
+    units.optionxform = str  # type: ignore[assignment,method-assign]
+    units.read([service, timer], encoding="utf-8")
+    # As systemd reads it: systemd.service(5), "Command lines".
+    words = [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(units["Service"]["ExecStart"])]
+    assert words[:2] == ["/srv/eagleray/.venv/bin/eagleray", "infer"]
+    config = compose(words[2:])
+    config.check()
+    assert re.fullmatch(r"/data/scores/\d{4}-\d\d-\d\d", str(config.output.path))
+    assert float(units["Service"]["TimeoutStopSec"]) >= config.run.drain_s + GRACE_S
+    assert units["Service"]["SuccessExitStatus"] == str(WITH_FAILURES)
+    assert units["Service"]["RestartPreventExitStatus"] == str(WRONG)
+    if verify := shutil.which("systemd-analyze"):  # what it says of a key or a value that it does not know is a warning
+        for unit in (service, timer):
+            text = unit.read_text().replace("/srv/eagleray/.venv/bin/eagleray", "/bin/true")
+            (tmp_path / unit.name).write_text(text)
+        done = subprocess.run([verify, "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True)
+        assert done.returncode == 0 and "eagleray" not in done.stderr, done.stderr
 
 
 # -- spot -------------------------------------------------------------------------------------------------------------

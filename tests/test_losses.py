@@ -1,6 +1,7 @@
-"""A cluster that loses nodes, gains others, and whose driver dies: no row lost, none twice, little paid for again.
+"""A cluster that loses nodes, gains others, whose driver or head dies: no row lost, none twice, little paid for again.
 
-One test, all of it in one run; `for i in $(seq 20); do pytest tests/test_losses.py || break; done` is how often it holds.
+The first test has most of it in one run: `for i in $(seq 20); do pytest tests/test_losses.py || break; done` tells how
+often it holds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.provider_server import ProviderServer
-from tests.test_cluster import PATIENCE_S, Raylets, check, durable, finish, until, write
+from tests.test_cluster import PATIENCE_S, Raylets, check, durable, finish, standing_cluster, until, write
 from tests.test_cluster import raylets as raylets
 
 ROWS = 10_000  # more than the losses have time for: they must find a run that still goes on
@@ -131,3 +132,30 @@ def test_nodes_go_and_come_the_limiter_moves_and_the_driver_dies(
     assert asked(server) - ROWS == paid_twice(server) <= bound
     keys = pq.read_table(out / "_segments", columns=["key"])["key"].to_pylist()
     assert len(set(keys)) == ROWS
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's processes wait a minute for a head that is gone; here less."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+
+
+def test_the_head_is_lost_and_the_next_submission_goes_on_on_another_cluster(
+    impatient: None, raylets: Raylets, server: ProviderServer, tmp_path: Path
+) -> None:
+    rows = 4000
+    data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
+    for name in ("one", "two", "three"):
+        raylets.tell("add", name)
+    run = start(data, out, raylets.env, server)
+    until(lambda: len(raylets.busy()) >= 3 and durable(out) > 300, run)
+    raylets.tell("kill", "head")  # and the driver's own node, where it was that one
+    assert run.wait(PATIENCE_S) != 0
+    known = durable(out)
+    assert 300 < known < rows
+    server.latency_s = 0.05
+    with standing_cluster(2) as env:  # at once: the old workers may still be at their last rows
+        again = start(data, out, env, server)
+        finish(again)
+    assert check(out, rows)["this_run"]["asked"] <= rows - known
+    assert asked(server) - rows == paid_twice(server) <= AT_ONCE * 4 * 2
