@@ -38,8 +38,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FIRST_CONCURRENCY = 64
 # Replicas are added when those there are have so large a share of the requests they can hold.
 FULL = 0.7
-# How often the driver looks after the replicas.
-LOOK_S = 5.0
+# How often Ray Serve asks a replica whether it is well. One that says no three times goes; meanwhile its requests fail.
+HEALTH_S = 1.0
+# How often the driver looks: sooner than a replica can start, or a failure may come and go unseen.
+LOOK_S = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +307,7 @@ def _deploy(config: Config, placed: Placement, desk: str, concurrency: int) -> N
         max_constructor_retry_count=3,
         graceful_shutdown_timeout_s=config.run.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=LOOK_S,
+        health_check_period_s=HEALTH_S,
         **scale,
         **serve_options(placed),
     )

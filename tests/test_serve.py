@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from jobs import serve
 from pipeline.config import HardwareConfig
 from pipeline.placement import placement, serve_options
 from tests.conftest import Infer, ask
-from tests.test_cluster import PATIENCE_S, end, family, own_ray
+from tests.test_cluster import PATIENCE_S, end, family, own_ray, title, until
+from tests.test_sglang import SERVER
 
 openai = pytest.importorskip("openai")
 pytest.importorskip(
@@ -40,9 +43,32 @@ class Endpoint:
     process: subprocess.Popen[str]
     url: str
     printed: str
+    log: Path
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=PATIENCE_S))
 
-    def client(self, key: str = KEY) -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
+    def client(self, key: str = KEY, retries: int = 0) -> Any:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=PATIENCE_S)
+
+    def post(self, content: str = "Hi") -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": content}]}
+        return self.http.post(f"{self.url}/v1/chat/completions", json=body)
+
+    def replicas(self) -> list[psutil.Process]:
+        return [process for process in family(self.process.pid) if title(process).startswith("ray::ServeReplica:")]
+
+    def news(self) -> list[str]:
+        """What it said since it serves."""
+        return self.log.read_text().partition(self.printed)[2].split("\n")[1:-1]
+
+    def until(self, true: Callable[[], Any]) -> None:
+        until(true, self.process)
+
+    def stop(self) -> None:
+        processes = [*family(self.process.pid), self.process]
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE_S)
+        end(processes)
 
 
 def start(tmp_path: Path, *args: str, **env: str) -> Endpoint:
@@ -59,7 +85,7 @@ def start(tmp_path: Path, *args: str, **env: str) -> Endpoint:
             end([*family(process.pid), process])
             pytest.fail(f"eagleray serve did not start:\n{log.read_text()}")
         time.sleep(0.1)
-    return Endpoint(process, found[1], found[2])
+    return Endpoint(process, found[1], found[2], log)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +93,45 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     limits = ["engine.kwargs.n_ctx=512", "engine.kwargs.n_seq_max=4", "generation.max_tokens=24"]
     running = start(tmp_path_factory.mktemp("llama"), *limits, "serve.api_key_env=MY_KEY", MY_KEY=KEY)
     yield running
-    end([*family(running.process.pid), running.process])
+    running.stop()
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., Endpoint]]:
+    """`start`, for one endpoint, which ends with the test."""
+    running: list[Endpoint] = []
+
+    def begin(*args: str, **env: str) -> Endpoint:
+        running.append(start(tmp_path, *args, **env))
+        return running[0]
+
+    yield begin
+    for endpoint in running:
+        endpoint.stop()
+
+
+@contextlib.contextmanager
+def load(ask_it: Callable[[], Any], clients: int = 8) -> Iterator[list[Any]]:
+    """Asks all the time, by so many clients; the answers and exceptions so far, all of them at the end."""
+    answers: list[Any] = []
+    over = threading.Event()
+
+    def ask_on() -> None:
+        while not over.is_set():
+            try:
+                answers.append(ask_it())
+            except Exception as error:
+                answers.append(error)
+
+    threads = [threading.Thread(target=ask_on) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_a_chat_has_text_usage_and_the_runs_defaults(llama: Endpoint) -> None:
@@ -193,6 +257,73 @@ def test_sigterm_answers_what_is_under_way_and_leaves_nothing(tmp_path: Path) ->
     assert len(printed) == 3, printed
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+SLOW = ("engine=echo", "engine.kwargs.latency_s=1", "engine.max_concurrency=4")
+FAILED, WORK = "A replica failed; Ray Serve starts another.", "All replicas work."
+
+
+def has_answered(replica: psutil.Process) -> bool:
+    """By its own log of requests."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        logs = [Path(file.path) for file in replica.open_files() if "/serve/replica_" in file.path]
+        return any(" POST / 200 " in log.read_text() for log in logs)
+    return False
+
+
+def test_under_load_a_second_replica_comes_and_both_answer(serving: Callable[..., Endpoint]) -> None:
+    running = serving(*SLOW, "hardware.replicas={min: 1, max: 2}")
+    assert len(running.replicas()) == 1
+    with load(running.post) as answers:
+        running.until(lambda: len(found := running.replicas()) == 2 and all(map(has_answered, found)))
+    assert {str(answer) for answer in answers} == {"<Response [200 OK]>"}
+    assert running.news() == []
+
+
+def test_replicas_that_are_killed_are_replaced_and_clients_that_retry_notice_nothing(
+    serving: Callable[..., Endpoint],
+) -> None:
+    running = serving(*SLOW, "hardware.replicas=2")
+    client = running.client(retries=2)  # OpenAI's default
+    with (
+        load(lambda: client.chat.completions.create(model="echo", messages=CAPITAL), 4) as patient,
+        load(running.post, 4) as plain,
+    ):
+        for deaths in (1, 2):  # one, where the other goes on; then all there are
+            running.until(lambda: all(map(has_answered, running.replicas())))
+            dead = running.replicas()[:deaths]
+            for replica in dead:
+                replica.kill()
+            running.until(lambda: running.news() == [FAILED, WORK] * deaths)  # noqa: B023
+            assert len(running.replicas()) == 2
+            assert not {*dead} & {*running.replicas()}
+    assert {answer.choices[0].message.content for answer in patient} == {CAPITAL[0]["content"]}
+    lost = [reply for reply in plain if str(reply) != "<Response [200 OK]>"]
+    # Ray Serve's own words, to those who were in the replica.
+    assert {(reply.status_code, reply.text) for reply in lost} <= {(500, "Internal Server Error")}
+    assert len(lost) <= 4 * 3  # each client one per death
+
+
+def test_an_engine_that_dies_in_its_replica_is_replaced(serving: Callable[..., Endpoint], tmp_path: Path) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").touch()
+    (tmp_path / "sglang" / "launch_server.py").write_text(SERVER)
+    running = serving(
+        "engine=sglang_offline", "engine.model=some/model", "hardware.gpus=0", "hardware.replicas=1",
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+    )  # fmt: skip
+    [replica] = running.replicas()
+    assert running.post().status_code == 200
+    assert running.post("die").status_code == 503
+    with load(running.post, 1) as answers:
+        running.until(lambda: running.news() == [FAILED, WORK])
+    for answer in answers:
+        if answer.status_code != 200:
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"], error["code"]) == (503, "server_error", "engine_crash")
+            assert error["message"] == "SGLang died: RuntimeError: out of memory"
+    assert running.post().status_code == 200
+    running.until(lambda: replica not in running.replicas())
 
 
 @pytest.mark.parametrize(
