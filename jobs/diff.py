@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engines.text import visible
 from engines.types import ConfigError
-from jobs.reading import Arguments, Output, Row, Rows, brief, inspect, number, open_output, print_json, say, steady, visible
+from jobs.reading import Arguments, Output, Row, Rows, brief, inspect, number, open_output, print_json, say, steady
 from jobs.show import figures, parsed
 from pipeline.lossless import loads
 

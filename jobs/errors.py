@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.text import Text
 
+from engines.text import visible
 from jobs.guide import see_type
-from jobs.reading import Arguments, Output, Rows, brief, inspect, number, open_output, print_json, say, steady, visible
+from jobs.reading import Arguments, Output, Rows, brief, inspect, number, open_output, print_json, say, steady
 
 LIMIT = 5
 EXAMPLES = 3

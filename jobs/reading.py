@@ -11,7 +11,6 @@ import shlex
 import socket
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
 
-from engines.text import one_line as said
+from engines.text import one_line, visible
 from engines.types import ConfigError, nearest
 from pipeline.fs import TRIES, exists, listing, resolve, steadily
 from pipeline.ledger import SEGMENTS, read_index
@@ -103,7 +102,7 @@ def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{path} cannot be read: {said(error)}") from None
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} cannot be read: it holds no object")
     return found
@@ -204,20 +203,6 @@ def steady(work: Callable[[], T]) -> T:
 
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
-_JOINERS = "\n\t\u200c\u200d"
-
-
-def visible(text: str) -> str:
-    """`text` with all that a terminal would obey, and what turns the direction of writing, spelled out."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c
-        if c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text.replace("\r\n", "\n")
-    )
-
 
 def brief(value: Any, length: int = 200) -> str:
     """A value on one line."""
@@ -294,7 +279,7 @@ def inspect(parser: Arguments, argv: list[str], work: Callable[[argparse.Namespa
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ConfigError, OSError, pa.ArrowException) as error:
-        print(f"eagleray: {visible(said(error))}", file=sys.stderr)
+        print(f"eagleray: {visible(one_line(error))}", file=sys.stderr)
         return 2
 
 

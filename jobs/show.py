@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
+from engines.text import visible
 from engines.types import ConfigError, nearest
 from jobs.reading import (
     Arguments,
@@ -28,7 +29,6 @@ from jobs.reading import (
     print_json,
     say,
     steady,
-    visible,
 )
 from pipeline.ledger import COMPLETION_FIELDS
 

@@ -17,7 +17,8 @@ from rich.live import Live
 from rich.text import Text
 
 from engines.base import Price
-from jobs.reading import BATCHES, Arguments, Output, ago, inspect, open_output, print_json, steady, visible
+from engines.text import visible
+from jobs.reading import BATCHES, Arguments, Output, ago, inspect, open_output, print_json, steady
 from pipeline.fs import exists, listing
 from pipeline.ledger import SEGMENTS, USAGE, split_keys
 

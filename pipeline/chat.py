@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engines.text import visible
 from engines.types import answer
 from pipeline.lossless import dumps, loads
 
@@ -13,16 +14,9 @@ from pipeline.lossless import dumps, loads
 TEXT_CHARS, ROW_CHARS = 4_000, 12_000
 # A longer conversation loses its middle.
 FIRST_TURNS, LAST_TURNS = 4, 16
-# What would act instead of being seen: control characters, and those that reorder what comes after them.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[;,]")
 
 Turn = dict[str, Any]
-
-
-def visible(text: str) -> str:
-    """The text with control, reordering and half characters made visible."""
-    return _UNSEEN.sub(lambda match: f"<U+{ord(match[0]):04X}>", text.replace("\r\n", "\n"))
 
 
 class _Cutter:

@@ -30,7 +30,7 @@ from engines.footprint import Prompts, footprint, holds_model, prompts
 from engines.remote.auth import Auth
 from engines.remote.engine import RemoteEngine
 from engines.remote.provider import Provider, endpoints
-from engines.text import for_template, printable
+from engines.text import for_template, visible
 from engines.types import (
     BYTES_PER_TOKEN,
     DEFAULT_MAX_TOKENS,
@@ -441,7 +441,7 @@ def dry_run(
     if found.first:
         console.print(Text(f"The first {len(found.first)} requests, as they would be sent:", "bold"))
     for id, request in found.first:
-        console.print(Text(f"\n{printable(id)}", "bold cyan"))
+        console.print(Text(f"\n{visible(id)}", "bold cyan"))
         console.print(Text(shown_request(config, seen.engine, shape, request)), soft_wrap=True)
     if seen.engine is not None:
         seen.engine.close()
@@ -518,14 +518,14 @@ def shown_request(config: Config, engine: Engine | None, shape: Prompts | None, 
             if engine.provider.wire == "converse":  # boto3 signs it and moves the model into the URL
                 url, headers = f"{url}/model/{body.pop('modelId')}/converse", {"authorization": "AWS4-HMAC-SHA256 ***"}
             lines = [f"POST {url}", *(f"{name}: {value}" for name, value in headers.items()), "", _pretty(body)]
-            return printable("\n".join(lines))
+            return visible("\n".join(lines))
         params = request.generation.given()
         asked = [f"{name}: {_pretty(value)}" for name, value in {**_aside(request), **params}.items()]
         if shape is not None:
-            return printable("\n".join([_cut(shape.text(request.messages, request.generation)), *asked]))
+            return visible("\n".join([_cut(shape.text(request.messages, request.generation)), *asked]))
     except EngineError as error:
-        return printable(f"(cannot be asked: {error})")
-    return printable("\n".join([_pretty(request.messages), *asked]))
+        return visible(f"(cannot be asked: {error})")
+    return visible("\n".join([_pretty(request.messages), *asked]))
 
 
 def _aside(request: Request) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.base import EngineConfig
-from engines.text import printable
+from engines.text import visible
 from pipeline.feed import Pulse, Status
 
 # What is told as the rate just now is the mean over so many seconds, looked at so often.
@@ -129,7 +129,7 @@ class RunProgress:
         rows, tokens = self._recent()
         cells = [*self._counts(), f"{rows:,.1f} rows/s", f"{tokens:,.0f} tok/s", self._left(), *self._cost()]
         if self.status.trouble:
-            cells.append(f"trying again: {printable(self.status.trouble)}")
+            cells.append(f"trying again: {visible(self.status.trouble)}")
         return [cell for cell in [*cells, f"{self.elapsed:,.0f} s"] if cell]
 
     # -- the live view ------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class RunProgress:
         lines = [*flow(progress, width), *flow([*speed, *self._cost()], width), *flow(self._load(), width)]
         body: list[RenderableType] = [Text(self.title, "bold", no_wrap=True, overflow="ellipsis"), bar, *map(Text, lines)]
         if status.trouble:
-            body.append(Text(f"trying again: {printable(status.trouble)}", "yellow", no_wrap=True, overflow="ellipsis"))
+            body.append(Text(f"trying again: {visible(status.trouble)}", "yellow", no_wrap=True, overflow="ellipsis"))
         return Group(*body, *self._replicas())
 
     def _load(self) -> list[str]:

@@ -23,9 +23,8 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from engines.text import one_line
+from engines.text import one_line, visible
 from pipeline import charts
-from pipeline.chat import visible
 from pipeline.fs import write_atomic
 from pipeline.stats import Histogram, Stats
 
