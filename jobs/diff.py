@@ -8,7 +8,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     outs = [open_output(args.OUT_A), open_output(args.OUT_B)]
-    a, b = (steady(partial(Side, out)) for out in outs)
+    a, b = (steady(Side, out) for out in outs)
     by, at_a, at_b = matched(a, b)
     told, differ = compare(a, b, at_a, at_b)
     told |= {"matched_by": by, "settings": _settings(*outs)}

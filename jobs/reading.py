@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from engines.text import one_line, visible
 from engines.types import ConfigError, nearest
@@ -35,7 +35,6 @@ from pipeline.state import STATE
 MANIFEST, BATCHES = "manifest.json", "_batches"
 # Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.
 BUFFER = 4 << 20
-T = TypeVar("T")
 Row = dict[str, Any]
 Place = tuple[int, int]  # which part, which row of it
 
@@ -57,8 +56,7 @@ class Output:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration without secrets, as far as it is known."""
-        found: dict[str, Any] = (self.manifest or self.run or {}).get("config", {})
-        return found
+        return (self.manifest or self.run or {}).get("config", {})
 
     @property
     def style(self) -> str:
@@ -164,9 +162,8 @@ class Rows:
             names = [name for name in columns if name in parquet.schema_arrow.names] if columns else None
             at = 0
             for batch in parquet.iter_batches(4096 if names else 256, columns=names):
-                mine = range(len(batch)) if wanted is None else [i for i in range(len(batch)) if at + i in wanted]
-                if len(mine):
-                    yield from zip((at + i for i in mine), batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True)
+                mine = [i for i in range(len(batch)) if wanted is None or at + i in wanted]
+                yield from zip((at + i for i in mine), batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True)
                 at += len(batch)
                 if at > last:
                     return
@@ -191,14 +188,10 @@ def in_our_shape(row: Row, style: str) -> Row:
             "tool_calls": message.get("tool_calls"), "usage": tokens, "model": body["model"], "error": None}  # fmt: skip
 
 
-def steady(work: Callable[[], T]) -> T:
-    """`work()`; again where a file was merged into another one meanwhile, as those of the ledger are."""
-    for _ in range(TRIES - 1):
-        try:
-            return work()
-        except FileNotFoundError:
-            time.sleep(0.2)
-    return work()
+# Does some work again where a file was merged into another one meanwhile, as those of the ledger are.
+steady = Retrying(
+    stop=stop_after_attempt(TRIES), wait=wait_fixed(0.2), retry=retry_if_exception_type(FileNotFoundError), reraise=True
+)
 
 
 # -- the terminal -----------------------------------------------------------------------------------------------------
@@ -213,11 +206,7 @@ def brief(value: Any, length: int = 200) -> str:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """For programs; in ASCII, so that it is safe on a terminal as well."""
-    print(json.dumps(value, indent=indent, default=_simple))
-
-
-def _simple(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else plain(value)
+    print(json.dumps(value, indent=indent, default=plain))
 
 
 def say(console: Console, text: str, style: str = "") -> None:
