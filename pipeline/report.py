@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 import orjson
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -36,12 +37,13 @@ FILES_SHOWN, BATCHES_SHOWN = 10, 20
 
 def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], stats: Stats, console: Console) -> None:
     """Writes the report. The rows are worth more than it: where it fails, that is said, there too, and the run goes on."""
-    try:
-        if stats.broken is not None:
-            raise _Broken(stats.broken)
-        page = render(manifest, stats)
-    except Exception as error:  # a bug of ours
-        told = str(error) if isinstance(error, _Broken) else traceback.format_exc()
+    told = stats.broken
+    if told is None:
+        try:
+            page = render(manifest, stats)
+        except Exception:  # a bug of ours
+            told = traceback.format_exc()
+    if told is not None:
         page = str(_template("report_broken.html").render(traceback=visible(told)))
         last = visible(told.strip().splitlines()[-1])[:300]
         text = f"{REPORT} could not be made, a bug in Eagleray ({last}); all else is there. The traceback is in it."
@@ -52,16 +54,11 @@ def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], st
         console.print(Text(f"{REPORT} could not be written: {one_line(error)}", "yellow"))
 
 
-class _Broken(Exception):
-    """A traceback from a task."""
-
-
 def render(manifest: Mapping[str, Any], stats: Stats) -> str:
     """The page."""
     style, script = _asset("report.css"), _asset("report.js")
-    timeline = stats.timeline
-    series = charts.series_of(timeline) if timeline.seconds else None
-    sums = {name: int(sum(timeline.cells[name].to_pylist())) for name in ("answered", "failed", "output")}
+    series = charts.series_of(stats.timeline) if stats.timeline.seconds else None
+    sums = {name: pc.sum(stats.timeline.cells[name]).as_py() for name in ("answered", "failed", "output")}
     rows = {shown.at: shown.row for shown in (*stats.slowest, *stats.failed, *stats.sample)}
     sample, size = {}, 0
     for index, row in rows.items():
@@ -82,7 +79,7 @@ def render(manifest: Mapping[str, Any], stats: Stats) -> str:
         "sums": sums,
         "charts": charts,
         "figures": figures,
-        "names": [_name(file["path"]) for file in manifest["input"]["files"]],
+        "names": [file["path"].rsplit("/", 1)[-1] for file in manifest["input"]["files"]],
         "bytes": sum(file["bytes"] or 0 for file in manifest["input"]["files"]),
         "duplicates": manifest["rows"]["total"] - manifest["rows"]["invalid"] - manifest["rows"]["requests"],
         "shared": stats.answers - manifest["rows"]["requests"],
@@ -106,7 +103,6 @@ def _template(name: str) -> Any:
         visible=visible,
         dollars=_dollars,
         date=lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        size=_size,
     )
     return environment.get_template(name)
 
@@ -117,10 +113,6 @@ def _asset(name: str) -> str:
 
 def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
 
 
 def _given(value: Any) -> Any:
@@ -137,14 +129,6 @@ def _dollars(value: float | None) -> str:
     if value >= 1 or round(value, 2) == value:
         return f"${value:,.2f}"
     return f"${value:.4g}" if value >= 1e-4 else f"${value:.1e}"
-
-
-def _size(value: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
 
 
 def figures(found: Histogram, whole: bool) -> list[tuple[str, str]]:
