@@ -16,6 +16,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ from pipeline.budget import batch_share
 from pipeline.config import Config, without_secrets
 from pipeline.feed import Interpreter, Item, Piece
 from pipeline.fs import exists, listing
-from pipeline.ledger import SEGMENTS, Index
+from pipeline.ledger import SEGMENTS, Index, read_index
 from pipeline.lock import held
 from pipeline.lossless import dumps
+from pipeline.manifest import MANIFEST, unchanged
 
 # A real run's look at its input: at most so many rows, and so long for listing it and for reading them.
 FIRST_ROWS, FIRST_S = 1000, 1.0
@@ -110,9 +112,8 @@ def read_rows(
     found = Rows(count is not None, files=len({piece.chunk.file for piece in pieces}))
     until = time.monotonic() + seconds
     for items in (items for piece in pieces for items in interpreter.read(piece)):
-        fresh = [item for item in items if item.key is not None]
-        has = known.find([item.key for item in fresh if item.key]) >= 0 if known is not None else [False] * len(fresh)
-        answered = {id(item) for item, there in zip(fresh, has, strict=True) if there}
+        keys = {id(item): item.key for item in items if item.key}
+        answered = set(compress(keys, known.find(list(keys.values())) >= 0)) if known is not None else set()
         for item in items:
             if found.rows >= most or (found.rows % 32 == 0 and time.monotonic() > until):
                 found.whole = False
@@ -217,24 +218,24 @@ class Findings:
 
 def examine(config: Config, thorough: bool) -> Findings:
     """Looks at packages, keys, URLs and parameters; loads no model. `thorough` also imports an engine's libraries."""
-    found, elsewhere = Findings(), _joins_a_cluster()
+    found = Findings()
+    here = found.doubtful if _joins_a_cluster() else found.wrong
     for engine in (config.engine, *fallbacks(config.engine)):
         missing = missing_package(engine.kind, engine.provider)
         if missing is not None:
-            (found.doubtful if elsewhere else found.wrong).append(str(missing))
+            here.append(str(missing))
             continue
-        (found.doubtful if elsewhere else found.wrong).extend(_absent(engine))
+        here.extend(_absent(engine))
         try:
-            if engine.provider:
-                provider = Provider.of(engine)
-                endpoints(engine, provider) if provider.auth != "aws" else None
+            if engine.provider and (provider := Provider.of(engine)).auth != "aws":
+                endpoints(engine, provider)
                 try:
-                    Auth.of(engine, provider) if provider.auth != "aws" else None
+                    Auth.of(engine, provider)
                 except ConfigError as error:
-                    (found.doubtful if elsewhere else found.wrong).append(str(error))
+                    here.append(str(error))
                     if provider.auth == "google":
                         continue
-            made = _unloaded(config, engine, thorough)
+            made = _unloaded(config, engine)
             if made is not None:
                 made.check(config.params())
             if engine is config.engine:
@@ -267,7 +268,7 @@ def _joins_a_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
 
 
-def _unloaded(config: Config, engine: EngineConfig, thorough: bool) -> Engine | None:
+def _unloaded(config: Config, engine: EngineConfig) -> Engine | None:
     """The engine, where making it loads no model, with every secret replaced. Raises `ConfigError`."""
     if engine.kind == "echo":
         return engine_class("echo")(engine)
@@ -318,23 +319,21 @@ def _checker(config: Config, engine: Engine | None, thorough: bool) -> Check | N
 # -- the output directory ---------------------------------------------------------------------------------------------
 
 
-def output_state(
-    fs: pafs.FileSystem, root: str, index: Index, answered: int, complete: bool, manifest: str
-) -> tuple[str, bool]:
-    """How the output directory stands, and whether a run could not use it. `answered` are rows of this dataset."""
+def output_state(fs: pafs.FileSystem, root: str, known: int, answered: int, complete: bool) -> tuple[str, bool]:
+    """How the output directory stands, and whether a run could not use it. It has `known` answers; `answered` are rows of
+    this dataset."""
     if wrong := unwritable(fs, root):
         return wrong, True
     if held(fs, root):
         return f"{root} is being written by another run", True
     if complete:
         return f"{root} is complete: it holds just this", False
-    if not len(index):
-        there = any(True for _ in listing(fs, root))
-        return f"{root} is {'there, without answers' if there else 'new'}", False
+    if not known:
+        return f"{root} is {'there, without answers' if listing(fs, root) else 'new'}", False
     if answered:
         return f"{root} goes on: {answered:,} rows are answered already", False
-    was = "of another configuration or dataset" if exists(fs, f"{root}/{manifest}") else "of none of these requests"
-    return f"{root} holds {len(index):,} answers {was}: they are kept, and all rows are asked", False
+    was = "of another configuration or dataset" if exists(fs, f"{root}/{MANIFEST}") else "of none of these requests"
+    return f"{root} holds {known:,} answers {was}: they are kept, and all rows are asked", False
 
 
 def unwritable(fs: pafs.FileSystem, root: str) -> str:
@@ -350,13 +349,13 @@ def unwritable(fs: pafs.FileSystem, root: str) -> str:
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 
-def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, manifest: str, console: Console) -> Check | None:
+def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, console: Console) -> Check | None:
     """Raises `ConfigError` where no row could be answered; what is doubtful is printed."""
     found = examine(config, thorough=False)
     if found.engine is not None:
         found.engine.close()
     # A complete output needs no engine; one that is to be made anew does.
-    if found.wrong and not (config.run.resume and exists(fs, f"{root}/{manifest}")):
+    if found.wrong and not (config.run.resume and exists(fs, f"{root}/{MANIFEST}")):
         raise ConfigError(found.wrong[0])
     for text in found.doubtful:
         console.print(Text(f"On this machine: {text}", "yellow"))
@@ -408,33 +407,19 @@ def _total(pieces: list[Piece], found: Rows) -> int | None:
 # -- a dry run --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Report:
-    """What a dry run found."""
-
-    rows: Rows
-    wrong: list[str]  # why it could not run at all
-
-
 def dry_run(
-    config: Config,
-    fs: pafs.FileSystem,
-    root: str,
-    interpreter: Interpreter,
-    pieces: list[Piece],
-    index: Index,
-    complete: bool,
-    manifest: str,
-    console: Console,
-) -> Report:
-    """Reads everything and tells what a run would do."""
+    config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, pieces: list[Piece], console: Console
+) -> tuple[Rows, list[str]]:
+    """Reads everything and tells what a run would do. Returns the rows, and why it could not run at all."""
+    index = read_index(fs, root)
     seen = examine(config, thorough=True)
     context, shape = _model_at_hand(config.engine)
     known = index.only(failed_too=not config.run.retry_failed)
     found = read_rows(config, pieces, interpreter, context, shape, seen.check, known)
     if found.invalid and config.dataset.on_bad_input == "fail":
         seen.wrong.append(f"{found.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
-    state, unusable = output_state(fs, root, index, found.answered, complete, manifest)
+    complete = unchanged(config, fs, root, pieces, index) is not None
+    state, unusable = output_state(fs, root, len(index), found.answered, complete)
     if unusable:
         seen.wrong.append(state)
     show(_about(config, found, context, seen, state, unusable), console)
@@ -445,7 +430,7 @@ def dry_run(
         console.print(Text(shown_request(config, seen.engine, shape, request)), soft_wrap=True)
     if seen.engine is not None:
         seen.engine.close()
-    return Report(found, seen.wrong)
+    return found, seen.wrong
 
 
 def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
@@ -520,16 +505,13 @@ def shown_request(config: Config, engine: Engine | None, shape: Prompts | None, 
             lines = [f"POST {url}", *(f"{name}: {value}" for name, value in headers.items()), "", _pretty(body)]
             return visible("\n".join(lines))
         params = request.generation.given()
-        asked = [f"{name}: {_pretty(value)}" for name, value in {**_aside(request), **params}.items()]
+        aside = {name: value for name in ("model", "adapter") if (value := getattr(request, name)) is not None}
+        asked = [f"{name}: {_pretty(value)}" for name, value in {**aside, **params}.items()]
         if shape is not None:
             return visible("\n".join([_cut(shape.text(request.messages, request.generation)), *asked]))
     except EngineError as error:
         return visible(f"(cannot be asked: {error})")
     return visible("\n".join([_pretty(request.messages), *asked]))
-
-
-def _aside(request: Request) -> dict[str, Any]:
-    return {name: value for name in ("model", "adapter") if (value := getattr(request, name)) is not None}
 
 
 def _pretty(value: Any) -> str:

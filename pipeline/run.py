@@ -84,11 +84,9 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         config.dataset.max_row_bytes,
     )
     if config.run.dry_run:
-        pieces, index = list_pieces(config, console), read_index(fs, root)
-        complete = unchanged(config, fs, root, pieces, index) is not None
-        report = dry_run(config, fs, root, interpreter, pieces, index, complete, MANIFEST, console)
-        return Outcome(WRONG if report.wrong else WITH_FAILURES if report.rows.bad else OK)
-    check = look_at_configuration(config, fs, root, MANIFEST, console)
+        rows, wrong = dry_run(config, fs, root, interpreter, list_pieces(config, console), console)
+        return Outcome(WRONG if wrong else WITH_FAILURES if rows.bad else OK)
+    check = look_at_configuration(config, fs, root, console)
     with contextlib.ExitStack() as stack:
         span = stack.enter_context(run_span(config.run.traces, config.engine, console))
         stack.enter_context(run_lock(fs, root))
