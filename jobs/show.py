@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 from rich.console import Console
@@ -53,10 +54,9 @@ def main(argv: list[str]) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     out = open_output(args.OUT)
-    found = _found(out, args)
     count = 0
     # The ledger's files may be merged while they are read: then all of it again, before anything is printed.
-    for row in found if out.manifest is not None else steady(lambda: list(_found(out, args))):
+    for row in _found(out, args) if out.manifest is not None else steady(lambda: list(_found(out, args))):
         count += 1
         if args.json:
             print_json(parsed(row), indent=None)
@@ -76,22 +76,22 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 def _found(out: Output, args: argparse.Namespace) -> Iterator[Row]:
     rows = Rows(out, failed=args.failed)
-    if args.index is None:
-        yield from rows.fetch(_by_id(rows, args.id) if args.id else _first(rows, args.failed, args.limit))
-        return
+    if args.index is not None:
+        return rows.fetch([_at_index(rows, args.index)])
+    if args.id:
+        return rows.fetch(_by_id(rows, args.id))
+    wanted = (place for place, row in rows.scan("error") if row["error"] or not args.failed)
+    return rows.fetch(list(islice(wanted, args.limit)))
+
+
+def _at_index(rows: Rows, index: int) -> Place:
     if not rows.complete:
         raise ConfigError("rows have no --index until the run is complete: name an --id")
-    at = args.index
-    for part, size in enumerate(rows.sizes):
-        if at < size:
-            yield from rows.fetch([(part, at)])
-            return
-        at -= size
-    raise ConfigError(f"--index {args.index} is beyond the last row, {sum(rows.sizes) - 1}")
-
-
-def _first(rows: Rows, failed: bool, limit: int) -> list[Place]:
-    return list(islice((place for place, row in rows.scan("error") if row["error"] or not failed), limit))
+    ends = [0, *accumulate(rows.sizes)]
+    if index >= ends[-1]:
+        raise ConfigError(f"--index {index} is beyond the last row, {ends[-1] - 1}")
+    part = bisect_right(ends, index) - 1
+    return part, index - ends[part]
 
 
 def _by_id(rows: Rows, ids: list[str]) -> list[Place]:

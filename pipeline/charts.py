@@ -305,6 +305,13 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
     return drawing.done(label)
 
 
+def figures(found: Histogram, whole: bool) -> list[tuple[str, str]]:
+    """What stands under a histogram."""
+    shown = number if whole else seconds
+    values = {"min": found.least, **{name: found.quantile(q) for name, q in QUANTILES.items()}, "max": found.most}
+    return [(name, shown(round(value) if whole else value)) for name, value in values.items()]
+
+
 # The axis's own scale, there and back: as it is, logarithmic, and so for whole numbers, of which 0 is one.
 _SCALES: list[tuple[Callable[[Any], Any], Callable[[Any], Any]]] = [
     (np.asarray, np.asarray),

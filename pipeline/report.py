@@ -27,7 +27,7 @@ from rich.text import Text
 from engines.text import one_line, visible
 from pipeline import charts
 from pipeline.fs import write_atomic
-from pipeline.stats import Histogram, Stats
+from pipeline.stats import Stats
 
 REPORT = "report.html"
 # Of the conversations, as they stand in the file.
@@ -78,7 +78,6 @@ def render(manifest: Mapping[str, Any], stats: Stats) -> str:
         "series": series,
         "sums": sums,
         "charts": charts,
-        "figures": figures,
         "names": [file["path"].rsplit("/", 1)[-1] for file in manifest["input"]["files"]],
         "bytes": sum(file["bytes"] or 0 for file in manifest["input"]["files"]),
         "duplicates": manifest["rows"]["total"] - manifest["rows"]["invalid"] - manifest["rows"]["requests"],
@@ -129,11 +128,3 @@ def _dollars(value: float | None) -> str:
     if value >= 1 or round(value, 2) == value:
         return f"${value:,.2f}"
     return f"${value:.4g}" if value >= 1e-4 else f"${value:.1e}"
-
-
-def figures(found: Histogram, whole: bool) -> list[tuple[str, str]]:
-    """What stands under a histogram."""
-    shown = charts.number if whole else charts.seconds
-    values = {"min": found.least, "p50": found.quantile(0.5), "p95": found.quantile(0.95), "p99": found.quantile(0.99)}
-    values["max"] = found.most
-    return [(name, shown(round(value) if whole else value)) for name, value in values.items()]
