@@ -12,7 +12,7 @@ from rich.text import Text
 
 from engines.text import visible
 from jobs.guide import see_type
-from jobs.reading import Arguments, Output, Rows, brief, inspect, number, open_output, print_json, say, steady
+from jobs.reading import Arguments, Output, Rows, brief, number, open_output, print_json, say, steady
 
 LIMIT = 5
 EXAMPLES = 3
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     what = "Failed rows by type and message, and the command that asks them again. Works while a run goes on."
     parser = Arguments("errors", what, "out\nout --limit 20\ns3://bucket/out --json")
     parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"messages shown of each type (default: {LIMIT})")
-    return inspect(parser, argv, _run)
+    return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:

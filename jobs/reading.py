@@ -244,32 +244,26 @@ class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.replace('the following arguments are required:', 'missing:')} ({self.prog} --help)")
 
-    def read(self, argv: list[str]) -> argparse.Namespace:
-        """Raises `ConfigError` for what it does not know, with the nearest name."""
-        args, rest = self.parse_known_args(argv)
-        if rest:
-            known = [name for action in self._actions for name in action.option_strings]
-            word = rest[0].partition("=")[0]
-            what = f"there is no option {word}{nearest(word, known)}" if word.startswith("-") else f"{word} is one too many"
-            self.error(what)
-        return args
-
-
-def inspect(parser: Arguments, argv: list[str], work: Callable[[argparse.Namespace, Console], int]) -> int:
-    """Runs such a job; what is wrong is one line."""
-    try:
-        args = parser.read(argv)
-        return work(args, Console())
-    except SystemExit as end:  # --help; or the reader of a pipe is gone
-        return int(end.code or 0)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ConfigError, OSError, pa.ArrowException) as error:
-        print(f"eagleray: {visible(one_line(error))}", file=sys.stderr)
-        return 2
+    def run(self, argv: list[str], work: Callable[[argparse.Namespace, Console], int]) -> int:
+        """Runs the job; what is wrong is one line, for an option it does not know with the nearest name."""
+        try:
+            args, rest = self.parse_known_args(argv)
+            if rest:
+                known = [name for action in self._actions for name in action.option_strings]
+                word = rest[0].partition("=")[0]
+                unknown = f"there is no option {word}{nearest(word, known)}"
+                self.error(unknown if word.startswith("-") else f"{word} is one too many")
+            return work(args, Console())
+        except SystemExit as end:  # --help; or the reader of a pipe is gone
+            return int(end.code or 0)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (ConfigError, OSError, pa.ArrowException) as error:
+            print(f"eagleray: {visible(one_line(error))}", file=sys.stderr)
+            return 2
 
 
 def number(least: int) -> Callable[[str], int]:

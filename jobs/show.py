@@ -17,20 +17,7 @@ from rich.text import Text
 
 from engines.text import visible
 from engines.types import ConfigError, nearest
-from jobs.reading import (
-    Arguments,
-    Output,
-    Place,
-    Row,
-    Rows,
-    brief,
-    inspect,
-    number,
-    open_output,
-    print_json,
-    say,
-    steady,
-)
+from jobs.reading import Arguments, Output, Place, Row, Rows, brief, number, open_output, print_json, say, steady
 from pipeline.ledger import COMPLETION_FIELDS
 
 LIMIT = 5
@@ -49,7 +36,7 @@ def main(argv: list[str]) -> int:
     which.add_argument("--index", type=number(0), help="the row at this place of the input, from 0")
     which.add_argument("--failed", action="store_true", help="rows that failed")
     parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"at most so many rows (default: {LIMIT})")
-    return inspect(parser, argv, _run)
+    return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from engines.base import EngineConfig, Price
 from engines.text import visible
-from jobs.reading import BATCHES, Arguments, Output, ago, inspect, open_output, print_json, steady
+from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
 from pipeline.budget import batch_share
 from pipeline.fs import exists, listing
 from pipeline.ledger import SEGMENTS
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     what = "How a run stands: while it goes on, after it stopped, when it is complete. Starts nothing, changes nothing."
     parser = Arguments("status", what, "out\ns3://bucket/out --json\nout --watch")
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:.0f} s until the run is over")
-    return inspect(parser, argv, _run)
+    return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
