@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,14 @@ _VERSION = re.compile(r"-(\d{4}-?\d{2}-?\d{2}|latest)$")
 def priced(config: EngineConfig, folder: Path | None = None) -> Price:
     """The price of this engine's model: what `config.price` says, the rest from the lists; `folder`'s come first."""
     given = config.price
-    found = None
-    if config.model and not all(getattr(given, rate) is not None for rate in ("input", "output")):
-        found = _find(config.kind, config.model, folder)
-    if found is None:
+    if not config.model or (given.input is not None and given.output is not None):
         return given
-    own = {f.name: value for f in fields(Price) if (value := getattr(given, f.name)) is not None}
-    return replace(found, **own)
+    found = _find(config.kind, config.model, folder) or Price()
+    return replace(found, **{name: value for name, value in asdict(given).items() if value is not None})
 
 
 def _find(kind: str, model: str, folder: Path | None) -> Price | None:
-    packaged = importlib.resources.files("conf") / "price"
-    for where in (folder, packaged) if folder else (packaged,):
+    for where in filter(None, (folder, importlib.resources.files("conf") / "price")):
         listed = _listed(where / f"{kind}.yaml")
         rates = listed["models"].get(model) or listed["models"].get(_VERSION.sub("", model))
         if rates is not None:

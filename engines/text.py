@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def cut_at_stop(text: str, stops: Iterable[str]) -> str:
     return text[: min(places)] if places else text
 
 
-def printable(text: str) -> str:
-    """Without what a terminal would obey."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+# Control characters, formats (such as those that turn the direction of writing), halves of pairs, line separators.
+_ACTING = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+# What may be one of them; line ends, tabs and joiners (as in emoji) stay.
+_ODD = re.compile("[^ -~\n\t\u200c\u200d]")
+
+
+def visible(text: str, instead: str | None = None) -> str:
+    """`text` with all that would act instead of being seen, in a terminal or on a page, spelled out."""
+
+    def shown(found: re.Match[str]) -> str:
+        if unicodedata.category(found[0]) not in _ACTING:
+            return found[0]
+        return instead or found[0].encode("unicode_escape").decode()
+
+    return _ODD.sub(shown, text.replace("\r\n", "\n"))

@@ -7,9 +7,9 @@ import contextlib
 import io
 import json
 import sys
-import unicodedata
 from typing import TYPE_CHECKING
 
+from engines.text import visible
 from engines.types import Completion, EngineError, Message, Request, answer, nearest
 from jobs.infer import guarded, keys_help, start
 from pipeline.config import Config
@@ -24,6 +24,7 @@ COMMANDS = {
     "/help": "these lines",
 }
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+UNSEEN = "\ufffd"  # stands for what would command the terminal
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +62,7 @@ class Chat:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # arrows and history in `input`
             model = self.engine.config.model or self.engine.kind
-            print(f"Chatting with {visible(model)}. Ctrl-C stops an answer, /help lists what else there is.")
+            print(f"Chatting with {visible(model, UNSEEN)}. Ctrl-C stops an answer, /help lists what else there is.")
         while True:
             try:
                 line = input("> " if self.terminal else "").strip()
@@ -135,21 +136,11 @@ class Chat:
     def complain(self, reason: str) -> None:
         self.failed = True
         sys.stdout.flush()
-        print(f"eagleray: {visible(' '.join(reason.split()))}", file=sys.stderr, flush=True)
+        print(f"eagleray: {visible(' '.join(reason.split()), UNSEEN)}", file=sys.stderr, flush=True)
 
 
 def _print(text: str, before: str = "") -> None:
-    print(before + visible(text), end="", flush=True)
-
-
-def visible(text: str) -> str:
-    """Text that cannot command a terminal: of what is not written, line ends, tabs and joiners (as in emoji) stay."""
-    text = text.replace("\r\n", "\n")
-    return "".join(c if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in _UNSEEN else "\ufffd" for c in text)
-
-
-# Control characters, formats (such as those that turn the direction of writing), halves of pairs, line separators.
-_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+    print(before + visible(text, UNSEEN), end="", flush=True)
 
 
 def help_text() -> str:

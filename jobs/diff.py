@@ -8,7 +8,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engines.text import visible
 from engines.types import ConfigError
-from jobs.reading import Arguments, Output, Row, Rows, brief, inspect, number, open_output, print_json, say, steady, visible
+from jobs.reading import Arguments, Output, Row, Rows, brief, number, open_output, print_json, say, steady
 from jobs.show import figures, parsed
 from pipeline.lossless import loads
 
@@ -82,12 +82,12 @@ def main(argv: list[str]) -> int:
     parser = Arguments("diff", what, "out/a out/b\nout/a out/b --id q17\nout/a out/b --limit 50 --json", ("OUT_A", "OUT_B"))
     parser.add_argument("--id", action="append", help="only this row, equal or not (may be given several times)")
     parser.add_argument("--limit", type=number(0), default=LIMIT, help=f"rows shown that differ (default: {LIMIT})")
-    return inspect(parser, argv, _run)
+    return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     outs = [open_output(args.OUT_A), open_output(args.OUT_B)]
-    a, b = (steady(partial(Side, out)) for out in outs)
+    a, b = (steady(Side, out) for out in outs)
     by, at_a, at_b = matched(a, b)
     told, differ = compare(a, b, at_a, at_b)
     told |= {"matched_by": by, "settings": _settings(*outs)}

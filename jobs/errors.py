@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.text import Text
 
+from engines.text import visible
 from jobs.guide import see_type
-from jobs.reading import Arguments, Output, Rows, brief, inspect, number, open_output, print_json, say, steady, visible
+from jobs.reading import Arguments, Output, Rows, brief, number, open_output, print_json, say, steady
 
 LIMIT = 5
 EXAMPLES = 3
@@ -55,9 +55,10 @@ def pattern_of(message: str) -> str:
 class Kind:
     """The failures that have one message, but for its numbers."""
 
+    pattern: str
+    first: str  # the whole message of the first one
     rows: int = 0
     ids: list[str] = field(default_factory=list)
-    message: str = ""
 
 
 def main(argv: list[str]) -> int:
@@ -65,21 +66,19 @@ def main(argv: list[str]) -> int:
     what = "Failed rows by type and message, and the command that asks them again. Works while a run goes on."
     parser = Arguments("errors", what, "out\nout --limit 20\ns3://bucket/out --json")
     parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"messages shown of each type (default: {LIMIT})")
-    return inspect(parser, argv, _run)
+    return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     out = open_output(args.OUT)
-    found = steady(lambda: collect(out))
+    found: dict[str, list[Kind]] = steady(collect, out)
     again = out.command(retry_failed=True)
-    failed = sum(kind.rows for kinds in found.values() for kind in kinds.values())
-    order = sorted(found, key=lambda type: -sum(kind.rows for kind in found[type].values()))
+    failed = sum(map(_count, found.values()))
     if args.json:
         types = {
-            type: {"rows": sum(k.rows for k in found[type].values()), "advice": ADVICE.get(type),
-                   "messages": [{"pattern": pattern, "rows": k.rows, "ids": k.ids, "first": k.message}
-                                for pattern, k in _sorted(found[type])]}
-            for type in order
+            type: {"rows": _count(kinds), "advice": ADVICE.get(type),
+                   "messages": [{"pattern": k.pattern, "rows": k.rows, "ids": k.ids, "first": k.first} for k in kinds]}
+            for type, kinds in found.items()
         }  # fmt: skip
         print_json({"output": out.path, "complete": out.manifest is not None, "failed": failed, "types": types,
                     "command": again})  # fmt: skip
@@ -88,8 +87,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     so_far = "" if out.manifest is not None else " so far"
     of = f" of {out.manifest['rows']['total']:,}" if out.manifest is not None else ""
     say(console, f"{out.path}: {failed:,}{of} rows failed{so_far}.", "bold" if failed else "bold green")
-    for type in order:
-        _show(type, _sorted(found[type]), args.limit, console)
+    for type, kinds in found.items():
+        _show(type, kinds, args.limit, console)
     if unread:
         say(console, f"\n{_rows(unread)} of the input cannot be read; the reasons are told once the run is complete.")
     if failed and out.live:
@@ -99,47 +98,46 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def collect(out: Output) -> dict[str, dict[str, Kind]]:
-    """type -> pattern of message -> its rows."""
+def collect(out: Output) -> dict[str, list[Kind]]:
+    """type -> its kinds; of both, those with the most rows first."""
     found: dict[str, dict[str, Kind]] = {}
-    patterns: Counter[str] = Counter()
+    patterns = 0
     for _, row in Rows(out, failed=True).scan("id", "error"):
         if not (error := row["error"]):
             continue
-        kinds = found.setdefault(str(error["type"]), {})
-        pattern = pattern_of(str(error["message"] or ""))
-        if pattern not in kinds and patterns["all"] >= PATTERNS:
+        kinds, message = found.setdefault(str(error["type"]), {}), str(error["message"] or "")
+        pattern = pattern_of(message)
+        if pattern not in kinds and patterns >= PATTERNS:
             pattern = "(other messages)"
         if pattern not in kinds:
-            patterns["all"] += 1
-            kinds[pattern] = Kind(message=str(error["message"] or "")[:2000])
+            patterns += 1
+            kinds[pattern] = Kind(pattern, message[:2000])
         kind = kinds[pattern]
         kind.rows += 1
         if len(kind.ids) < EXAMPLES:
             kind.ids.append(str(row["id"]))
-    return found
+    ordered = {type: sorted(kinds.values(), key=lambda kind: -kind.rows) for type, kinds in found.items()}
+    return dict(sorted(ordered.items(), key=lambda item: -_count(item[1])))
 
 
-def _sorted(kinds: dict[str, Kind]) -> list[tuple[str, Kind]]:
-    return sorted(kinds.items(), key=lambda item: -item[1].rows)
+def _count(kinds: list[Kind]) -> int:
+    return sum(kind.rows for kind in kinds)
 
 
-def _show(type: str, kinds: list[tuple[str, Kind]], limit: int, console: Console) -> None:
-    rows = sum(kind.rows for _, kind in kinds)
+def _show(type: str, kinds: list[Kind], limit: int, console: Console) -> None:
     console.print()
-    console.print(Text(visible(type), "bold red") + Text(f"  {_rows(rows)}", "not bold default"))
+    console.print(Text(visible(type), "bold red") + Text(f"  {_rows(_count(kinds))}", "not bold default"))
     if type in ADVICE:
         say(console, f"  {ADVICE[type]} {see_type(type)}")
-    for pattern, kind in kinds[:limit]:
-        message = brief(kind.message, 300)
-        say(console, f"  {kind.rows:>7,}  {pattern if kind.rows > 1 else message}", "yellow")
-        if kind.rows > 1 and message != pattern:
+    for kind in kinds[:limit]:
+        message = brief(kind.first, 300)
+        say(console, f"  {kind.rows:>7,}  {kind.pattern if kind.rows > 1 else message}", "yellow")
+        if kind.rows > 1 and message != kind.pattern:
             say(console, f"           first: {message}", "dim")
         more = ", …" if kind.rows > len(kind.ids) else ""
         say(console, "           ids: " + ", ".join(brief(id, 60) for id in kind.ids) + more, "dim")
-    if len(kinds) > limit:
-        rest = sum(kind.rows for _, kind in kinds[limit:])
-        say(console, f"           and {_rows(rest)} with {len(kinds) - limit:,} other messages (--limit)", "dim")
+    if rest := kinds[limit:]:
+        say(console, f"           and {_rows(_count(rest))} with {len(rest):,} other messages (--limit)", "dim")
 
 
 def _show_again(out: Output, again: str | None, console: Console) -> None:

@@ -151,41 +151,34 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     from pipeline.feed import Interpreter
     from pipeline.formats import RowParser
     from pipeline.keys import Keyer
-    from pipeline.preflight import cost_line, read_rows
+    from pipeline.preflight import Rows
     from pipeline.run import list_pieces
 
     dataset = config.dataset
     parser = RowParser(dataset.format, dataset.columns, dataset.template)
     interpreter = Interpreter(parser, Keyer(config.engine, config.params()), dataset.max_row_bytes)
-    found = read_rows(config, list_pieces(config, console), interpreter, context, prompts_of(config.engine))
+    found = Rows(config, context, prompts_of(config.engine)).read(list_pieces(config, console), interpreter)
     asked, prompts = len(found.keys), np.array(found.prompts or [0])
     rows = f"{found.rows:,} in {found.files:,} files: {asked:,} requests to ask, {found.duplicates:,} duplicates"
     lines: list[Line] = [("rows", rows, False)]
     if found.invalid:
         lines.append(("invalid", f"{found.invalid:,} cannot be asked", True))
         lines += [("", reason, True) for reason in found.reasons]
-    way = "by the model's tokenizer and template" if found.exact else "estimated: 4 bytes of JSON each"
     least, median, most_of, most = (int(value) for value in np.percentile(prompts, (0, 50, 99, 100)))
     spread = f"least {least:,}, median {median:,}, 99% {most_of:,}, most {most:,}"
-    lines.append(("prompt tokens", f"{prompts.sum():,} ({way}); {spread}", False))
+    lines.append(("prompt tokens", f"{prompts.sum():,} ({found.way}); {spread}", False))
     edges = [1 << power for power in range(max(0, least - 1).bit_length(), max(0, most - 1).bit_length() + 1)]
     counts = np.histogram(prompts, [0, *(edge + 0.5 for edge in edges)])[0]
     for edge, rows_here in zip(edges, counts.tolist(), strict=True):
         lines.append((f"  to {edge:,}", f"{'█' * -(-BAR * rows_here // max(counts.tolist()))} {rows_here:,}", False))
-    words = "at most" if found.bounded else "about (nothing bounds all of them; see generation.max_tokens)"
-    lines.append(("output tokens", f"{words} {found.output:,.0f}", False))
-    if context is None:
-        lines.append(("too long", "not known: the engine's context is not known here", False))
-    elif found.too_long + found.cut:
-        text = f"{found.too_long:,} prompts do not fit {context:,} tokens; {found.cut:,} answers may be cut short by it"
-        lines += [("too long", text, True), *(("", example, True) for example in found.long)]
-    else:
-        lines.append(("too long", f"none: all fit {context:,} tokens", False))
+    lines.append(("output tokens", found.answers, False))
+    fits = "not known: the engine's context is not known here" if context is None else f"none: all fit {context:,} tokens"
+    lines += list(found.lengths(bad=True)) or [("too long", fits, False)]
     if not config.engine.provider:
         return [*lines, ("time", "not known beforehand: eagleray infer with dataset.limit=100 measures it", False)]
-    cost = f"{cost_line(config, found)}, with nothing from the provider's cache" if config.engine.price.known else ""
+    cached = ", with nothing from the provider's cache" if config.engine.price.known else ""
     time = _time(config, asked, int(prompts.sum()), found.output)
-    return [*lines, ("cost", cost or cost_line(config, found), False), ("time", time, False)]
+    return [*lines, ("cost", f"{found.cost()}{cached}", False), ("time", time, False)]
 
 
 def _time(config: Config, asked: int, prompt: int, output: float) -> str:

@@ -11,21 +11,20 @@ import shlex
 import socket
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from engines.text import one_line as said
+from engines.text import one_line, visible
 from engines.types import ConfigError, nearest
 from pipeline.fs import TRIES, exists, listing, resolve, steadily
 from pipeline.ledger import SEGMENTS, read_index
@@ -36,7 +35,6 @@ from pipeline.state import STATE
 MANIFEST, BATCHES = "manifest.json", "_batches"
 # Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.
 BUFFER = 4 << 20
-T = TypeVar("T")
 Row = dict[str, Any]
 Place = tuple[int, int]  # which part, which row of it
 
@@ -58,8 +56,7 @@ class Output:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration without secrets, as far as it is known."""
-        found: dict[str, Any] = (self.manifest or self.run or {}).get("config", {})
-        return found
+        return (self.manifest or self.run or {}).get("config", {})
 
     @property
     def style(self) -> str:
@@ -103,7 +100,7 @@ def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{path} cannot be read: {said(error)}") from None
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} cannot be read: it holds no object")
     return found
@@ -165,9 +162,8 @@ class Rows:
             names = [name for name in columns if name in parquet.schema_arrow.names] if columns else None
             at = 0
             for batch in parquet.iter_batches(4096 if names else 256, columns=names):
-                mine = range(len(batch)) if wanted is None else [i for i in range(len(batch)) if at + i in wanted]
-                if len(mine):
-                    yield from zip((at + i for i in mine), batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True)
+                mine = [i for i in range(len(batch)) if wanted is None or at + i in wanted]
+                yield from zip((at + i for i in mine), batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True)
                 at += len(batch)
                 if at > last:
                     return
@@ -192,31 +188,13 @@ def in_our_shape(row: Row, style: str) -> Row:
             "tool_calls": message.get("tool_calls"), "usage": tokens, "model": body["model"], "error": None}  # fmt: skip
 
 
-def steady(work: Callable[[], T]) -> T:
-    """`work()`; again where a file was merged into another one meanwhile, as those of the ledger are."""
-    for _ in range(TRIES - 1):
-        try:
-            return work()
-        except FileNotFoundError:
-            time.sleep(0.2)
-    return work()
+# Does some work again where a file was merged into another one meanwhile, as those of the ledger are.
+steady = Retrying(
+    stop=stop_after_attempt(TRIES), wait=wait_fixed(0.2), retry=retry_if_exception_type(FileNotFoundError), reraise=True
+)
 
 
 # -- the terminal -----------------------------------------------------------------------------------------------------
-
-_JOINERS = "\n\t\u200c\u200d"
-
-
-def visible(text: str) -> str:
-    """`text` with all that a terminal would obey, and what turns the direction of writing, spelled out."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c
-        if c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text.replace("\r\n", "\n")
-    )
 
 
 def brief(value: Any, length: int = 200) -> str:
@@ -228,11 +206,7 @@ def brief(value: Any, length: int = 200) -> str:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """For programs; in ASCII, so that it is safe on a terminal as well."""
-    print(json.dumps(value, indent=indent, default=_simple))
-
-
-def _simple(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else plain(value)
+    print(json.dumps(value, indent=indent, default=plain))
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -270,32 +244,26 @@ class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.replace('the following arguments are required:', 'missing:')} ({self.prog} --help)")
 
-    def read(self, argv: list[str]) -> argparse.Namespace:
-        """Raises `ConfigError` for what it does not know, with the nearest name."""
-        args, rest = self.parse_known_args(argv)
-        if rest:
-            known = [name for action in self._actions for name in action.option_strings]
-            word = rest[0].partition("=")[0]
-            what = f"there is no option {word}{nearest(word, known)}" if word.startswith("-") else f"{word} is one too many"
-            self.error(what)
-        return args
-
-
-def inspect(parser: Arguments, argv: list[str], work: Callable[[argparse.Namespace, Console], int]) -> int:
-    """Runs such a job; what is wrong is one line."""
-    try:
-        args = parser.read(argv)
-        return work(args, Console())
-    except SystemExit as end:  # --help; or the reader of a pipe is gone
-        return int(end.code or 0)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ConfigError, OSError, pa.ArrowException) as error:
-        print(f"eagleray: {visible(said(error))}", file=sys.stderr)
-        return 2
+    def run(self, argv: list[str], work: Callable[[argparse.Namespace, Console], int]) -> int:
+        """Runs the job; what is wrong is one line, for an option it does not know with the nearest name."""
+        try:
+            args, rest = self.parse_known_args(argv)
+            if rest:
+                known = [name for action in self._actions for name in action.option_strings]
+                word = rest[0].partition("=")[0]
+                unknown = f"there is no option {word}{nearest(word, known)}"
+                self.error(unknown if word.startswith("-") else f"{word} is one too many")
+            return work(args, Console())
+        except SystemExit as end:  # --help; or the reader of a pipe is gone
+            return int(end.code or 0)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (ConfigError, OSError, pa.ArrowException) as error:
+            print(f"eagleray: {visible(one_line(error))}", file=sys.stderr)
+            return 2
 
 
 def number(least: int) -> Callable[[str], int]:

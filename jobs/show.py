@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 from rich.console import Console
@@ -14,22 +15,9 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
+from engines.text import visible
 from engines.types import ConfigError, nearest
-from jobs.reading import (
-    Arguments,
-    Output,
-    Place,
-    Row,
-    Rows,
-    brief,
-    inspect,
-    number,
-    open_output,
-    print_json,
-    say,
-    steady,
-    visible,
-)
+from jobs.reading import Arguments, Output, Place, Row, Rows, brief, number, open_output, print_json, say, steady
 from pipeline.ledger import COMPLETION_FIELDS
 
 LIMIT = 5
@@ -48,15 +36,14 @@ def main(argv: list[str]) -> int:
     which.add_argument("--index", type=number(0), help="the row at this place of the input, from 0")
     which.add_argument("--failed", action="store_true", help="rows that failed")
     parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"at most so many rows (default: {LIMIT})")
-    return inspect(parser, argv, _run)
+    return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     out = open_output(args.OUT)
-    found = _found(out, args)
     count = 0
     # The ledger's files may be merged while they are read: then all of it again, before anything is printed.
-    for row in found if out.manifest is not None else steady(lambda: list(_found(out, args))):
+    for row in _found(out, args) if out.manifest is not None else steady(lambda: list(_found(out, args))):
         count += 1
         if args.json:
             print_json(parsed(row), indent=None)
@@ -76,22 +63,22 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 def _found(out: Output, args: argparse.Namespace) -> Iterator[Row]:
     rows = Rows(out, failed=args.failed)
-    if args.index is None:
-        yield from rows.fetch(_by_id(rows, args.id) if args.id else _first(rows, args.failed, args.limit))
-        return
+    if args.index is not None:
+        return rows.fetch([_at_index(rows, args.index)])
+    if args.id:
+        return rows.fetch(_by_id(rows, args.id))
+    wanted = (place for place, row in rows.scan("error") if row["error"] or not args.failed)
+    return rows.fetch(list(islice(wanted, args.limit)))
+
+
+def _at_index(rows: Rows, index: int) -> Place:
     if not rows.complete:
         raise ConfigError("rows have no --index until the run is complete: name an --id")
-    at = args.index
-    for part, size in enumerate(rows.sizes):
-        if at < size:
-            yield from rows.fetch([(part, at)])
-            return
-        at -= size
-    raise ConfigError(f"--index {args.index} is beyond the last row, {sum(rows.sizes) - 1}")
-
-
-def _first(rows: Rows, failed: bool, limit: int) -> list[Place]:
-    return list(islice((place for place, row in rows.scan("error") if row["error"] or not failed), limit))
+    ends = [0, *accumulate(rows.sizes)]
+    if index >= ends[-1]:
+        raise ConfigError(f"--index {index} is beyond the last row, {ends[-1] - 1}")
+    part = bisect_right(ends, index) - 1
+    return part, index - ends[part]
 
 
 def _by_id(rows: Rows, ids: list[str]) -> list[Place]:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,10 +15,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from engines.base import Price
-from jobs.reading import BATCHES, Arguments, Output, ago, inspect, open_output, print_json, steady, visible
+from engines.base import EngineConfig, Price
+from engines.text import visible
+from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
+from pipeline.budget import batch_share
 from pipeline.fs import exists, listing
-from pipeline.ledger import SEGMENTS, USAGE, split_keys
+from pipeline.ledger import SEGMENTS
 
 OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
 WATCH_S = 5.0
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     what = "How a run stands: while it goes on, after it stopped, when it is complete. Starts nothing, changes nothing."
     parser = Arguments("status", what, "out\ns3://bucket/out --json\nout --watch")
     parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:.0f} s until the run is over")
-    return inspect(parser, argv, _run)
+    return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
@@ -59,19 +60,15 @@ def look(out: Output) -> dict[str, Any]:
     engine = out.config.get("engine", {})
     told: dict[str, Any] = {"output": out.path, "engine": engine.get("kind"), "model": engine.get("model")}
     if (done := out.manifest) is not None:
-        told |= {
-            "state": "complete", "rows": done["rows"], "errors": done["errors"], "tokens": done["tokens"],
-            "cost_usd": done["cost_usd"], "started_at": done["started_at"], "finished_at": done["finished_at"],
-            "last_activity_at": done["finished_at"],
-        }  # fmt: skip
-        return told
+        names = ("rows", "errors", "tokens", "cost_usd", "started_at", "finished_at")
+        return told | {"state": "complete", **{k: done[k] for k in names}, "last_activity_at": done["finished_at"]}
     told |= _unfinished(out)
     if exists(out.fs, f"{out.root}/{BATCHES}"):
         from pipeline.batches import Book
 
         told["batches"] = [
             {"id": batch.id or batch.name, "state": batch.state, "rows": batch.rows}
-            for batch in steady(lambda: Book(out.fs, out.root)).open
+            for batch in steady(Book, out.fs, out.root).open
         ]
     if not out.live:
         told["command"] = out.command()
@@ -84,7 +81,7 @@ def _unfinished(out: Output) -> dict[str, Any]:
     last = run["beat_at"] if run else None
     fed = counts.get("fed", False)  # only then it is known which of the earlier answers count
     if not out.live and not (fed and run and run["ended"]):  # it had no time for last words: the ledger knows more
-        found = steady(lambda: _ledger(out, run["began_at"] if run and fed else 0.0))
+        found = steady(_ledger, out, run["began_at"] if run and fed else 0.0)
         last = max(filter(None, (last, found.pop("last_at"))), default=None)
         counts |= found if fed else {**found, "answered": 0, "duplicates": 0}
     errors = {k: v for k, v in counts.get("errors", {}).items() if v}
@@ -117,42 +114,41 @@ def _unfinished(out: Output) -> dict[str, Any]:
 
 def _cost(config: dict[str, Any], counts: dict[str, Any]) -> float | None:
     """At the prices of the configuration; what came from a cache counts in full. None where no price is known."""
-    price = Price(**(config.get("engine", {}).get("price") or {}))
-    share = 1.0
-    if config.get("run", {}).get("mode") == "batch":
-        from pipeline.budget import BATCH_PRICE
-
-        share = float(config["engine"]["provider"].get("batch", {}).get("price", BATCH_PRICE))
-    cost = share * price.of(counts.get("input_tokens", 0), 0, counts.get("output_tokens", 0))
-    return cost if price.input or price.output else None
+    engine = config.get("engine", {})
+    price = Price(**(engine.get("price") or {}))
+    if not price.input and not price.output:
+        return None
+    batch = config["run"]["mode"] == "batch"
+    share = batch_share(EngineConfig(engine["kind"], provider=engine["provider"])) if batch else 1.0
+    return share * price.of(counts.get("input_tokens", 0), 0, counts.get("output_tokens", 0))
 
 
 def _ledger(out: Output, since: float) -> dict[str, Any]:
     """What the segments hold that was done from then on."""
-    done, keys = [], []
+    kept = ["error.type", "usage.input", "usage.output"]
+    tables = []
     for info in listing(out.fs, f"{out.root}/{SEGMENTS}"):
         if info.path.endswith(".parquet") and (info.mtime_ns or 0) / 1e9 >= int(since):
             with out.fs.open_input_file(info.path) as file:
                 try:
-                    table = pq.ParquetFile(file).read(columns=["key", "error.type", "done_at", "usage"])
+                    tables.append(pq.ParquetFile(file).read(columns=["key", "done_at", *kept]).flatten())
                 except pa.ArrowInvalid:  # torn: its rows will be asked again
                     continue
-            table = table.filter(pc.greater_equal(table["done_at"].cast(pa.int64()), int(since * 1000)))
-            keys.append(split_keys(table["key"].cast(pa.binary(32)))[0])
-            done.append(table.drop_columns(["key"]))
-    if not done:
+    if not tables:
         return {"last_at": None}
-    table = pa.concat_tables(done)
+    begin = pa.scalar(int(since * 1000), pa.timestamp("ms", "UTC"))
+    table = pa.concat_tables(tables).filter(pc.field("done_at") >= begin)
+    last = pc.max(table["done_at"]).as_py()
     # A row may stand there twice: when its segment was being merged, or answered after a failure.
-    at = np.asarray(table["done_at"].cast(pa.int64()))
-    order = np.argsort(np.asarray(pc.is_valid(pc.struct_field(table["error"], "type"))), kind="stable")
-    table = table.take(pa.array(order[np.unique(np.concatenate(keys)[order], return_index=True)[1]]))
-    types = Counter(pc.struct_field(table["error"], "type").drop_null().to_pylist())
-    tokens = {f.name: pc.sum(pc.struct_field(table["usage"], f.name)).as_py() or 0 for f in USAGE}
+    table = table.append_column("failed", table["error.type"].is_valid()).sort_by("failed")
+    first = pc.ScalarAggregateOptions(skip_nulls=False)
+    best = table.group_by("key", use_threads=False).aggregate([(name, "first", first) for name in kept])
+    types, read, written = (best[f"{name}_first"] for name in kept)
+    errors = Counter(types.drop_null().to_pylist())
     return {
-        "done": len(table) - types.total(), "failed": types.total(), "errors": dict(types),
-        "input_tokens": tokens["input"], "output_tokens": tokens["output"],
-        "last_at": float(at.max()) / 1000 if len(at) else None,
+        "done": len(best) - errors.total(), "failed": errors.total(), "errors": dict(errors),
+        "input_tokens": pc.sum(read).as_py() or 0, "output_tokens": pc.sum(written).as_py() or 0,
+        "last_at": last and last.timestamp(),
     }  # fmt: skip
 
 

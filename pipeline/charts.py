@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from markupsafe import Markup
 
 from pipeline.stats import COARSE, SUMS, Floats, Histogram, Timeline, lower_edge, quantile_of
@@ -115,12 +117,10 @@ class Drawing:
         size = f'x="{left}" y="{TOP}" width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
         self.parts.append(f'<rect class="hover" {size}><title>{text}</title></rect>')
 
-    def base(self) -> None:
-        y = HEIGHT - BOTTOM
-        self.parts.append(f'<line class="axis" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-
     def done(self, label: str) -> Markup:
-        drawn = "".join(self.parts)
+        y = HEIGHT - BOTTOM
+        axis = f'<line class="axis" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+        drawn = "".join([*self.parts, axis])
         return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{drawn}</svg>')
 
 
@@ -147,6 +147,10 @@ class Column:
         return self.at + self.seconds
 
     @property
+    def rows(self) -> int:
+        return self.answered + self.failed
+
+    @property
     def when(self) -> str:
         return f"{clock(self.start_ms)}, {seconds(self.seconds)}"
 
@@ -166,7 +170,7 @@ def series_of(timeline: Timeline) -> Series:
     while len(stretches) > MOST_STRETCHES:  # the shortest pauses are drawn
         least = int(np.argmin(stretches[1:, 0] - stretches[:-1, 1]))
         stretches = np.delete(stretches.ravel(), [2 * least + 1, 2 * least + 2]).reshape(-1, 2)
-    rows = sum(int(np.asarray(timeline.cells[name]).sum()) for name in ("answered", "failed"))
+    rows = sum(pc.sum(timeline.cells[name]).as_py() for name in ("answered", "failed"))
     most = len(stretches) + max(12, min(COLUMNS, rows // 2))
     while sum(end // timeline.width_ms - start // timeline.width_ms + 1 for start, end in stretches.tolist()) > most:
         timeline.widen()
@@ -209,7 +213,7 @@ def _over_time(series: Series, top: float, scale: Callable[[float], str] = short
 
 
 def rows_over_time(series: Series) -> Markup:
-    top = max((column.answered + column.failed) / column.rate_s for column in series.columns) * 1.08
+    top = max(column.rows / column.rate_s for column in series.columns) * 1.08
     drawing = _over_time(series, top)
     for c in series.columns:
         answered, failed = c.answered / c.rate_s, c.failed / c.rate_s
@@ -217,7 +221,6 @@ def rows_over_time(series: Series) -> Markup:
         drawing.bar("failed", c.at, c.end, answered, answered + failed)
         also = f", {c.failed:,} failed" if c.failed else ""
         drawing.hover(c.at, c.end, f"{c.when}: {c.answered:,} answered{also}; {number(answered + failed)} a second")
-    drawing.base()
     return drawing.done("Answers per second over time")
 
 
@@ -228,20 +231,17 @@ def tokens_over_time(series: Series) -> Markup:
         drawing.bar("tokens", c.at, c.end, 0, c.output / c.rate_s)
         told = f"{c.output:,} output tokens, {number(c.output / c.rate_s)} a second; {c.input:,} input tokens"
         drawing.hover(c.at, c.end, f"{c.when}: {told}")
-    drawing.base()
     return drawing.done("Output tokens per second over time")
 
 
 def latency_over_time(series: Series) -> Markup:
     top = max(column.p95 for column in series.columns) * 1.08
     drawing = _over_time(series, top, seconds)
-    runs: list[list[Column]] = [[]]
-    for c in series.columns:  # a line ends where nothing came back
-        if c.answered + c.failed and (not runs[-1] or c.at - runs[-1][-1].end < 1e-6):
-            runs[-1].append(c)
-        elif runs[-1]:
-            runs.append([c] if c.answered + c.failed else [])
-    for run in filter(None, runs):
+    full = [c for c in series.columns if c.rows]
+    # A line ends where nothing came back, and at a pause.
+    ends = [n for n in range(1, len(full)) if full[n].at - full[n - 1].end >= 1e-6]
+    for start, end in pairwise([0, *ends, len(full)]):
+        run = full[start:end]
         middles = [drawing.x((c.at + c.end) / 2) for c in run]
         p50, p95 = [drawing.y(c.p50) for c in run], [drawing.y(c.p95) for c in run]
         if len(run) == 1:  # a line needs two ends
@@ -251,10 +251,8 @@ def latency_over_time(series: Series) -> Markup:
         drawing.parts.append(f'<polygon class="band" points="{upper} {" ".join(reversed(lower))}"/>')
         drawing.parts.append(f'<polyline class="p95" points="{upper}"/>')
         drawing.parts.append(f'<polyline class="p50" points="{" ".join(lower)}"/>')
-    for c in series.columns:
-        if c.answered + c.failed:
-            drawing.hover(c.at, c.end, f"{c.when}: p50 {seconds(c.p50)}, p95 {seconds(c.p95)}")
-    drawing.base()
+    for c in full:
+        drawing.hover(c.at, c.end, f"{c.when}: p50 {seconds(c.p50)}, p95 {seconds(c.p95)}")
     return drawing.done("Latency over time")
 
 
@@ -296,8 +294,7 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
         if count >= 0.5:
             span = _span(start, end, whole)
             drawing.hover(float(forth(start)), float(forth(end)), f"{span}: {count:,.0f} ({count / total:.1%})")
-    row = 0
-    last = -math.inf
+    row, last = 0, -math.inf
     for name, q in QUANTILES.items():
         x = drawing.x(float(forth(found.quantile(q) + middle)))
         row = row + 1 if x - last < 26 else 0
@@ -305,8 +302,14 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
         drawing.parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{TOP + 11 * row}" y2="{HEIGHT - BOTTOM}"/>')
         side, at = ("end", x - 3) if x > WIDTH - 40 else ("start", x + 3)
         drawing.parts.append(f'<text class="{side} name" x="{at:.1f}" y="{TOP + 11 * row + 6}">{name}</text>')
-    drawing.base()
     return drawing.done(label)
+
+
+def figures(found: Histogram, whole: bool) -> list[tuple[str, str]]:
+    """What stands under a histogram."""
+    shown = number if whole else seconds
+    values = {"min": found.least, **{name: found.quantile(q) for name, q in QUANTILES.items()}, "max": found.most}
+    return [(name, shown(round(value) if whole else value)) for name, value in values.items()]
 
 
 # The axis's own scale, there and back: as it is, logarithmic, and so for whole numbers, of which 0 is one.
@@ -336,10 +339,8 @@ def _rebinned(found: Histogram, edges: Floats, whole: bool) -> Floats:
     low, high = lower_edge(bins), lower_edge(bins + 1)
     if whole:  # each number is as wide as one
         low, high = np.ceil(low), np.maximum(np.ceil(high), np.ceil(low) + 1)
-    low, high = (
-        np.maximum(low, found.least),
-        np.minimum(high, found.most + 1 if whole else np.nextafter(found.most, np.inf)),
-    )
+    low = np.maximum(low, found.least)
+    high = np.minimum(high, found.most + 1 if whole else np.nextafter(found.most, np.inf))
     high = np.maximum(high, low + (1 if whole else 1e-9))
     counts = np.zeros(len(edges) - 1)
     for start, end, count in zip(low, high, found.counts[bins], strict=True):

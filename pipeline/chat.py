@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engines.text import visible
 from engines.types import answer
 from pipeline.lossless import dumps, loads
 
@@ -13,16 +14,9 @@ from pipeline.lossless import dumps, loads
 TEXT_CHARS, ROW_CHARS = 4_000, 12_000
 # A longer conversation loses its middle.
 FIRST_TURNS, LAST_TURNS = 4, 16
-# What would act instead of being seen: control characters, and those that reorder what comes after them.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[;,]")
 
 Turn = dict[str, Any]
-
-
-def visible(text: str) -> str:
-    """The text with control, reordering and half characters made visible."""
-    return _UNSEEN.sub(lambda match: f"<U+{ord(match[0]):04X}>", text.replace("\r\n", "\n"))
 
 
 class _Cutter:
@@ -59,12 +53,12 @@ def shown_row(
     answers = [] if error else list(_answers(completion, cut))
     if messages is not None:
         asked = loads(messages)
-        skipped = len(asked) - FIRST_TURNS - LAST_TURNS
+        if (skipped := len(asked) - FIRST_TURNS - LAST_TURNS) > 0:
+            del asked[FIRST_TURNS:-LAST_TURNS]
+        turns = [_turn(message, cut) for message in asked]
         if skipped > 0:
-            note = {"role": "note", "parts": [{"kind": "note", "text": f"{skipped:,} messages are left out here"}]}
-            turns = [*_turns(asked[:FIRST_TURNS], cut), note, *_turns(asked[-LAST_TURNS:], cut)]
-        else:
-            turns = list(_turns(asked, cut))
+            note = {"kind": "note", "text": f"{skipped:,} messages are left out here"}
+            turns.insert(FIRST_TURNS, {"role": "note", "parts": [note]})
     else:
         line = raw.decode("utf-8", "replace") if raw else _json(dict(columns or {}))
         turns = [{"role": "input", "parts": [{"kind": "code", "text": cut(line)}]}]
@@ -85,11 +79,6 @@ def _answers(completion: Mapping[str, Any], cut: _Cutter) -> Iterator[Turn]:
         yield {**turn, "answer": True, "parts": turn["parts"] or [{"kind": "note", "text": "an empty answer"}]}
 
 
-def _turns(messages: list[Any], cut: _Cutter) -> Iterator[Turn]:
-    for message in messages:
-        yield _turn(message, cut)
-
-
 def _turn(message: Mapping[str, Any], cut: _Cutter) -> Turn:
     parts = []
     if reasoning := message.get("reasoning_content") or message.get("reasoning"):
@@ -97,8 +86,8 @@ def _turn(message: Mapping[str, Any], cut: _Cutter) -> Turn:
     content = message.get("content")
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []:
         parts.append(_part(part, cut))
-    if calls := message.get("tool_calls"):
-        parts += _calls(calls, cut)
+    calls = message.get("tool_calls")
+    parts += [_call(call, cut) for call in calls] if isinstance(calls, list) else []
     return {"role": cut(message.get("role"), 40), "parts": parts}
 
 
@@ -121,16 +110,11 @@ def _whose(url: Any) -> str:
     return re.split(r"[?#]", text, maxsplit=1)[0]
 
 
-def _calls(calls: Any, cut: _Cutter) -> list[dict[str, str]]:
-    found = []
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict):
-            name, arguments = cut(function.get("name"), 200), cut(function.get("arguments"))
-            found.append({"kind": "call", "name": name, "text": arguments})
-        else:
-            found.append({"kind": "code", "text": cut(call)})
-    return found
+def _call(call: Any, cut: _Cutter) -> dict[str, str]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return {"kind": "code", "text": cut(call)}
+    return {"kind": "call", "name": cut(function.get("name"), 200), "text": cut(function.get("arguments"))}
 
 
 def _json(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from engines.footprint import Prompts, footprint, holds_model, prompts
 from engines.remote.auth import Auth
 from engines.remote.engine import RemoteEngine
 from engines.remote.provider import Provider, endpoints
-from engines.text import for_template, printable
+from engines.text import for_template, visible
 from engines.types import (
     BYTES_PER_TOKEN,
     DEFAULT_MAX_TOKENS,
@@ -45,9 +47,10 @@ from pipeline.budget import batch_share
 from pipeline.config import Config, without_secrets
 from pipeline.feed import Interpreter, Item, Piece
 from pipeline.fs import exists, listing
-from pipeline.ledger import SEGMENTS, Index
+from pipeline.ledger import SEGMENTS, Index, read_index
 from pipeline.lock import held
 from pipeline.lossless import dumps
+from pipeline.manifest import MANIFEST, unchanged
 
 # A real run's look at its input: at most so many rows, and so long for listing it and for reading them.
 FIRST_ROWS, FIRST_S = 1000, 1.0
@@ -66,7 +69,10 @@ Check = Callable[[Request], None]  # raises `EngineError` where a request cannot
 class Rows:
     """What the dataset holds. Tokens are those of distinct requests: equal deterministic ones are asked once."""
 
-    exact: bool = True  # the prompts' tokens
+    config: Config
+    context: int | None = None  # of the model, in tokens, where it is known
+    count: Prompts | None = None  # counts as the model does; without it bytes are taken for tokens
+    check: Check | None = None
     whole: bool = True  # all rows were read
     files: int = 0
     rows: int = 0
@@ -94,108 +100,109 @@ class Rows:
     def bad(self) -> int:
         return self.invalid + self.refused + self.too_long
 
+    def read(
+        self, pieces: list[Piece], interpreter: Interpreter, known: Index | None = None, most: int = sys.maxsize,
+        seconds: float = math.inf,
+    ) -> Rows:  # fmt: skip
+        """Reads all rows, or those that come first."""
+        self.files = len({piece.chunk.file for piece in pieces})
+        until = time.monotonic() + seconds
+        for items in (items for piece in pieces for items in interpreter.read(piece)):
+            keys = {id(item): item.key for item in items if item.key}
+            answered = set(compress(keys, known.find(list(keys.values())) >= 0)) if known is not None else set()
+            for item in items:
+                if self.rows >= most or (self.rows % 32 == 0 and time.monotonic() > until):
+                    self.whole = False
+                    return self
+                self.rows += 1
+                if most < sys.maxsize:
+                    self.size += len(dumps(item.row.columns)) + 1 if item.row.columns is not None else 0
+                if id(item) in answered:
+                    self.answered += 1
+                else:
+                    self._add(item)
+        return self
 
-def read_rows(
-    config: Config,
-    pieces: list[Piece],
-    interpreter: Interpreter,
-    context: int | None = None,
-    count: Prompts | None = None,
-    check: Check | None = None,
-    known: Index | None = None,
-    most: int = sys.maxsize,
-    seconds: float = float("inf"),
-) -> Rows:
-    """Reads all rows, or those that come first. `count` counts as the model does; else bytes are taken for tokens."""
-    found = Rows(count is not None, files=len({piece.chunk.file for piece in pieces}))
-    until = time.monotonic() + seconds
-    for items in (items for piece in pieces for items in interpreter.read(piece)):
-        fresh = [item for item in items if item.key is not None]
-        has = known.find([item.key for item in fresh if item.key]) >= 0 if known is not None else [False] * len(fresh)
-        answered = {id(item) for item, there in zip(fresh, has, strict=True) if there}
-        for item in items:
-            if found.rows >= most or (found.rows % 32 == 0 and time.monotonic() > until):
-                found.whole = False
-                return found
-            found.rows += 1
-            if most < sys.maxsize:
-                found.size += len(dumps(item.row.columns)) + 1 if item.row.columns is not None else 0
-            if id(item) in answered:
-                found.answered += 1
-            else:
-                _add(found, item, config, context, count, check)
-    return found
+    def _add(self, item: Item) -> None:
+        interpreted = self.config.params()
+        failure, tokens, turns, request = item.failure.message if item.failure else "", 0, 0, None
+        try:
+            if parsed := item.parsed:
+                interpreted, key = interpreted.override(parsed.generation), (item.key or b"").hex()
+                request = Request(parsed.messages, interpreted, parsed.model, parsed.adapter, key, turns=parsed.turns)
+                turns = len(request.turns)
+                # Of a script: its last request, without what the model says before.
+                last: list[Message] = [*request.messages]
+                for turn in request.turns:
+                    last += [answer(""), Message(role="user", content=turn)]
+                if self.count:
+                    tokens = self.count.count(last, interpreted)
+                else:  # as a remote engine reserves, before the provider has told better; images are left out
+                    shown = [*map(for_template, last), *(interpreted.tools or ())]
+                    tokens = round(len(dumps(shown)) / BYTES_PER_TOKEN)
+        except EngineError as error:
+            failure = f"{item.id}: {error}"
+        if failure or not item.key or request is None:
+            self.invalid += 1
+            self.reasons += [failure] if len(self.reasons) < SHOWN else []
+            return
+        limit = interpreted.max_tokens
+        context = self.context or math.inf
+        if tokens + (limit or 1) > context:  # without max_tokens an answer gets what is left
+            self.too_long += tokens >= context
+            self.cut += tokens < context
+            room = f" and {limit:,} for the answer" if limit else ""
+            self.long += [f"{item.id}: {tokens:,} tokens{room}"] if len(self.long) < SHOWN else []
+        if item.key[:8] in self.keys:
+            return
+        self.keys.add(item.key[:8])
+        if request.model is not None and len(self.models) < SHOWN:
+            self.models.add(request.model)
+        self.prompts.append(tokens)
+        remote = bool(self.config.engine.provider)
+        most = limit or (FIRST_OUTPUT if remote else DEFAULT_MAX_TOKENS)
+        self.output += (turns + (interpreted.n or 1)) * max(0, min(most, context - tokens))
+        self.bounded &= bool(limit or not remote)
+        if len(self.first) < SHOWN:
+            self.first.append((item.id, request))
+        try:
+            if self.check is not None:
+                self.check(request)
+        except EngineError as error:
+            self.refused += 1
+            self.refusals += [f"{item.id}: {error}"] if len(self.refusals) < SHOWN else []
 
+    # -- in words -----------------------------------------------------------------------------------------------------
 
-def _add(found: Rows, item: Item, config: Config, context: int | None, count: Prompts | None, check: Check | None) -> None:
-    base = interpreted = config.params()
-    failure, tokens, turns, request = item.failure.message if item.failure else "", 0, 0, None
-    try:
-        if item.parsed:
-            interpreted = base.override(item.parsed.generation)
-            request = Request(
-                item.parsed.messages,
-                interpreted,
-                item.parsed.model,
-                item.parsed.adapter,
-                (item.key or b"").hex(),
-                turns=item.parsed.turns,
-            )
-            turns = len(request.turns)
-            # Of a script: its last request, without what the model says before.
-            last: list[Message] = [*request.messages]
-            for turn in request.turns:
-                last += [answer(""), Message(role="user", content=turn)]
-            if count:
-                tokens = count.count(last, interpreted)
-            else:  # as a remote engine reserves, before the provider has told better; images are left out
-                shown = [*map(for_template, last), *(interpreted.tools or ())]
-                tokens = round(len(dumps(shown)) / BYTES_PER_TOKEN)
-    except EngineError as error:
-        failure = f"{item.id}: {error}"
-    if failure or not item.key or request is None:
-        found.invalid += 1
-        found.reasons += [failure] if len(found.reasons) < SHOWN else []
-        return
-    limit = interpreted.max_tokens
-    if context and tokens + (limit or 1) > context:  # without max_tokens an answer gets what is left
-        found.too_long += tokens >= context
-        found.cut += tokens < context
-        room = f" and {limit:,} for the answer" if limit else ""
-        found.long += [f"{item.id}: {tokens:,} tokens{room}"] if len(found.long) < SHOWN else []
-    if item.key[:8] in found.keys:
-        return
-    found.keys.add(item.key[:8])
-    if request.model is not None and len(found.models) < SHOWN:
-        found.models.add(request.model)
-    found.prompts.append(tokens)
-    remote = bool(config.engine.provider)
-    most = limit or (FIRST_OUTPUT if remote else DEFAULT_MAX_TOKENS)
-    found.output += (turns + (interpreted.n or 1)) * (max(0, min(most, context - tokens)) if context else most)
-    found.bounded &= bool(limit or not remote)
-    if len(found.first) < SHOWN:
-        found.first.append((item.id, request))
-    try:
-        if check is not None:
-            check(request)
-    except EngineError as error:
-        found.refused += 1
-        found.refusals += [f"{item.id}: {error}"] if len(found.refusals) < SHOWN else []
+    @property
+    def way(self) -> str:
+        return "by the model's tokenizer and template" if self.count else "estimated: 4 bytes of JSON each"
 
+    @property
+    def answers(self) -> str:
+        words = "at most" if self.bounded else "about (nothing bounds all of them; see generation.max_tokens)"
+        return f"{words} {self.output:,.0f}"
 
-def cost_line(config: Config, found: Rows, factor: float = 1.0) -> str:
-    """What the requests of these rows cost, in words."""
-    price, engine = config.engine.price, config.engine
-    if not engine.provider and not price.known:
-        return "none: the engine runs here"
-    if not price.known:
-        return "not known: engine.price.input and engine.price.output tell it"
-    batch = config.run.mode == "batch"
-    dollars = price.of(sum(found.prompts), 0, found.output) * factor * (batch_share(engine) if batch else 1.0)
-    words = "at most" if found.bounded and factor == 1 else "about"
-    of = f"list price of {price.as_of}" if price.as_of else "engine.price"
-    others = f"; rows name other models ({', '.join(sorted(found.models))})" if found.models - {engine.model} else ""
-    return f"{words} ${_dollars(dollars)} by {'the ' if price.as_of else ''}{of}{' for batches' if batch else ''}{others}"
+    def lengths(self, bad: bool) -> Iterator[Line]:
+        """What does not fit the context."""
+        if self.too_long + self.cut:
+            fit = f"{self.too_long:,} prompts do not fit {self.context:,} tokens"
+            yield "too long", f"{fit}; {self.cut:,} answers may be cut short by it", bad
+            yield from (("", example, bad) for example in self.long)
+
+    def cost(self, factor: float = 1.0) -> str:
+        """What the requests of these rows cost, in words."""
+        engine, batch = self.config.engine, self.config.run.mode == "batch"
+        price, share = engine.price, batch_share(engine) if batch else 1.0
+        if not engine.provider and not price.known:
+            return "none: the engine runs here"
+        if not price.known:
+            return "not known: engine.price.input and engine.price.output tell it"
+        dollars = price.of(sum(self.prompts), 0, self.output) * factor * share
+        words = "at most" if self.bounded and factor == 1 else "about"
+        by = (f"the list price of {price.as_of}" if price.as_of else "engine.price") + " for batches" * batch
+        others = f"; rows name other models ({', '.join(sorted(self.models))})" if self.models - {engine.model} else ""
+        return f"{words} ${_dollars(dollars)} by {by}{others}"
 
 
 def _dollars(amount: float) -> str:
@@ -217,24 +224,24 @@ class Findings:
 
 def examine(config: Config, thorough: bool) -> Findings:
     """Looks at packages, keys, URLs and parameters; loads no model. `thorough` also imports an engine's libraries."""
-    found, elsewhere = Findings(), _joins_a_cluster()
+    found = Findings()
+    here = found.doubtful if _joins_a_cluster() else found.wrong
     for engine in (config.engine, *fallbacks(config.engine)):
         missing = missing_package(engine.kind, engine.provider)
         if missing is not None:
-            (found.doubtful if elsewhere else found.wrong).append(str(missing))
+            here.append(str(missing))
             continue
-        (found.doubtful if elsewhere else found.wrong).extend(_absent(engine))
+        here.extend(_absent(engine))
         try:
-            if engine.provider:
-                provider = Provider.of(engine)
-                endpoints(engine, provider) if provider.auth != "aws" else None
+            if engine.provider and (provider := Provider.of(engine)).auth != "aws":
+                endpoints(engine, provider)
                 try:
-                    Auth.of(engine, provider) if provider.auth != "aws" else None
+                    Auth.of(engine, provider)
                 except ConfigError as error:
-                    (found.doubtful if elsewhere else found.wrong).append(str(error))
+                    here.append(str(error))
                     if provider.auth == "google":
                         continue
-            made = _unloaded(config, engine, thorough)
+            made = _unloaded(config, engine)
             if made is not None:
                 made.check(config.params())
             if engine is config.engine:
@@ -267,7 +274,7 @@ def _joins_a_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
 
 
-def _unloaded(config: Config, engine: EngineConfig, thorough: bool) -> Engine | None:
+def _unloaded(config: Config, engine: EngineConfig) -> Engine | None:
     """The engine, where making it loads no model, with every secret replaced. Raises `ConfigError`."""
     if engine.kind == "echo":
         return engine_class("echo")(engine)
@@ -318,23 +325,21 @@ def _checker(config: Config, engine: Engine | None, thorough: bool) -> Check | N
 # -- the output directory ---------------------------------------------------------------------------------------------
 
 
-def output_state(
-    fs: pafs.FileSystem, root: str, index: Index, answered: int, complete: bool, manifest: str
-) -> tuple[str, bool]:
-    """How the output directory stands, and whether a run could not use it. `answered` are rows of this dataset."""
+def output_state(fs: pafs.FileSystem, root: str, known: int, answered: int, complete: bool) -> tuple[str, bool]:
+    """How the output directory stands, and whether a run could not use it. It has `known` answers; `answered` are rows of
+    this dataset."""
     if wrong := unwritable(fs, root):
         return wrong, True
     if held(fs, root):
         return f"{root} is being written by another run", True
     if complete:
         return f"{root} is complete: it holds just this", False
-    if not len(index):
-        there = any(True for _ in listing(fs, root))
-        return f"{root} is {'there, without answers' if there else 'new'}", False
+    if not known:
+        return f"{root} is {'there, without answers' if listing(fs, root) else 'new'}", False
     if answered:
         return f"{root} goes on: {answered:,} rows are answered already", False
-    was = "of another configuration or dataset" if exists(fs, f"{root}/{manifest}") else "of none of these requests"
-    return f"{root} holds {len(index):,} answers {was}: they are kept, and all rows are asked", False
+    was = "of another configuration or dataset" if exists(fs, f"{root}/{MANIFEST}") else "of none of these requests"
+    return f"{root} holds {known:,} answers {was}: they are kept, and all rows are asked", False
 
 
 def unwritable(fs: pafs.FileSystem, root: str) -> str:
@@ -350,13 +355,13 @@ def unwritable(fs: pafs.FileSystem, root: str) -> str:
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 
-def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, manifest: str, console: Console) -> Check | None:
+def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, console: Console) -> Check | None:
     """Raises `ConfigError` where no row could be answered; what is doubtful is printed."""
     found = examine(config, thorough=False)
     if found.engine is not None:
         found.engine.close()
     # A complete output needs no engine; one that is to be made anew does.
-    if found.wrong and not (config.run.resume and exists(fs, f"{root}/{manifest}")):
+    if found.wrong and not (config.run.resume and exists(fs, f"{root}/{MANIFEST}")):
         raise ConfigError(found.wrong[0])
     for text in found.doubtful:
         console.print(Text(f"On this machine: {text}", "yellow"))
@@ -368,7 +373,7 @@ def look_at_rows(
 ) -> None:
     """Prints what the first rows tell of all."""
     try:
-        found = read_rows(config, pieces, interpreter, check=check, most=FIRST_ROWS, seconds=FIRST_S)
+        found = Rows(config, check=check).read(pieces, interpreter, most=FIRST_ROWS, seconds=FIRST_S)
     except Exception:  # whoever reads it all says it, row by row; a look ahead ends no run
         return
     total = _total(pieces, found)
@@ -378,7 +383,7 @@ def look_at_rows(
         rows = f"About {total:,} rows, by the first {found.rows:,}" if total else f"The first {found.rows:,} rows"
     tokens = sum(found.prompts) * factor
     words = "at most" if found.bounded and found.whole else "about"
-    cost = f"; cost: {cost_line(config, found, factor)}" if config.engine.provider or config.engine.price.known else ""
+    cost = f"; cost: {found.cost(factor)}" if config.engine.provider or config.engine.price.known else ""
     console.print(
         f"{rows}: about {tokens:,.0f} tokens in, {words} {found.output * factor:,.0f} out{cost}.",
         highlight=False, markup=False,
@@ -408,44 +413,30 @@ def _total(pieces: list[Piece], found: Rows) -> int | None:
 # -- a dry run --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Report:
-    """What a dry run found."""
-
-    rows: Rows
-    wrong: list[str]  # why it could not run at all
-
-
 def dry_run(
-    config: Config,
-    fs: pafs.FileSystem,
-    root: str,
-    interpreter: Interpreter,
-    pieces: list[Piece],
-    index: Index,
-    complete: bool,
-    manifest: str,
-    console: Console,
-) -> Report:
-    """Reads everything and tells what a run would do."""
+    config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, pieces: list[Piece], console: Console
+) -> tuple[Rows, list[str]]:
+    """Reads everything and tells what a run would do. Returns the rows, and why it could not run at all."""
+    index = read_index(fs, root)
     seen = examine(config, thorough=True)
     context, shape = _model_at_hand(config.engine)
     known = index.only(failed_too=not config.run.retry_failed)
-    found = read_rows(config, pieces, interpreter, context, shape, seen.check, known)
+    found = Rows(config, context, shape, seen.check).read(pieces, interpreter, known)
     if found.invalid and config.dataset.on_bad_input == "fail":
         seen.wrong.append(f"{found.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
-    state, unusable = output_state(fs, root, index, found.answered, complete, manifest)
+    complete = unchanged(config, fs, root, pieces, index) is not None
+    state, unusable = output_state(fs, root, len(index), found.answered, complete)
     if unusable:
         seen.wrong.append(state)
-    show(_about(config, found, context, seen, state, unusable), console)
+    show(_about(config, found, seen, state, unusable), console)
     if found.first:
         console.print(Text(f"The first {len(found.first)} requests, as they would be sent:", "bold"))
     for id, request in found.first:
-        console.print(Text(f"\n{printable(id)}", "bold cyan"))
+        console.print(Text(f"\n{visible(id)}", "bold cyan"))
         console.print(Text(shown_request(config, seen.engine, shape, request)), soft_wrap=True)
     if seen.engine is not None:
         seen.engine.close()
-    return Report(found, seen.wrong)
+    return found, seen.wrong
 
 
 def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
@@ -461,7 +452,7 @@ def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
         return None, None
 
 
-def _about(config: Config, found: Rows, context: int | None, seen: Findings, state: str, unusable: bool) -> Iterable[Line]:
+def _about(config: Config, found: Rows, seen: Findings, state: str, unusable: bool) -> Iterable[Line]:
     yield (
         "dataset",
         f"{found.rows:,} rows in {found.files:,} files: {len(found.keys):,} requests to ask, "
@@ -469,11 +460,9 @@ def _about(config: Config, found: Rows, context: int | None, seen: Findings, sta
         False,
     )
     yield from (("", reason, True) for reason in found.reasons)
-    way = "by the model's tokenizer and template" if found.exact else "estimated: 4 bytes of JSON each"
-    yield "tokens in", f"{sum(found.prompts):,} ({way})", False
-    words = "at most" if found.bounded else "about (nothing bounds all of them; see generation.max_tokens)"
-    yield "tokens out", f"{words} {found.output:,.0f}", False
-    yield "cost", cost_line(config, found), False
+    yield "tokens in", f"{sum(found.prompts):,} ({found.way})", False
+    yield "tokens out", found.answers, False
+    yield "cost", found.cost(), False
     if config.run.budget_usd is not None:
         yield "budget", f"${config.run.budget_usd:g} for all runs into this output", False
     engine = config.engine
@@ -481,10 +470,7 @@ def _about(config: Config, found: Rows, context: int | None, seen: Findings, sta
     if found.refused:
         yield "refused", f"{found.refused:,} requests are not for this engine", True
         yield from (("", example, True) for example in found.refusals)
-    if found.too_long + found.cut:
-        text = f"{found.too_long:,} prompts do not fit {context:,} tokens; {found.cut:,} answers may be cut short by it"
-        yield "too long", text, bool(found.too_long)
-        yield from (("", example, bool(found.too_long)) for example in found.long)
+    yield from found.lengths(bool(found.too_long))
     yield "output", state, unusable
     for text in seen.doubtful:
         yield "here", f"{text} (the replicas' machines may have it)", True
@@ -518,18 +504,15 @@ def shown_request(config: Config, engine: Engine | None, shape: Prompts | None, 
             if engine.provider.wire == "converse":  # boto3 signs it and moves the model into the URL
                 url, headers = f"{url}/model/{body.pop('modelId')}/converse", {"authorization": "AWS4-HMAC-SHA256 ***"}
             lines = [f"POST {url}", *(f"{name}: {value}" for name, value in headers.items()), "", _pretty(body)]
-            return printable("\n".join(lines))
+            return visible("\n".join(lines))
         params = request.generation.given()
-        asked = [f"{name}: {_pretty(value)}" for name, value in {**_aside(request), **params}.items()]
+        aside = {name: value for name in ("model", "adapter") if (value := getattr(request, name)) is not None}
+        asked = [f"{name}: {_pretty(value)}" for name, value in {**aside, **params}.items()]
         if shape is not None:
-            return printable("\n".join([_cut(shape.text(request.messages, request.generation)), *asked]))
+            return visible("\n".join([_cut(shape.text(request.messages, request.generation)), *asked]))
     except EngineError as error:
-        return printable(f"(cannot be asked: {error})")
-    return printable("\n".join([_pretty(request.messages), *asked]))
-
-
-def _aside(request: Request) -> dict[str, Any]:
-    return {name: value for name in ("model", "adapter") if (value := getattr(request, name)) is not None}
+        return visible(f"(cannot be asked: {error})")
+    return visible("\n".join([_pretty(request.messages), *asked]))
 
 
 def _pretty(value: Any) -> str:

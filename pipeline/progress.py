@@ -6,7 +6,7 @@ import datetime
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.base import EngineConfig
-from engines.text import printable
-from pipeline.feed import Pulse, Status
+from engines.text import visible
+from pipeline.feed import Status
 
 # What is told as the rate just now is the mean over so many seconds, looked at so often.
 RECENT_S, SAMPLE_S = 30.0, 0.5
@@ -129,7 +129,7 @@ class RunProgress:
         rows, tokens = self._recent()
         cells = [*self._counts(), f"{rows:,.1f} rows/s", f"{tokens:,.0f} tok/s", self._left(), *self._cost()]
         if self.status.trouble:
-            cells.append(f"trying again: {printable(self.status.trouble)}")
+            cells.append(f"trying again: {visible(self.status.trouble)}")
         return [cell for cell in [*cells, f"{self.elapsed:,.0f} s"] if cell]
 
     # -- the live view ------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class RunProgress:
         lines = [*flow(progress, width), *flow([*speed, *self._cost()], width), *flow(self._load(), width)]
         body: list[RenderableType] = [Text(self.title, "bold", no_wrap=True, overflow="ellipsis"), bar, *map(Text, lines)]
         if status.trouble:
-            body.append(Text(f"trying again: {printable(status.trouble)}", "yellow", no_wrap=True, overflow="ellipsis"))
+            body.append(Text(f"trying again: {visible(status.trouble)}", "yellow", no_wrap=True, overflow="ellipsis"))
         return Group(*body, *self._replicas())
 
     def _load(self) -> list[str]:
@@ -172,7 +172,7 @@ class RunProgress:
             for name, pulse in shown
         ]
         if rest := found[len(shown) :]:
-            states = ", ".join(f"{count:,} {state}" for state, count in _by_state(pulse for _, pulse in rest).items())
+            states = ", ".join(f"{count:,} {state}" for state, count in Counter(pulse.state for _, pulse in rest).items())
             busy = sum(pulse.busy for _, pulse in rest)
             rate = self._rate([name for name, _ in rest])
             rows.append((f"  {len(rest):,} more", states, f"{busy:,} in flight", f"{rate:,.1f} rows/s"))
@@ -200,13 +200,6 @@ def flow(cells: Iterable[str], width: int) -> list[str]:
         else:
             lines.append(cell)
     return lines
-
-
-def _by_state(pulses: Iterable[Pulse]) -> dict[str, int]:
-    states: dict[str, int] = {}
-    for pulse in pulses:
-        states[pulse.state] = states.get(pulse.state, 0) + 1
-    return states
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 import orjson
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -23,11 +24,10 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from engines.text import one_line
+from engines.text import one_line, visible
 from pipeline import charts
-from pipeline.chat import visible
 from pipeline.fs import write_atomic
-from pipeline.stats import Histogram, Stats
+from pipeline.stats import Stats
 
 REPORT = "report.html"
 # Of the conversations, as they stand in the file.
@@ -37,12 +37,13 @@ FILES_SHOWN, BATCHES_SHOWN = 10, 20
 
 def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], stats: Stats, console: Console) -> None:
     """Writes the report. The rows are worth more than it: where it fails, that is said, there too, and the run goes on."""
-    try:
-        if stats.broken is not None:
-            raise _Broken(stats.broken)
-        page = render(manifest, stats)
-    except Exception as error:  # a bug of ours
-        told = str(error) if isinstance(error, _Broken) else traceback.format_exc()
+    told = stats.broken
+    if told is None:
+        try:
+            page = render(manifest, stats)
+        except Exception:  # a bug of ours
+            told = traceback.format_exc()
+    if told is not None:
         page = str(_template("report_broken.html").render(traceback=visible(told)))
         last = visible(told.strip().splitlines()[-1])[:300]
         text = f"{REPORT} could not be made, a bug in Eagleray ({last}); all else is there. The traceback is in it."
@@ -53,16 +54,11 @@ def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], st
         console.print(Text(f"{REPORT} could not be written: {one_line(error)}", "yellow"))
 
 
-class _Broken(Exception):
-    """A traceback from a task."""
-
-
 def render(manifest: Mapping[str, Any], stats: Stats) -> str:
     """The page."""
     style, script = _asset("report.css"), _asset("report.js")
-    timeline = stats.timeline
-    series = charts.series_of(timeline) if timeline.seconds else None
-    sums = {name: int(sum(timeline.cells[name].to_pylist())) for name in ("answered", "failed", "output")}
+    series = charts.series_of(stats.timeline) if stats.timeline.seconds else None
+    sums = {name: pc.sum(stats.timeline.cells[name]).as_py() for name in ("answered", "failed", "output")}
     rows = {shown.at: shown.row for shown in (*stats.slowest, *stats.failed, *stats.sample)}
     sample, size = {}, 0
     for index, row in rows.items():
@@ -82,8 +78,7 @@ def render(manifest: Mapping[str, Any], stats: Stats) -> str:
         "series": series,
         "sums": sums,
         "charts": charts,
-        "figures": figures,
-        "names": [_name(file["path"]) for file in manifest["input"]["files"]],
+        "names": [file["path"].rsplit("/", 1)[-1] for file in manifest["input"]["files"]],
         "bytes": sum(file["bytes"] or 0 for file in manifest["input"]["files"]),
         "duplicates": manifest["rows"]["total"] - manifest["rows"]["invalid"] - manifest["rows"]["requests"],
         "shared": stats.answers - manifest["rows"]["requests"],
@@ -107,7 +102,6 @@ def _template(name: str) -> Any:
         visible=visible,
         dollars=_dollars,
         date=lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        size=_size,
     )
     return environment.get_template(name)
 
@@ -118,10 +112,6 @@ def _asset(name: str) -> str:
 
 def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
 
 
 def _given(value: Any) -> Any:
@@ -138,19 +128,3 @@ def _dollars(value: float | None) -> str:
     if value >= 1 or round(value, 2) == value:
         return f"${value:,.2f}"
     return f"${value:.4g}" if value >= 1e-4 else f"${value:.1e}"
-
-
-def _size(value: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
-
-
-def figures(found: Histogram, whole: bool) -> list[tuple[str, str]]:
-    """What stands under a histogram."""
-    shown = charts.number if whole else charts.seconds
-    values = {"min": found.least, "p50": found.quantile(0.5), "p95": found.quantile(0.95), "p99": found.quantile(0.99)}
-    values["max"] = found.most
-    return [(name, shown(round(value) if whole else value)) for name, value in values.items()]

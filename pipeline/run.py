@@ -84,11 +84,9 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         config.dataset.max_row_bytes,
     )
     if config.run.dry_run:
-        pieces, index = list_pieces(config, console), read_index(fs, root)
-        complete = unchanged(config, fs, root, pieces, index) is not None
-        report = dry_run(config, fs, root, interpreter, pieces, index, complete, MANIFEST, console)
-        return Outcome(WRONG if report.wrong else WITH_FAILURES if report.rows.bad else OK)
-    check = look_at_configuration(config, fs, root, MANIFEST, console)
+        rows, wrong = dry_run(config, fs, root, interpreter, list_pieces(config, console), console)
+        return Outcome(WRONG if wrong else WITH_FAILURES if rows.bad else OK)
+    check = look_at_configuration(config, fs, root, console)
     with contextlib.ExitStack() as stack:
         span = stack.enter_context(run_span(config.run.traces, config.engine, console))
         stack.enter_context(run_lock(fs, root))
@@ -117,6 +115,8 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             own = stack.enter_context(running_ray())
             interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
             pieces, small = planned.result()
+        trace = span.trace if span else None
+        steps = _Steps(config, console, fs, root, interpreter, placed, trace, state, interrupts, pieces, small)
         if live:
             look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
@@ -129,11 +129,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         for again in range(MAX_PASSES):
             if live:
                 try:
-                    budget = _budget(config, fs, root, known.index)
-                    status, summaries = _ask(
-                        config, placed, pieces, small, interpreter, known, budget, span.trace if span else None, interrupts,
-                        state, console,
-                    )  # fmt: skip
+                    status, summaries = steps.ask(known)
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
                     known = Answers(config, failed_too=failed_too)
@@ -149,7 +145,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
             state.enter("putting the output together")
-            result = _finalize(config, fs, root, pieces, small, summaries, interpreter, answers, interrupts, console)
+            result = steps.finalize(summaries, answers)
             if not result.missing:
                 break
             if result.missing >= missing:
@@ -209,13 +205,6 @@ def _plan(config: Config, console: Console) -> tuple[list[Piece], bool]:
     return pieces, small
 
 
-def _budget(config: Config, fs: pafs.FileSystem, root: str, index: Index) -> Budget | None:
-    limit = config.run.budget_usd
-    if limit is None:
-        return None
-    return Budget(limit, config.engine, config.params(), spent_so_far(config.engine, index, fs, root))
-
-
 def list_pieces(config: Config, console: Console) -> list[Piece]:
     """What is to be read, in its order."""
     dataset = config.dataset
@@ -258,104 +247,146 @@ def _remove(fs: pafs.FileSystem, root: str) -> None:
                 fs.delete_file(info.path)
 
 
-# -- asking -----------------------------------------------------------------------------------------------------------
+# -- asking, and putting together --------------------------------------------------------------------------------------
 
 
-def _ask(
-    config: Config,
-    placed: Placement,
-    pieces: list[Piece],
-    small: bool,
-    interpreter: Interpreter,
-    known: Answers,
-    budget: Budget | None,
-    trace: Trace | None,
-    interrupts: list[int],
-    state: RunState,
-    console: Console,
-) -> tuple[Status, dict[int, Summary]]:
-    """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
-    import ray
+@dataclass(slots=True)
+class _Steps:
+    """Asking and putting together, and what both need."""
 
-    fail = config.dataset.on_bad_input == "fail"
-    # In a list, so that the reference itself arrives: only the read tasks look into it.
-    done = [known.ref]
-    beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here())
-    dispatcher = beside.remote(pieces, interpreter, done, fail, small, budget, str(config.output.path))
-    worker = WorkerConfig(
-        engine=spread(config.engine, placed),
-        generation=config.params(),
-        output_path=str(config.output.path),
-        flush_s=config.run.flush_s,
-        drain_s=config.run.drain_s,
-        max_outage_s=config.run.max_outage_s,
-        cpus=config.hardware.cpus,
-        trace=trace,
-        budget_price=budget.price if budget else None,
-    )
-    crew = Crew(ray.remote(Worker), worker, placed, dispatcher, config.run.max_engine_deaths)
-    reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
-    # Held here: Ray ends an actor with whoever made it.
-    limits = limiter(config.engine) if config.engine.provider else None
-    state.enter("asking")
-    state.source = None
-    said = False
-    finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
-    failure: EaglerayError | None = None  # of a replica; the others still commit what they have
-    why, broke, ends_by = "", "", math.inf
-    began = time.monotonic()
-    try:
-        crew.start()
-        ray.get(reads)
-        with RunProgress(console, config.run.progress_s, config.engine, config.run.budget_usd) as progress:
-            while True:
-                status: Status = ray.get(dispatcher.status.remote())
-                state.status = status
-                progress.show(status, len(crew.replicas))
-                try:
-                    crew.tend(status)
-                except EaglerayError as error:
-                    failure = failure or error
-                said = said or status.workers > 0
-                if not said and time.monotonic() - began > PATIENCE_S:
-                    said = True
-                    warn(console, f"No replica works yet: each asks for {placed.wish()}, and may be loading its model.")
-                if status.done > finished:
-                    finished, refused = status.done, status.errors["auth"]
-                reason = _why_stop(config, status, status.errors["auth"] - refused) or (
-                    "Interrupted" if interrupts else failure and str(failure)
-                )
-                if status.broke and budget is not None and not reason:
-                    budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
-                    broke = reason = budget.told(f"{status.left:,} rows{more} are left")
-                if reason and not why:
-                    why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
-                    if status.in_flight:
-                        again = " (a second time ends at once)" if interrupts else ""
-                        warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
-                    ray.get(dispatcher.stop.remote())
-                    crew.drain()
-                if (status.finished and not status.workers) or time.monotonic() > ends_by:
-                    break
-                time.sleep(0.05 if status.finished else 0.2)
-        state.status = status = ray.get(dispatcher.status.remote())
-        ray.get(dispatcher.settle.remote())
-        summaries = ray.get(dispatcher.take_summaries.remote())
-    finally:
-        crew.dismiss()
-        ray.kill(dispatcher)
-        del limits
-    if status.broken is not None:
-        raise Stopped(f"reading the input failed: {status.broken}")
-    if failure is not None:
-        raise failure
-    if why:
-        if interrupts:
-            raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
-        if broke:
-            raise Stopped(broke)
-        raise Stopped(f"{why}; everything finished is kept, the same command goes on from here")
-    return status, summaries
+    config: Config
+    console: Console
+    fs: pafs.FileSystem
+    root: str
+    interpreter: Interpreter
+    placed: Placement
+    trace: Trace | None
+    state: RunState
+    interrupts: list[int]
+    pieces: list[Piece]
+    small: bool  # no other process is started to read them
+
+    def ask(self, known: Answers) -> tuple[Status, dict[int, Summary]]:
+        """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
+        import ray
+
+        config, console, state, budget = self.config, self.console, self.state, None
+        if (limit := config.run.budget_usd) is not None:
+            spent = spent_so_far(config.engine, known.index, self.fs, self.root)
+            budget = Budget(limit, config.engine, config.params(), spent)
+        fail = config.dataset.on_bad_input == "fail"
+        # In a list, so that the reference itself arrives: only the read tasks look into it.
+        done = [known.ref]
+        beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here())
+        dispatcher = beside.remote(self.pieces, self.interpreter, done, fail, self.small, budget, str(config.output.path))
+        worker = WorkerConfig(
+            engine=spread(config.engine, self.placed),
+            generation=config.params(),
+            output_path=str(config.output.path),
+            flush_s=config.run.flush_s,
+            drain_s=config.run.drain_s,
+            max_outage_s=config.run.max_outage_s,
+            cpus=config.hardware.cpus,
+            trace=self.trace,
+            budget_price=budget.price if budget else None,
+        )
+        crew = Crew(ray.remote(Worker), worker, self.placed, dispatcher, config.run.max_engine_deaths)
+        reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
+        # Held here: Ray ends an actor with whoever made it.
+        limits = limiter(config.engine) if config.engine.provider else None
+        state.enter("asking")
+        state.source = None
+        said = False
+        finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
+        failure: EaglerayError | None = None  # of a replica; the others still commit what they have
+        why, broke, ends_by = "", "", math.inf
+        began = time.monotonic()
+        try:
+            crew.start()
+            ray.get(reads)
+            with RunProgress(console, config.run.progress_s, config.engine, config.run.budget_usd) as progress:
+                while True:
+                    status: Status = ray.get(dispatcher.status.remote())
+                    state.status = status
+                    progress.show(status, len(crew.replicas))
+                    try:
+                        crew.tend(status)
+                    except EaglerayError as error:
+                        failure = failure or error
+                    said = said or status.workers > 0
+                    if not said and time.monotonic() - began > PATIENCE_S:
+                        said = True
+                        wish = self.placed.wish()
+                        warn(console, f"No replica works yet: each asks for {wish}, and may be loading its model.")
+                    if status.done > finished:
+                        finished, refused = status.done, status.errors["auth"]
+                    reason = _why_stop(config, status, status.errors["auth"] - refused) or (
+                        "Interrupted" if self.interrupts else failure and str(failure)
+                    )
+                    if status.broke and budget is not None and not reason:
+                        budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
+                        broke = reason = budget.told(f"{status.left:,} rows{more} are left")
+                    if reason and not why:
+                        why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
+                        if status.in_flight:
+                            again = " (a second time ends at once)" if self.interrupts else ""
+                            warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
+                        ray.get(dispatcher.stop.remote())
+                        crew.drain()
+                    if (status.finished and not status.workers) or time.monotonic() > ends_by:
+                        break
+                    time.sleep(0.05 if status.finished else 0.2)
+            state.status = status = ray.get(dispatcher.status.remote())
+            ray.get(dispatcher.settle.remote())
+            summaries = ray.get(dispatcher.take_summaries.remote())
+        finally:
+            crew.dismiss()
+            ray.kill(dispatcher)
+            del limits
+        if status.broken is not None:
+            raise Stopped(f"reading the input failed: {status.broken}")
+        if failure is not None:
+            raise failure
+        if why:
+            if self.interrupts:
+                raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
+            raise Stopped(broke or f"{why}; everything finished is kept, the same command goes on from here")
+        return status, summaries
+
+    def finalize(self, summaries: dict[int, Summary], answers: Answers) -> JobResult:
+        """Writes data/ and errors/ on all nodes at once."""
+        from ray.exceptions import RayError, RayTaskError
+
+        config, interpreter = self.config, self.interpreter
+        if exists(self.fs, f"{self.root}/{MANIFEST}"):  # until it is written again, no reader may trust the files
+            self.fs.delete_file(f"{self.root}/{MANIFEST}")
+        scores = score_columns(config.output.columns, config.params().response_format)
+        columns = plan_columns(self.pieces, summaries, interpreter, scores)
+        params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
+        optional = [name for name, param in OPTIONAL.items() if param in params]
+        raw = any(summary.invalid for summary in summaries.values())
+        writer = PartWriter(interpreter, columns, optional, raw, config.output, scores)
+        jobs, total = plan_jobs(self.pieces, summaries), JobResult()
+        used = np.zeros(len(answers.index), np.bool_)
+        with self.console.status("putting the output together"):
+            try:
+                for result in _written(writer, jobs, answers, self.small and answers.small, self.interrupts):
+                    total.rows += result.rows
+                    total.failed += result.failed
+                    total.missing += result.missing
+                    total.errors.update(result.errors)
+                    total.files.update(result.files)
+                    for positions in result.used:
+                        used[positions] = True
+                    total.stats.merge(result.stats)
+            except (OSError, RayError) as error:
+                cause = getattr(error, "cause", error)
+                if isinstance(error, RayTaskError) and not isinstance(cause, OSError):
+                    raise
+                # Else the store failed, or Ray ended a process, for want of memory say.
+                raise Stopped(f"putting the output together failed: {one_line(cause)}; the same command goes on") from None
+        total.used = [used]
+        return total
 
 
 def _why_stop(config: Config, status: Status, refused: int = 0) -> str | None:
@@ -372,55 +403,6 @@ def _why_stop(config: Config, status: Status, refused: int = 0) -> str | None:
     if rate is not None and status.read >= RATE_NEEDS_ROWS and status.invalid > rate * status.read:
         return f"{status.invalid} of {status.read} rows cannot be read, run.max_error_rate is {rate}"
     return None
-
-
-# -- after ------------------------------------------------------------------------------------------------------------
-
-
-def _finalize(
-    config: Config,
-    fs: pafs.FileSystem,
-    root: str,
-    pieces: list[Piece],
-    small: bool,
-    summaries: dict[int, Summary],
-    interpreter: Interpreter,
-    answers: Answers,
-    interrupts: list[int],
-    console: Console,
-) -> JobResult:
-    """Writes data/ and errors/ on all nodes at once."""
-    from ray.exceptions import RayError, RayTaskError
-
-    if exists(fs, f"{root}/{MANIFEST}"):  # from here on, until it is written again, no reader may trust the files
-        fs.delete_file(f"{root}/{MANIFEST}")
-    scores = score_columns(config.output.columns, config.params().response_format)
-    columns = plan_columns(pieces, summaries, interpreter, scores)
-    params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
-    optional = [name for name, param in OPTIONAL.items() if param in params]
-    raw = any(summary.invalid for summary in summaries.values())
-    writer = PartWriter(interpreter, columns, optional, raw, config.output, scores)
-    total = JobResult()
-    used = np.zeros(len(answers.index), np.bool_)
-    with console.status("putting the output together"):
-        try:
-            for result in _written(writer, plan_jobs(pieces, summaries), answers, small and answers.small, interrupts):
-                total.rows += result.rows
-                total.failed += result.failed
-                total.missing += result.missing
-                total.errors.update(result.errors)
-                total.files.update(result.files)
-                for positions in result.used:
-                    used[positions] = True
-                total.stats.merge(result.stats)
-        except (OSError, RayError) as error:
-            cause = getattr(error, "cause", error)
-            if isinstance(error, RayTaskError) and not isinstance(cause, OSError):
-                raise
-            # Else the store failed, or Ray ended a process, for want of memory say.
-            raise Stopped(f"putting the output together failed: {one_line(cause)}; the same command goes on") from None
-    total.used = [used]
-    return total
 
 
 def _written(

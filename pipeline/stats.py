@@ -104,13 +104,9 @@ class Timeline:
         self._take(new, np.stack([began, done_ms], axis=1))
 
     def merge(self, other: Timeline) -> None:
-        theirs = other.cells
         while self.width_ms < other.width_ms:
             self.widen()
-        if self.width_ms > other.width_ms:
-            by = self.width_ms // other.width_ms
-            theirs = _rebucketed(theirs, by)
-        self._take(theirs, other.stretches)
+        self._take(_rebucketed(other.cells, self.width_ms // other.width_ms), other.stretches)
 
     def _take(self, cells: pa.Table, stretches: Ints) -> None:
         self.cells = _summed(pa.concat_tables([self.cells, cells]))
@@ -185,11 +181,55 @@ class Stats:
     def add(self, at: Ints, index: int, completions: pa.Table, done_at: Any, ids: Sequence[str], show: Show) -> None:
         """Rows of a part: the position of each one's answer in the ledger's index (-1: never asked), and what it was."""
         with self._contained():
-            self._add(at, index, completions, done_at, ids, show)
+            failed = np.asarray(completions["error"].is_valid())
+            latency = np.asarray(completions["latency_s"].fill_null(0), np.float64)
+            done_ms = np.asarray(done_at.cast(pa.int64()).fill_null(0), np.int64)
+            usage = completions["usage"].combine_chunks()
+            tokens = [np.asarray(pc.struct_field(usage, name).fill_null(0), np.int64) for name in ("input", "output")]
+            first = np.zeros(len(at), np.bool_)  # the first row of each answer
+            first[np.unique(at, return_index=True)[1]] = True
+            first &= at >= 0
+
+            good = first & ~failed
+            self.answers += int(first.sum())
+            self.input.add(tokens[0][good].astype(np.float64))
+            self.output.add(tokens[1][good].astype(np.float64))
+            self.latency.add(latency[good & (latency > 0)])
+            timed = first & (latency > 0)  # what came in a provider's batch has no latency, and no pace
+            if timed.any():
+                sums = (~failed).astype(np.int64), failed.astype(np.int64), *tokens
+                self.timeline.add(done_ms[timed], latency[timed], [column[timed] for column in sums])
+
+            rows = np.arange(len(at))
+            # Steps of the golden ratio: the k least are spread evenly, whatever k and however the rows are cut into parts.
+            spread = ((index + rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.float64)
+            wanted = (
+                (self.sample, SAMPLED, rows, spread),
+                (self.failed, FAILED, rows[failed], spread[failed]),
+                (self.slowest, SLOWEST, rows[timed], -latency[timed]),
+            )
+            for shown, most, some, ranks in wanted:
+                best = np.argsort(ranks, kind="stable")[:most]
+                found = [(float(ranks[n]), int(some[n])) for n in best if len(shown) < most or ranks[n] < shown[-1].rank]
+                shown[:] = _least([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], most)
+            for row, error in zip(rows[failed].tolist(), completions["error"].drop_null().to_pylist(), strict=True):
+                examples = self.examples.setdefault(error["type"], [])
+                if len(examples) < EXAMPLES:  # parts are added in their order
+                    examples.append(Example(index + row, ids[row], error["message"] or ""))
 
     def merge(self, other: Stats) -> None:
         with self._contained():
-            self._merge(other)
+            self.answers += other.answers
+            self.latency.merge(other.latency)
+            self.input.merge(other.input)
+            self.output.merge(other.output)
+            self.timeline.merge(other.timeline)
+            for type, found in other.examples.items():
+                self.examples[type] = _least([*self.examples.get(type, ()), *found], EXAMPLES)
+            self.sample = _least([*self.sample, *other.sample], SAMPLED)
+            self.failed = _least([*self.failed, *other.failed], FAILED)
+            self.slowest = _least([*self.slowest, *other.slowest], SLOWEST)
+        self.broken = self.broken or other.broken
 
     @contextlib.contextmanager
     def _contained(self) -> Iterator[None]:
@@ -198,63 +238,6 @@ class Stats:
             yield
         except Exception:
             self.broken = self.broken or traceback.format_exc()
-
-    def _add(self, at: Ints, index: int, completions: pa.Table, done_at: Any, ids: Sequence[str], show: Show) -> None:
-        failed = np.asarray(completions["error"].is_valid())
-        latency = np.asarray(completions["latency_s"].fill_null(0), np.float64)
-        done_ms = np.asarray(done_at.cast(pa.int64()).fill_null(0), np.int64)
-        usage = completions["usage"].combine_chunks()
-        tokens = [np.asarray(pc.struct_field(usage, name).fill_null(0), np.int64) for name in ("input", "output")]
-        first = np.zeros(len(at), np.bool_)  # the first row of each answer
-        first[np.unique(at, return_index=True)[1]] = True
-        first &= at >= 0
-
-        good = first & ~failed
-        self.answers += int(first.sum())
-        for histogram, values in zip((self.input, self.output), tokens, strict=True):
-            histogram.add(values[good].astype(np.float64))
-        self.latency.add(latency[good & (latency > 0)])
-        timed = first & (latency > 0)  # what came in a provider's batch has no latency, and no pace
-        if timed.any():
-            sums = (~failed).astype(np.int64), failed.astype(np.int64), *tokens
-            self.timeline.add(done_ms[timed], latency[timed], [column[timed] for column in sums])
-
-        rows = np.arange(len(at))
-        # Steps of the golden ratio: the k least are spread evenly, whatever k and however the rows are cut into parts.
-        spread = ((index + rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.float64)
-        wanted = (
-            (self.sample, SAMPLED, rows, spread),
-            (self.failed, FAILED, rows[failed], spread[failed]),
-            (self.slowest, SLOWEST, rows[timed], -latency[timed]),
-        )
-        for shown, most, some, ranks in wanted:
-            best = np.argsort(ranks, kind="stable")[:most]
-            found = [(float(ranks[n]), int(some[n])) for n in best if len(shown) < most or ranks[n] < shown[-1].rank]
-            shown[:] = _least([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], most)
-        self._add_examples(np.flatnonzero(failed), index, completions["error"], ids)
-
-    def _add_examples(self, rows: npt.NDArray[np.intp], index: int, errors: pa.ChunkedArray, ids: Sequence[str]) -> None:
-        if not len(rows):
-            return
-        failures = errors.combine_chunks().take(pa.array(rows))
-        types, messages = (pc.struct_field(failures, name) for name in ("type", "message"))
-        for type in types.unique().to_pylist():
-            some = np.flatnonzero(np.asarray(pc.equal(types, type)))[:EXAMPLES]
-            found = [Example(index + int(rows[n]), ids[rows[n]], messages[n].as_py() or "") for n in some]
-            self.examples[type] = _least([*self.examples.get(type, ()), *found], EXAMPLES)
-
-    def _merge(self, other: Stats) -> None:
-        self.answers += other.answers
-        self.latency.merge(other.latency)
-        self.input.merge(other.input)
-        self.output.merge(other.output)
-        self.timeline.merge(other.timeline)
-        for type, found in other.examples.items():
-            self.examples[type] = _least([*self.examples.get(type, ()), *found], EXAMPLES)
-        self.sample = _least([*self.sample, *other.sample], SAMPLED)
-        self.failed = _least([*self.failed, *other.failed], FAILED)
-        self.slowest = _least([*self.slowest, *other.slowest], SLOWEST)
-        self.broken = self.broken or other.broken
 
 
 def _least(items: Iterable[T], most: int) -> list[T]:

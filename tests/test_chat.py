@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from engines.text import visible
 from jobs import chat
-from jobs.chat import visible
+from jobs.chat import UNSEEN
 from tests.provider_server import ProviderServer
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +142,7 @@ def test_what_a_model_says_cannot_command_the_terminal(server: ProviderServer) -
     evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc"
     done = piped(f"{evil} 日本\u3000語 👩\u200d💻\n", *remote(server))
     assert done.stdout == "\ufffd]0;owned\ufffd\ufffd[2J\ufffd31m\ufffdabc 日本\u3000語 👩\u200d💻\n"
-    assert visible("a\r\nb\tc\x00\x7f") == "a\nb\tc\ufffd\ufffd"
+    assert visible("a\r\nb\tc\x00\x7f", UNSEEN) == "a\nb\tc\ufffd\ufffd"
 
 
 def test_bytes_that_are_no_text_end_no_conversation(server: ProviderServer) -> None:

@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from engines.text import visible
 from engines.types import ErrorType
 from jobs import diff, errors, show, status
 from jobs.compose import command_of, compose
 from jobs.errors import ADVICE, pattern_of
-from jobs.reading import Rows, brief, open_output, visible
+from jobs.reading import Rows, brief, open_output
 from pipeline.config import without_secrets
 from pipeline.crew import Stopped
 from pipeline.feed import Status

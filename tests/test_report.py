@@ -20,8 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from engines.text import visible
 from engines.types import Completion, Failure, Usage
-from pipeline.chat import ROW_CHARS, shown_row, visible
+from pipeline.chat import ROW_CHARS, shown_row
 from pipeline.fs import resolve
 from pipeline.ledger import COMPLETION_FIELDS, completion_columns
 from pipeline.report import SAMPLE_BYTES, write_report
