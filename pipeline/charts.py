@@ -168,13 +168,14 @@ def series_of(timeline: Timeline) -> Series:
     """Widens the timeline's buckets until they are few enough to draw."""
     stretches = timeline.stretches
     while len(stretches) > MOST_STRETCHES:  # the shortest pauses are drawn
-        least = int(np.argmin(stretches[1:, 0] - stretches[:-1, 1]))
-        stretches = np.delete(stretches.ravel(), [2 * least + 1, 2 * least + 2]).reshape(-1, 2)
+        stretches = _joined(stretches, np.argmin(stretches[1:, 0] - stretches[:-1, 1]))
     rows = sum(pc.sum(timeline.cells[name]).as_py() for name in ("answered", "failed"))
     most = len(stretches) + max(12, min(COLUMNS, rows // 2))
     while sum(end // timeline.width_ms - start // timeline.width_ms + 1 for start, end in stretches.tolist()) > most:
         timeline.widen()
     width = timeline.width_ms
+    # A bucket's rows belong to one column: a pause within a bucket is drawn too.
+    stretches = _joined(stretches, np.flatnonzero(stretches[1:, 0] // width == stretches[:-1, 1] // width))
     cells = timeline.cells.sort_by([("bucket", "ascending"), ("latency", "ascending")])
     bucket, latency = np.asarray(cells["bucket"]), np.asarray(cells["latency"])
     sums = np.stack([np.asarray(cells[name]) for name in SUMS], axis=1)
@@ -197,6 +198,11 @@ def series_of(timeline: Timeline) -> Series:
             at += span
         before = end
     return Series(columns, breaks, at)
+
+
+def _joined(stretches: np.ndarray, pauses: Any) -> np.ndarray:
+    """The stretches without these of the pauses between them."""
+    return np.delete(stretches.ravel(), np.concatenate([2 * np.atleast_1d(pauses) + at for at in (1, 2)])).reshape(-1, 2)
 
 
 def _over_time(series: Series, top: float, scale: Callable[[float], str] = short) -> Drawing:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from engines.text import visible
 from engines.types import Completion, Failure, Usage
+from pipeline.charts import series_of
 from pipeline.chat import ROW_CHARS, shown_row
 from pipeline.fs import resolve
 from pipeline.ledger import COMPLETION_FIELDS, completion_columns
@@ -225,6 +226,17 @@ def test_pauses_are_not_counted_as_time_in_which_rows_were_answered() -> None:
     assert stats.timeline.seconds == 22
     near = stats_of([(1e9, 1.0, 1, False), (1e9 + PAUSE_MS / 1000 + 0.9, 1.0, 1, False)], [1])
     assert len(near.timeline.stretches) == 1
+
+
+@pytest.mark.parametrize("pause_s", [70, 300, 5000])
+def test_no_answer_is_drawn_twice_around_a_pause(pause_s: int) -> None:
+    begins = [0, *range(20_000, 20_000 + 9 * pause_s, pause_s)]  # a long stretch, by which columns get wide, and short ones
+    times = [*range(0, begins[1] - pause_s, 20), *begins[1:]]
+    stats = stats_of([(1e9 + at, 2.0, 1, False) for at in times], [len(times) // 2])
+    assert len(stats.timeline.stretches) == 10
+    series = series_of(stats.timeline)
+    assert sum(column.rows for column in series.columns) == len(times)
+    assert sum(column.output for column in series.columns) == len(times)
 
 
 def test_the_sample_is_spread_over_the_whole_input() -> None:
