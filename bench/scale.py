@@ -31,12 +31,19 @@ from bench.pipeline import _kind, private_mib
 from pipeline.fs import resolve
 from pipeline.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
 
-# Nothing is started before it is needed; a node without a CPU also keeps a worker that has nothing to do for a moment;
-# and the run gets its share of a machine that does other things, where Ray's workers give way to everybody else.
+# Nothing is started before it is needed; a worker that has nothing to do is kept for two minutes, which is longer than a
+# node waits for its next file, and not for the rest of the run, where fifty of them take 5 GB; the run gets its share of a machine that does other things, where Ray's workers give way to everybody else; and fifty
+# nodes' own reports, which would take half of the machine's processors, are a minute apart.
 SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_num_workers_soft_limit": "1",
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "120000",
     "RAY_worker_niceness": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_task_events_report_interval_ms": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
 }
 
 # The run is ended where the machine has no more memory left.

@@ -40,7 +40,7 @@ def test_every_row_comes_out_once_in_order_with_its_own_columns(infer: Infer, wr
     assert table["big"].to_pylist() == [2**60 + i for i in range(500)]
     last = json.loads(table["messages"][7].as_py())
     assert last == [{"role": "user", "content": "question 7"}, {"role": "assistant", "content": "question 7"}]
-    assert set(table["error"].to_pylist()) == {None} if False else all(e is None for e in table["error"].to_pylist())
+    assert table["error"].null_count == 500
 
 
 @pytest.fixture
