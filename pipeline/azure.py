@@ -45,8 +45,8 @@ def _service(host: str) -> BlobServiceClient:
         host = f"{account}.blob.core.windows.net"
     if not account:
         raise ConfigError(
-            "az:// and abfs:// need an account: AZURE_STORAGE_ACCOUNT or AZURE_STORAGE_CONNECTION_STRING in the environment, "
-            "or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/…"
+            "az:// and abfs:// need an account: AZURE_STORAGE_ACCOUNT or AZURE_STORAGE_CONNECTION_STRING in the environment"
+            ", or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/…"
         )
     credential: Any = os.environ.get("AZURE_STORAGE_KEY") or os.environ.get("AZURE_STORAGE_SAS_TOKEN")
     if not credential:

@@ -25,7 +25,7 @@ import pytest
 
 # What each store says where it is busy or errs: by turns.
 REFUSALS = {
-    "gs": [(code, "application/json", '{"error": {"code": %d, "message": "busy"}}' % code) for code in (503, 429, 500)],
+    "gs": [(code, "application/json", f'{{"error": {{"code": {code}}}}}') for code in (503, 429, 500)],
     "az": [
         (code, "application/xml", f'<?xml version="1.0"?><Error><Code>{name}</Code><Message>busy</Message></Error>')
         for code, name in ((503, "ServerBusy"), (429, "TooManyRequests"), (500, "OperationTimedOut"))
@@ -183,7 +183,8 @@ class GcsServer(StoreServer):
         return f"gs://anonymous@bucket/{key}?scheme=http&endpoint_override=127.0.0.1:{self.port}&retry_limit_seconds=3"
 
     def put(self, key: str, data: bytes) -> None:
-        self.http.post("/upload/storage/v1/b/bucket/o", params={"uploadType": "media", "name": key}, content=data)
+        options = {"params": {"uploadType": "media", "name": key}, "headers": {"Content-Type": "text/plain"}}
+        self.http.post("/upload/storage/v1/b/bucket/o", content=data, **options).raise_for_status()
 
     def begin(self, key: str) -> None:
         """An upload that nobody ends."""
