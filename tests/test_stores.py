@@ -63,7 +63,7 @@ def test_a_run_on_a_failing_store_equals_one_on_a_disk_byte_for_byte(
     run = subprocess.run(command(dataset, store.uri("out"), *more), capture_output=True, text=True, timeout=300)
     assert run.returncode == 3, run.stderr
     store.failing = 0.0
-    assert store.refused.total() > 5
+    assert store.refused.total() >= 3
     there = store.objects("out/")
     for folder in ("data", "errors"):
         here = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out" / folder).iterdir()}
