@@ -20,7 +20,7 @@ _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @dataclass(slots=True)
 class DatasetConfig:
-    path: Any = key(None, "file, directory, glob or list of them; local, s3://, gs:// or any fsspec URL")
+    path: Any = key(None, "file, directory, glob or list of them; local, s3://, gs://, az:// or any fsspec URL")
     format: str = key("auto", "auto, messages, oumi, openai_batch, sharegpt, prompt or turns")
     limit: int | None = key(None, "read only so many rows")
     columns: dict[str, Any] = key({}, "which column plays which role, e.g. {prompt: question, id: qid}")

@@ -23,8 +23,9 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 from engines.text import one_line
 from engines.types import ConfigError
 
-# pyarrow's own clients; every other scheme goes through fsspec.
+# pyarrow's own clients, and ours; every other scheme goes through fsspec.
 _NATIVE = ("s3", "gs", "gcs")
+_AZURE = ("az", "abfs", "abfss")
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{2}(.*)$", re.DOTALL)
 # "?endpoint_override=…" after an s3:// path, a signature after an https:// one; a bare "?" is a glob character.
 _OPTIONS = re.compile(r"\?[\w-]+=[^/].*$")
@@ -33,6 +34,7 @@ _PASSING = re.compile(
     r"AWS Error (SLOW_DOWN|INTERNAL_FAILURE|NETWORK_CONNECTION|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT"
     r"|UNKNOWN \(HTTP status (429|5\d\d)\))"
     r"|google::cloud::Status\((UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)"
+    r"|Azure Error (Service(Request|Response)(Timeout)?Error|IncompleteReadError|HTTP (408|429|5\d\d))"
 )
 # Beyond the tries of the store's own client, which are over in seconds.
 PATIENCE_S, TRIES = 120.0, 8
@@ -50,12 +52,17 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     if scheme == "file":
         plain = Path(urllib.parse.unquote(rest)) if uri else Path(rest).expanduser()
         return pafs.LocalFileSystem(), os.path.abspath(plain)  # absolute: a worker has another current directory
-    if scheme not in _NATIVE:
+    if scheme not in (*_NATIVE, *_AZURE):
         return _through_fsspec(scheme, path)
     rest, options = split_options(rest)
     bucket = rest.split("/", 1)[0]
     if ":" in bucket:
         raise ConfigError(f"{scheme}://…@… holds credentials: keep them in the environment, not in a path")
+    if scheme in _AZURE:
+        if options:
+            raise ConfigError(f"{scheme}:// takes no ?…: the account and its credentials come from the environment")
+        container, _, host = bucket.partition("@")
+        return _azure(scheme, host), f"{container}{rest[len(bucket) :]}".rstrip("/")
     user = bucket[: bucket.rfind("@") + 1]
     return _native(f"{scheme}://{bucket}{options}"), rest.removeprefix(user).rstrip("/")
 
@@ -71,10 +78,21 @@ def _native(bucket: str) -> pafs.FileSystem:
     """One client per bucket: making one may ask the store for the bucket's region."""
     if bucket.startswith("s3:"):  # small objects in one request, where it would be three
         bucket += ("&" if "?" in bucket else "?") + "allow_delayed_open=true"
+    elif "retry_limit_seconds=" not in bucket:  # it would be a quarter of an hour, in which a run could not stop
+        bucket += ("&" if "?" in bucket else "?") + "retry_limit_seconds=10"
     try:
         return pafs.FileSystem.from_uri(bucket)[0]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"cannot open {bucket}: {one_line(error)}") from None
+
+
+def _azure(scheme: str, host: str) -> pafs.FileSystem:
+    try:
+        from pipeline.azure import open_account
+    except ImportError as error:
+        install = "pip install 'eagleray[azure]'"
+        raise ConfigError(f"{scheme}:// needs a package that is not installed ({one_line(error)}): {install}") from None
+    return open_account(host)
 
 
 def _through_fsspec(scheme: str, path: str) -> tuple[pafs.FileSystem, str]:

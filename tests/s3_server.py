@@ -21,6 +21,8 @@ INTERNAL = ("500 Internal Server Error", b"<Error><Code>InternalError</Code><Mes
 class S3Server:
     """One bucket, `bucket`. A `failing` share of all requests is refused, by turns with a 503 and a 500."""
 
+    environment = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
+
     def __init__(self, seed: int = 0) -> None:
         self.failing = 0.0
         self.refused: Counter[str] = Counter()
@@ -54,6 +56,25 @@ class S3Server:
 
     def uri(self, key: str) -> str:
         return f"s3://bucket/{key}{self.options}"
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client().put_object(Bucket="bucket", Key=key, Body=data)
+
+    def begin(self, key: str) -> None:
+        """An upload that nobody ends."""
+        self.client().create_multipart_upload(Bucket="bucket", Key=key)
+
+    def uploads(self) -> list[str]:
+        return [upload["Key"] for upload in self.client().list_multipart_uploads(Bucket="bucket").get("Uploads", [])]
+
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        client = self.client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+        keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
+        return {key.removeprefix(prefix): client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+
+    def delete(self, key: str) -> None:
+        self.client().delete_object(Bucket="bucket", Key=key)
 
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         what = _what(environ)

@@ -63,7 +63,7 @@ def test_the_locked_versions_are_those_that_the_extras_ask_for() -> None:
         if "==" in line
     )
     assert locked["ray"] == version("ray")  # the cluster's and the one these tests ran with
-    extras = ("llamacpp", "transformers", "vllm", "cluster", "bedrock", "s3", "serve", "traces", "vertex")
+    extras = ("llamacpp", "transformers", "vllm", "cluster", "azure", "bedrock", "s3", "serve", "traces", "vertex")
     wanted = [Requirement(line) for line in requires("eagleray") or []]
     # Without these a head has no dashboard, and so no Jobs API.
     wanted += [line for line in map(Requirement, requires("ray") or []) if "default" in str(line.marker)]
