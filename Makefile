@@ -38,12 +38,12 @@ bench: $(VENV)/.test
 	$(BIN)/python -m bench
 
 # What cluster.yaml and an image install: everything that the extras of a GPU node need, at one version each.
-LOCK := import json, sys; [print(f"{p['name']}=={p['version'].split('+')[0]}") for p in \
+LOCK := import json, sys; [print(p["name"], p["version"].split("+")[0], sep="==") for p in \
   sorted((i["metadata"] for i in json.load(sys.stdin)["install"]), key=lambda p: p["name"].lower()) if p["name"] != "eagleray"]
 
 lock: $(BIN)/python
 	$(BIN)/pip install -q --dry-run --ignore-installed --report - '.[llamacpp,transformers,vllm,cluster]' | \
-	  $(BIN)/python -c '$(LOCK)' > jobs/constraints.txt
+	  $(BIN)/python -c '$(LOCK)' > jobs/constraints.tmp && mv jobs/constraints.tmp jobs/constraints.txt
 
 clean:
 	rm -rf $(VENV) out
