@@ -50,7 +50,10 @@ def command(dataset: str, out: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+WHOLE_RUNS = [(S3Server, "parquet"), (S3Server, "jsonl"), (GcsServer, "parquet"), (AzureServer, "jsonl")]
+
+
+@pytest.mark.parametrize(("store", "format"), WHOLE_RUNS, indirect=["store"], ids=["s3", "s3-jsonl", "gs", "az-jsonl"])
 def test_a_run_on_a_failing_store_equals_one_on_a_disk_byte_for_byte(
     store: Store, tmp_path: Path, write_jsonl: Write, format: str
 ) -> None:
