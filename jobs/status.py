@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from engines.text import visible
 from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
 from pipeline.budget import batch_share
 from pipeline.fs import exists, listing
-from pipeline.ledger import SEGMENTS
+from pipeline.ledger import SEGMENTS, USAGE, split_keys
 
 OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
 WATCH_S = 5.0
@@ -125,30 +126,30 @@ def _cost(config: dict[str, Any], counts: dict[str, Any]) -> float | None:
 
 def _ledger(out: Output, since: float) -> dict[str, Any]:
     """What the segments hold that was done from then on."""
-    kept = ["error.type", "usage.input", "usage.output"]
-    tables = []
+    done, keys = [], []
     for info in listing(out.fs, f"{out.root}/{SEGMENTS}"):
         if info.path.endswith(".parquet") and (info.mtime_ns or 0) / 1e9 >= int(since):
             with out.fs.open_input_file(info.path) as file:
                 try:
-                    tables.append(pq.ParquetFile(file).read(columns=["key", "done_at", *kept]).flatten())
+                    table = pq.ParquetFile(file).read(columns=["key", "error.type", "done_at", "usage"])
                 except pa.ArrowInvalid:  # torn: its rows will be asked again
                     continue
-    if not tables:
+            table = table.filter(pc.greater_equal(table["done_at"].cast(pa.int64()), int(since * 1000)))
+            keys.append(split_keys(table["key"].cast(pa.binary(32)))[0])
+            done.append(table.drop_columns(["key"]))
+    if not done:
         return {"last_at": None}
-    begin = pa.scalar(int(since * 1000), pa.timestamp("ms", "UTC"))
-    table = pa.concat_tables(tables).filter(pc.field("done_at") >= begin)
-    last = pc.max(table["done_at"]).as_py()
+    table = pa.concat_tables(done)
     # A row may stand there twice: when its segment was being merged, or answered after a failure.
-    table = table.append_column("failed", table["error.type"].is_valid()).sort_by("failed")
-    first = pc.ScalarAggregateOptions(skip_nulls=False)
-    best = table.group_by("key", use_threads=False).aggregate([(name, "first", first) for name in kept])
-    types, read, written = (best[f"{name}_first"] for name in kept)
-    errors = Counter(types.drop_null().to_pylist())
+    at = np.asarray(table["done_at"].cast(pa.int64()))
+    order = np.argsort(np.asarray(pc.is_valid(pc.struct_field(table["error"], "type"))), kind="stable")
+    table = table.take(pa.array(order[np.unique(np.concatenate(keys)[order], return_index=True)[1]]))
+    types = Counter(pc.struct_field(table["error"], "type").drop_null().to_pylist())
+    tokens = {f.name: pc.sum(pc.struct_field(table["usage"], f.name)).as_py() or 0 for f in USAGE}
     return {
-        "done": len(best) - errors.total(), "failed": errors.total(), "errors": dict(errors),
-        "input_tokens": pc.sum(read).as_py() or 0, "output_tokens": pc.sum(written).as_py() or 0,
-        "last_at": last and last.timestamp(),
+        "done": len(table) - types.total(), "failed": types.total(), "errors": dict(types),
+        "input_tokens": tokens["input"], "output_tokens": tokens["output"],
+        "last_at": float(at.max()) / 1000 if len(at) else None,
     }  # fmt: skip
 
 
