@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from engines import ConfigError, EngineError, load_engine
@@ -159,8 +160,6 @@ def test_a_run_killed_at_every_step_submits_no_row_twice_and_loses_none(
     assert sorted(struck) == sorted(point for point in points for _ in range(2))
     ids = [id for _, ids in server.submitted for id in ids]
     assert len(ids) == 30 and {server.times_submitted(id) for id in ids} == {1}
-    import pyarrow.parquet as pq
-
     rows = [row for path in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     assert [row["response"] for row in rows] == [f"answer to: question {i}" for i in range(30)]
 
@@ -205,8 +204,6 @@ def test_a_run_killed_before_and_after_every_durable_step_submits_no_row_twice_a
     assert killed >= 2 * steps
     times = {text: sum(text_of(body) == text for body in server.bodies) for text in map(text_of, server.bodies)}
     assert times == {f"question {i}": 2 if i == 2 else 1 for i in range(8)}
-    import pyarrow.parquet as pq
-
     assert pq.read_table(out / "data")["response"].to_pylist() == [f"answer to: question {i}" for i in range(8)]
 
 
@@ -412,8 +409,6 @@ def test_the_steps_of_eagleray_batch(
 
 
 def list_rows(out: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
     return [row for path in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
