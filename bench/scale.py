@@ -32,9 +32,9 @@ from pipeline.fs import resolve
 from pipeline.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
 
 # Nothing is started before it is needed. A worker that has nothing to do is kept for two minutes, longer than a node waits
-# for its next file, and not for the rest of the run, where fifty of them take 5 GB. The run gets its share of a machine
+# for its next file, and not for the rest of the run, whose memory they would take. The run gets its share of a machine
 # that does other things, where Ray's workers give way to everybody else. And fifty nodes' own reports, which would take
-# half of the machine's processors, are a minute apart.
+# much of the machine's processors, are a minute apart.
 SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_num_workers_soft_limit": "0",
