@@ -24,6 +24,7 @@ from tests.provider_server import ProviderServer
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 120
+ENDED = "<the end>"
 
 
 class Terminal:
@@ -40,24 +41,26 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def until(self, pattern: str) -> str:
-        """What came since the last time, up to this."""
-        deadline = time.monotonic() + PATIENCE_S
+    def until(self, pattern: str, press: str = "") -> str:
+        """What came since the last time, up to this. `press` is typed every second, as a person would who sees nothing
+        happen: between its prompt and its reading, `input` does not hear control characters."""
+        deadline, again = time.monotonic() + PATIENCE_S, 0.0
         while not (found := re.compile(pattern).search(self.shown, self.seen)):
-            assert time.monotonic() < deadline, repr(self.shown)
+            assert time.monotonic() < deadline and not self.shown.endswith(ENDED), repr(self.shown)
+            if press and time.monotonic() >= again:
+                again = time.monotonic() + 1
+                self.type(press)
             if select.select([self.fd], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):  # the other end is closed
+                try:
                     self.shown += os.read(self.fd, 65536).decode(errors="replace")
+                except OSError:  # Linux' way of telling the end
+                    self.shown += ENDED
         new, self.seen = self.shown[self.seen : found.end()], found.end()
         return new
 
-    def end(self) -> int:
+    def end(self, press: str) -> int:
         """Its exit status."""
-        while True:
-            with contextlib.suppress(OSError):
-                os.read(self.fd, 65536)
-                continue
-            break
+        self.until(ENDED, press)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
@@ -96,11 +99,8 @@ def test_in_a_terminal_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(te
     chat.until("> $")
     chat.type("What is the capital of France?\n")
     assert "Paris" in chat.until("Paris[^>]*> $")
-    time.sleep(1)  # between its prompt and its reading, `input` does not hear it
-    chat.type("\x03")
-    chat.until("Ctrl-D leaves")
-    chat.type("\x04")
-    assert chat.end() == 0
+    chat.until("Ctrl-D leaves", press="\x03")
+    assert chat.end(press="\x04") == 0
 
 
 @pytest.fixture
