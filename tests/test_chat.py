@@ -33,6 +33,7 @@ class Terminal:
     def __init__(self, *args: str) -> None:
         self.pid, self.fd = pty.fork()
         if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and hand that on
             os.chdir(ROOT)
             os.execve(sys.executable, [sys.executable, "-m", "jobs.chat", *args], {**os.environ, "TERM": "dumb"})
         self.shown = ""
