@@ -1,7 +1,7 @@
 """Ten million rows in a thousand files over fifty nodes: `python -m bench --only scale` (about an hour on two cores).
 
 What is real: 50 raylets, each with its own object store, agents and worker processes, in one Ray cluster; the whole command
-`eagleray infer engine=echo` as its driver; 16 replicas spread over the nodes; reading as Ray tasks on all of them, the
+`eagleray infer engine=echo` as its driver; 12 replicas spread over the nodes; reading as Ray tasks on all of them, the
 final output on those that have a CPU (`cpu_nodes` of them, for 50 workers at once do not fit into one machine's memory);
 every row, segment, part and fsync. What is not: a network, and more than the machine's cores and its one disk, so
 the rate says what the machine does, not what 50 would. Memory is a process's own pages without the object store.
@@ -31,7 +31,7 @@ from bench.pipeline import _kind, private_mib
 from pipeline.fs import resolve
 from pipeline.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
 
-# Nothing is started before it is needed. A worker that has nothing to do is kept for two minutes, longer than a node waits
+# Nothing is started before it is needed, and nothing is ended before the machine is all but full. A worker that has nothing to do is kept for two minutes, longer than a node waits
 # for its next file, and not for the rest of the run, whose memory they would take. The run gets its share of a machine
 # that does other things, where Ray's workers give way to everybody else. And fifty nodes' own reports, which would take
 # much of the machine's processors, are a minute apart.
@@ -40,6 +40,7 @@ SETTINGS = {
     "RAY_num_workers_soft_limit": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "120000",
     "RAY_worker_niceness": "0",
+    "RAY_memory_usage_threshold": "0.98",
     "RAY_metrics_report_interval_ms": "60000",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_task_events_report_interval_ms": "0",
@@ -219,7 +220,7 @@ def ledger(sizes: tuple[int, ...] = (1_000_000, 5_000_000, 10_000_000)) -> list[
 
 
 def run(
-    rows: int = 10_000_000, files: int = 1000, nodes: int = 50, replicas: int = 16, cpu_nodes: int = 8
+    rows: int = 10_000_000, files: int = 1000, nodes: int = 50, replicas: int = 12, cpu_nodes: int = 6
 ) -> dict[str, Any]:
     """One run of that size, its resume, and what its ledger costs."""
     work = Path(tempfile.mkdtemp(prefix="eagleray-scale-"))

@@ -17,7 +17,7 @@ from pipeline.stats import COARSE, SUMS, Floats, Histogram, Timeline, lower_edge
 
 # The size of a drawing, about as many pixels as it gets on a page or a phone, so that its text keeps its size.
 WIDTH, HEIGHT = 360, 168
-LEFT, RIGHT, TOP, BOTTOM = 42, 6, 12, 22
+LEFT, RIGHT, TOP, BOTTOM = 48, 6, 12, 22
 BARS = 30
 COLUMNS = 72
 # More pauses than these are drawn as time in which nothing happened.
@@ -51,6 +51,11 @@ def seconds(value: float) -> str:
         if whole:
             return f"{whole} {unit} {rest} {part}" if rest else f"{whole} {unit}"
     return f"{value:.0f} s"
+
+
+def short_seconds(value: float) -> str:
+    """For an axis: 200 s, not 3 min 20 s."""
+    return f"{short(value)} s" if value >= 1 else seconds(value)
 
 
 def clock(ms: float) -> str:
@@ -242,7 +247,7 @@ def tokens_over_time(series: Series) -> Markup:
 
 def latency_over_time(series: Series) -> Markup:
     top = max(column.p95 for column in series.columns) * 1.08
-    drawing = _over_time(series, top, seconds)
+    drawing = _over_time(series, top, short_seconds)
     full = [c for c in series.columns if c.rows]
     # A line ends where nothing came back, and at a pause.
     ends = [n for n in range(1, len(full)) if full[n].at - full[n - 1].end >= 1e-6]

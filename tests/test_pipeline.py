@@ -158,7 +158,7 @@ def test_a_changed_column_that_is_not_asked_reaches_the_output(infer: Infer, wri
 
 def test_a_torn_and_a_deleted_segment_cost_their_own_rows_only(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(300)])
-    infer(path, "engine.kwargs.latency_s=0.05", "engine.max_concurrency=16", "run.flush_s=0.1")
+    infer(path, "engine.kwargs.latency_s=0.2", "engine.max_concurrency=16", "run.flush_s=0.1")
     fs, root = resolve(str(infer.out))
     segments = list_segments(fs, root)
     assert len(segments) > 2

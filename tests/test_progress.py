@@ -89,7 +89,7 @@ def test_a_narrow_terminal_shows_the_run_and_is_restored_after_ctrl_c(tmp_path: 
     assert not terminal.screen.cursor.hidden
     after = " ".join("".join(terminal.screen.display).split())
     # Without spaces: a line that is just full has none at its end.
-    assert "rowsinflight(asecondtimeendsatonce)" in after.replace(" ", "")
+    assert "rowsinflight(asecondtimeendsatonce)" in after.replace(" ", ""), terminal.text
     # The live view is gone, and the last line is the same command, to be copied.
     assert "━" not in after and "working" not in after
     last = after[after.index("To go on: ") :].removeprefix("To go on: ").strip()

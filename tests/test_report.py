@@ -22,7 +22,7 @@ from rich.console import Console
 
 from engines.text import visible
 from engines.types import Completion, Failure, Usage
-from pipeline.charts import series_of
+from pipeline.charts import LEFT, series_of, short, short_seconds, ticks
 from pipeline.chat import ROW_CHARS, shown_row
 from pipeline.fs import resolve
 from pipeline.ledger import COMPLETION_FIELDS, completion_columns
@@ -514,6 +514,12 @@ def test_the_charts_are_there(page: Page) -> None:
     outside = "[...document.querySelectorAll('svg text, svg rect')].filter(e => { const a = e.getBoundingClientRect(), b ="
     outside += " e.ownerSVGElement.getBoundingClientRect(); return a.left < b.left - 1 || a.right > b.right + 1; })"
     assert page(f"{outside}.map(e => e.outerHTML)") == []
+    # Nor of any run whose answers take longer, or are more.
+    tops = [10.0**power * by for power in range(-3, 6) for by in (1, 2.1, 4.3, 8.9)]
+    labels = [text(value) for text in (short, short_seconds) for top in tops for value in ticks(0, top, 4)]
+    label = "document.querySelector('svg text.end')"
+    found = page(f"{json.dumps(labels)}.map(text => ({label}.textContent = text, {label}.getComputedTextLength()))")
+    assert max(zip(found, labels, strict=True)) <= (LEFT - 5, "")
 
 
 def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:

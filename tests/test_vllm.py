@@ -268,8 +268,7 @@ def test_an_engine_that_dies_is_replaced_and_leaves_no_process(infer: Infer, wri
     def kill_one() -> None:
         while not killed:
             done = len(list((infer.out / "_segments").glob("*"))) if infer.out.is_dir() else 0
-            fresh = [p for p in cores() if p.pid not in before]
-            if done and fresh:
+            if done and (fresh := [p for p in cores() if p.pid not in before]):
                 killed.append(fresh[0].pid)
                 with contextlib.suppress(psutil.Error):
                     fresh[0].kill()
