@@ -31,10 +31,10 @@ from bench.pipeline import _kind, private_mib
 from pipeline.fs import resolve
 from pipeline.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
 
-# Nothing is started before it is needed, and nothing is ended before the machine is all but full. A worker that has nothing to do is kept for two minutes, longer than a node waits
-# for its next file, and not for the rest of the run, whose memory they would take. The run gets its share of a machine
-# that does other things, where Ray's workers give way to everybody else. And fifty nodes' own reports, which would take
-# much of the machine's processors, are a minute apart.
+# Nothing is started before it is needed, and nothing is ended before the machine is all but full. A worker that has nothing
+# to do is kept for two minutes, longer than a node waits for its next file, and not for the rest of the run, whose memory
+# they would take. The run gets its share of a machine that does other things, where Ray's workers give way to everybody
+# else. And fifty nodes' own reports, which would take much of the machine's processors, are a minute apart.
 SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_num_workers_soft_limit": "0",
