@@ -27,6 +27,8 @@ RECENT_S, SAMPLE_S = 30.0, 0.5
 SHOWN = 4
 # Narrower terminals have no room for columns.
 ALIGNED = 56
+# The view is drawn anew so often.
+DRAW_S = 0.25
 SHOW_CURSOR = b"\x1b[?25h\r\n"
 
 
@@ -61,7 +63,9 @@ class RunProgress:
         self.samples: deque[Sample] = deque([Sample(self.started)])
         self.live: Live | None = None
         if console.is_terminal:
-            self.live = Live(console=console, get_renderable=self.render, transient=True, refresh_per_second=4)
+            # Drawn by `show`, not by rich's thread: between it and a message that is printed meanwhile, rich may take
+            # the height of the wrong view, and leave lines of an old one or wipe out the message.
+            self.live = Live(console=console, get_renderable=self.render, transient=True, auto_refresh=False)
 
     def __enter__(self) -> RunProgress:
         if self.live is not None:
@@ -81,8 +85,12 @@ class RunProgress:
             # Two that are older than all that count are not needed, and neither is the time before the first answer.
             while len(self.samples) > 2 and (self.samples[1].at < now - RECENT_S or not self.samples[1].rows):
                 self.samples.popleft()
-        if self.live is None and now - self.shown >= self.every_s:
-            self.shown = now
+        if now - self.shown < (self.every_s if self.live is None else DRAW_S):
+            return
+        self.shown = now
+        if self.live is not None:
+            self.live.refresh()
+        else:
             self.console.print(Text(" · ".join(self._line())), soft_wrap=True)
 
     # -- figures ------------------------------------------------------------------------------------------------------
