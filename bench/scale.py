@@ -1,4 +1,4 @@
-"""Ten million rows in a thousand files over fifty nodes: `python -m bench --only scale` (about an hour on two cores).
+"""Ten million rows in a thousand files over fifty nodes: `python -m bench --only scale`.
 
 What is real: 50 raylets, each with its own object store, agents and worker processes, in one Ray cluster; the whole command
 `eagleray infer engine=echo` as its driver; 12 replicas spread over the nodes; reading as Ray tasks on all of them, the

@@ -267,8 +267,8 @@ class BatchRun:
                 failed_too = True
                 pause = POLL_FIRST_S
                 while self.book.open:
-                    progress.show(self.shown())
                     moved = self.step()
+                    progress.show(self.shown())
                     if reason := why_stop(self.status):
                         raise Stopped(f"{reason}; {GO_ON}")
                     for trouble, until in self.troubles.values():

@@ -27,8 +27,6 @@ RECENT_S, SAMPLE_S = 30.0, 0.5
 SHOWN = 4
 # Narrower terminals have no room for columns.
 ALIGNED = 56
-# The view is drawn anew so often.
-DRAW_S = 0.25
 SHOW_CURSOR = b"\x1b[?25h\r\n"
 
 
@@ -63,9 +61,7 @@ class RunProgress:
         self.samples: deque[Sample] = deque([Sample(self.started)])
         self.live: Live | None = None
         if console.is_terminal:
-            # Drawn by `show`, not by rich's thread: between it and a message that is printed meanwhile, rich may take
-            # the height of the wrong view, and leave lines of an old one or wipe out the message.
-            self.live = Live(console=console, get_renderable=self.render, transient=True, auto_refresh=False)
+            self.live = Live(console=console, get_renderable=self.render, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> RunProgress:
         if self.live is not None:
@@ -85,12 +81,8 @@ class RunProgress:
             # Two that are older than all that count are not needed, and neither is the time before the first answer.
             while len(self.samples) > 2 and (self.samples[1].at < now - RECENT_S or not self.samples[1].rows):
                 self.samples.popleft()
-        if now - self.shown < (self.every_s if self.live is None else DRAW_S):
-            return
-        self.shown = now
-        if self.live is not None:
-            self.live.refresh()
-        else:
+        if self.live is None and now - self.shown >= self.every_s:
+            self.shown = now
             self.console.print(Text(" · ".join(self._line())), soft_wrap=True)
 
     # -- figures ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from engines.text import visible
 from engines.types import Completion, Failure, Usage
-from pipeline.charts import LEFT, series_of, short, short_seconds, ticks
+from pipeline.charts import LEFT, latency_over_time, series_of, short, short_seconds, ticks
 from pipeline.chat import ROW_CHARS, shown_row
 from pipeline.fs import resolve
 from pipeline.ledger import COMPLETION_FIELDS, completion_columns
@@ -237,6 +237,11 @@ def test_no_answer_is_drawn_twice_around_a_pause(pause_s: int) -> None:
     series = series_of(stats.timeline)
     assert sum(column.rows for column in series.columns) == len(times)
     assert sum(column.output for column in series.columns) == len(times)
+
+
+def test_the_axis_of_latencies_has_short_labels() -> None:
+    drawn = latency_over_time(series_of(stats_of([(1e9 + at, 250.0, 1, False) for at in range(5)], [5]).timeline))
+    assert re.findall('class="end" x="[^"]*" y="[^"]*">([^<]*)', drawn)[:3] == ["0 s", "100 s", "200 s"]
 
 
 def test_the_sample_is_spread_over_the_whole_input() -> None:

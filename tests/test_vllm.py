@@ -253,7 +253,8 @@ def cores() -> list[psutil.Process]:
     found, beside = [], {process.pid for process in psutil.Process(os.getppid()).children()} - {os.getpid()}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "VLLM::" in " ".join(process.cmdline()) and beside.isdisjoint(above.pid for above in process.parents()):
+            named = process.name().startswith(("VLLM::", "VLLM")) or "VLLM::" in " ".join(process.cmdline())
+            if named and beside.isdisjoint(above.pid for above in process.parents()):
                 found.append(process)
     return found
 
