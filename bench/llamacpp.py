@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # First: it settles how libgomp waits before the library is loaded.
-from engines.gguf import requantized, resolve_model  # isort: skip
-from engines.llamacpp import LlamaCppEngine  # isort: skip
+from engines.local.gguf import requantized, resolve_model  # isort: skip
+from engines.local.llamacpp import LlamaCppEngine  # isort: skip
 
 import llama_cpp as L
 import numpy as np
@@ -133,7 +133,7 @@ def run(
     def sequential_run() -> int:
         defaults = L.llama_cpp.llama_model_default_params
 
-        def safe() -> Any:  # the AMX crash, see engines/llamacpp.py
+        def safe() -> Any:  # the AMX crash, see engines/local/llamacpp.py
             params = defaults()
             params.use_extra_bufts = b"AMX_INT8 = 1" not in L.llama_print_system_info()
             return params

@@ -14,8 +14,8 @@ from rich.console import Console
 from engines.types import EaglerayError
 from jobs.compose import compose
 from pipeline import run as run_module
-from pipeline.feed import Status
-from pipeline.progress import RunProgress
+from pipeline.executors.live.dispatcher import Status
+from pipeline.monitor.progress import RunProgress
 
 ROWS, AT = 4000, 0.35
 SVG = Path(__file__).parent.parent / "docs" / "progress.svg"

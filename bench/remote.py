@@ -133,8 +133,8 @@ def leases(workers: int = 4, seconds: float = 5.0) -> dict[str, Any]:
     import ray
 
     from engines.base import EngineConfig
-    from engines.limits import Limits
-    from pipeline.limiter import limiter, source_of
+    from engines.remote.rate_limits import Limits
+    from pipeline.executors.live.rate_limiter import limiter, source_of
 
     config = EngineConfig("openai_compatible", base_url="x", requests_per_minute=1e9)
 

@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.pipeline import _kind, private_mib
-from pipeline.fs import resolve
-from pipeline.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
 
 # Nothing is started before it is needed, and nothing is ended before the machine is all but full. A worker that has nothing
 # to do is kept for two minutes, longer than a node waits for its next file, and not for the rest of the run, whose memory
@@ -68,8 +68,8 @@ cluster.shutdown()
 # Reads the ledger as a run's task does, and says what it took.
 INDEX = """
 import json, resource, sys, time
-from pipeline.fs import resolve
-from pipeline.ledger import read_index
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import read_index
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 began, cpu = time.perf_counter(), time.process_time()
 index = read_index(*resolve(sys.argv[1]))

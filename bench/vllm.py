@@ -24,8 +24,8 @@ from typing import Any
 
 from bench.llamacpp import questions
 from engines.base import Engine, load_engine
-from pipeline.formats import Parsed
-from pipeline.ready import Ask, Ready, prefix_of
+from pipeline.dataset.formats import Parsed
+from pipeline.executors.live.queue import Ask, Ready, prefix_of
 from tests.checkpoint import adapter_dir, checkpoint_dir
 
 KWARGS: dict[str, Any] = {

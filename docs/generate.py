@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engines.base import HTTP_ENGINES, REGISTRY, Capabilities, config_from_keys  # noqa: E402
-from engines.batch.connect import WIRES  # noqa: E402
+from engines.remote.batch.factory import WIRES  # noqa: E402
 from engines.remote.provider import Provider  # noqa: E402
 from engines.types import GENERATION_FIELDS, GenerationParams  # noqa: E402
 from jobs.compose import GROUPS, conf_dir, options  # noqa: E402

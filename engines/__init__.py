@@ -28,10 +28,10 @@ from engines.types import (
 
 if TYPE_CHECKING:
     from engines.echo import EchoEngine
-    from engines.llamacpp import LlamaCppEngine
-    from engines.sglang import SGLangOfflineEngine
-    from engines.transformers import TransformersEngine
-    from engines.vllm import VLLMEngine
+    from engines.local.llamacpp import LlamaCppEngine
+    from engines.local.sglang import SGLangOfflineEngine
+    from engines.local.transformers import TransformersEngine
+    from engines.local.vllm import VLLMEngine
 
 __all__ = [
     "Capabilities",

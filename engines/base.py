@@ -17,9 +17,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
-from engines.batch.api import Batches
-from engines.script import ask_turns
+from engines.remote.batch.api import Batches
 from engines.structured import ask_in_shape
+from engines.turns import ask_turns
 from engines.types import (
     Completion,
     ConfigError,
@@ -202,10 +202,10 @@ SourceOf = Callable[[EngineConfig], Any]
 # kind -> (module:Class, the module that must be importable, the extra that installs it)
 REGISTRY: dict[str, tuple[str, str | None, str]] = {
     "echo": ("engines.echo:EchoEngine", None, ""),
-    "llamacpp": ("engines.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
-    "transformers": ("engines.transformers:TransformersEngine", "transformers", "transformers"),
-    "vllm": ("engines.vllm:VLLMEngine", "vllm", "vllm"),
-    "sglang_offline": ("engines.sglang:SGLangOfflineEngine", "sglang", "sglang"),
+    "llamacpp": ("engines.local.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
+    "transformers": ("engines.local.transformers:TransformersEngine", "transformers", "transformers"),
+    "vllm": ("engines.local.vllm:VLLMEngine", "vllm", "vllm"),
+    "sglang_offline": ("engines.local.sglang:SGLangOfflineEngine", "sglang", "sglang"),
     "bedrock": ("engines.remote.bedrock:BedrockEngine", "boto3", "bedrock"),
 }
 

@@ -15,7 +15,7 @@ from pipeline.config import Config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.batches import BatchRun
+    from pipeline.executors.batch.runner import BatchRun
 
 STEPS = {
     "submit": "read, split, upload and submit; returns at once",
@@ -52,9 +52,9 @@ def _run(step: str, config: Config, again: str) -> int:
 
 
 def _go(step: str, config: Config, console: Console) -> int:
-    from pipeline.batches import Book
-    from pipeline.fs import resolve
+    from pipeline.executors.batch.runner import Book
     from pipeline.run import STOPPED
+    from pipeline.storage.filesystem import resolve
 
     status = finish(config, console, step)
     if step and status == STOPPED:
@@ -72,13 +72,13 @@ def _look(step: str, config: Config, console: Console) -> int:
     """Shows batches, having cancelled those under way where that is asked for."""
     from rich.markup import escape
 
-    from pipeline.batches import BatchRun
-    from pipeline.feed import Interpreter
-    from pipeline.formats import RowParser
-    from pipeline.fs import resolve
-    from pipeline.keys import Keyer
-    from pipeline.lock import run_lock
+    from pipeline.dataset.formats import RowParser
+    from pipeline.dataset.keys import Keyer
+    from pipeline.executors.batch.runner import BatchRun
+    from pipeline.executors.live.dispatcher import Interpreter
     from pipeline.run import STOPPED
+    from pipeline.storage.filesystem import resolve
+    from pipeline.storage.lock import run_lock
 
     config.check(runs=step != "list")
     fs, root = resolve(str(config.output.path or "."))
@@ -106,7 +106,7 @@ def _look(step: str, config: Config, console: Console) -> int:
 
 
 def _show(run: BatchRun, console: Console) -> None:
-    from pipeline.batches import done_of
+    from pipeline.executors.batch.runner import done_of
 
     rows = []
     for batch in run.book.batches:

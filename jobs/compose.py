@@ -217,7 +217,7 @@ def as_yaml(config: Config) -> str:
 
 def command_of(config: Mapping[str, Any]) -> list[str] | None:
     """The words of the command that stands for a configuration, as manifests have it; None where none says it exactly."""
-    from pipeline.lossless import dumps, loads
+    from pipeline.storage.exact_json import dumps, loads
 
     kind, batch = config["engine"]["kind"], config["run"]["mode"] == "batch"
     job, mode = ("batch", ["run.mode=batch"]) if batch else ("infer", [])

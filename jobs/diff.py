@@ -20,7 +20,7 @@ from engines.text import visible
 from engines.types import ConfigError
 from jobs.reading import Arguments, Output, Row, Rows, brief, number, open_output, print_json, say, steady
 from jobs.show import figures, parsed
-from pipeline.lossless import loads
+from pipeline.storage.exact_json import loads
 
 LIMIT = 5
 # Of longer texts the rest is cut off: comparing word by word takes a time that grows with the square.

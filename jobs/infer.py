@@ -70,7 +70,7 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
     from rich.markup import escape
     from rich.text import Text
 
-    from pipeline.crew import Interrupted, Stopped
+    from pipeline.executors.live.replicas import Interrupted, Stopped
     from pipeline.run import BUG, INTERRUPTED, STOPPED
 
     _check_clash()

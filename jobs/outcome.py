@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.guide import see_type
-from pipeline.fs import resolve
+from pipeline.storage.filesystem import resolve
 
 SHOWN = 5
 

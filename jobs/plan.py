@@ -39,9 +39,9 @@ Exit status: 0 it fits; 3 it does not, or rows cannot be read or are too long; 2
 def _plan(config: Config) -> int:
     from rich.console import Console
 
-    from engines.footprint import footprint
+    from engines.local.memory_estimate import footprint
     from engines.types import ConfigError
-    from pipeline.preflight import show
+    from pipeline.preflight.dry_run import show
 
     config.check(runs=False)
     console, model = Console(highlight=False), footprint(config.engine)
@@ -59,7 +59,7 @@ def _plan(config: Config) -> int:
 
 def _model(config: Config, model: Any) -> list[Line]:
     from engines.types import ConfigError
-    from pipeline.placement import placement
+    from pipeline.executors.live.placement import placement
 
     engine, hardware, context = config.engine, config.hardware, model.context
     placed = placement(hardware, engine)
@@ -147,11 +147,11 @@ def _machine_memory() -> float:
 def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     import numpy as np
 
-    from engines.footprint import prompts as prompts_of
-    from pipeline.feed import Interpreter
-    from pipeline.formats import RowParser
-    from pipeline.keys import Keyer
-    from pipeline.preflight import Rows
+    from engines.local.memory_estimate import prompts as prompts_of
+    from pipeline.dataset.formats import RowParser
+    from pipeline.dataset.keys import Keyer
+    from pipeline.executors.live.dispatcher import Interpreter
+    from pipeline.preflight.dry_run import Rows
     from pipeline.run import list_pieces
 
     dataset = config.dataset

@@ -26,11 +26,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from engines.text import one_line, visible
 from engines.types import ConfigError, nearest
-from pipeline.fs import TRIES, exists, listing, resolve, steadily
-from pipeline.ledger import SEGMENTS, read_index
-from pipeline.lock import STALE_S, held
-from pipeline.lossless import loads, plain
-from pipeline.state import STATE
+from pipeline.monitor.run_state import STATE
+from pipeline.storage.exact_json import loads, plain
+from pipeline.storage.filesystem import TRIES, exists, listing, resolve, steadily
+from pipeline.storage.ledger import SEGMENTS, read_index
+from pipeline.storage.lock import STALE_S, held
 
 MANIFEST, BATCHES = "manifest.json", "_batches"
 # Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.

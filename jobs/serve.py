@@ -24,7 +24,7 @@ def _run(config: Config, console: Console) -> int:
         import starlette  # noqa: F401
     except ImportError:
         raise ConfigError("eagleray serve needs Ray Serve: run pip install 'eagleray[serve]'") from None
-    from pipeline.serve import serve_engine
+    from pipeline.serve.server import serve_engine
 
     serve_engine(config, console)
     return 0

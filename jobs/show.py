@@ -18,7 +18,7 @@ from rich.text import Text
 from engines.text import visible
 from engines.types import ConfigError, nearest
 from jobs.reading import Arguments, Output, Place, Row, Rows, brief, number, open_output, print_json, say, steady
-from pipeline.ledger import COMPLETION_FIELDS
+from pipeline.storage.ledger import COMPLETION_FIELDS
 
 LIMIT = 5
 ROLES = {"system": "magenta", "developer": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}

@@ -19,9 +19,9 @@ from rich.text import Text
 from engines.base import EngineConfig, Price
 from engines.text import visible
 from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
-from pipeline.budget import batch_share
-from pipeline.fs import exists, listing
-from pipeline.ledger import SEGMENTS, USAGE, split_keys
+from pipeline.executors.cost_budget import batch_share
+from pipeline.storage.filesystem import exists, listing
+from pipeline.storage.ledger import SEGMENTS, USAGE, split_keys
 
 OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
 WATCH_S = 5.0
@@ -65,7 +65,7 @@ def look(out: Output) -> dict[str, Any]:
         return told | {"state": "complete", **{k: done[k] for k in names}, "last_activity_at": done["finished_at"]}
     told |= _unfinished(out)
     if exists(out.fs, f"{out.root}/{BATCHES}"):
-        from pipeline.batches import Book
+        from pipeline.executors.batch.runner import Book
 
         told["batches"] = [
             {"id": batch.id or batch.name, "state": batch.state, "rows": batch.rows}

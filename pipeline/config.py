@@ -196,7 +196,7 @@ class Config:
             except EngineError as error:
                 raise ConfigError(f"generation.response_format: {error}") from None
         if self.output.columns is not None:
-            from pipeline.scores import score_columns  # pyarrow
+            from pipeline.output.answer_columns import score_columns  # pyarrow
 
             score_columns(self.output.columns, response_format)
 

@@ -19,30 +19,38 @@ from rich.console import Console
 
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
-from pipeline.batches import BATCHES, BatchRun, Book
-from pipeline.budget import FILE as BUDGET_FILE
-from pipeline.budget import Budget, spent_so_far
 from pipeline.config import Config
-from pipeline.crew import Crew, Interrupted, Stopped
-from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary
-from pipeline.finalize import DATA, ERRORS, OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
-from pipeline.formats import RowParser
-from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic
-from pipeline.keys import Keyer
-from pipeline.ledger import SEGMENTS, FarIndex, Index, Lookup, read_index
-from pipeline.limiter import limiter
-from pipeline.lock import CLAIM, run_lock
-from pipeline.manifest import MANIFEST, make_manifest, unchanged
-from pipeline.placement import Placement, placement, spread
-from pipeline.preflight import FIRST_S, dry_run, look_at_configuration, look_at_rows
-from pipeline.progress import RunProgress
-from pipeline.report import REPORT, write_report
-from pipeline.scores import score_columns
-from pipeline.session import INTERRUPTED, PATIENCE_S, here, look_for_room, note_signals, running_ray, warn
-from pipeline.source import list_chunks, read_chunk
-from pipeline.state import RunState, told
-from pipeline.traces import Trace, run_span
-from pipeline.worker import Worker, WorkerConfig
+from pipeline.dataset.formats import RowParser
+from pipeline.dataset.keys import Keyer
+from pipeline.dataset.source import list_chunks, read_chunk
+from pipeline.executors.batch.runner import BATCHES, BatchRun, Book
+from pipeline.executors.cost_budget import FILE as BUDGET_FILE
+from pipeline.executors.cost_budget import Budget, spent_so_far
+from pipeline.executors.live.dispatcher import Dispatcher, Interpreter, Piece, Status, Summary
+from pipeline.executors.live.placement import Placement, placement, spread
+from pipeline.executors.live.rate_limiter import limiter
+from pipeline.executors.live.ray_session import (
+    INTERRUPTED,
+    PATIENCE_S,
+    here,
+    look_for_room,
+    note_signals,
+    running_ray,
+    warn,
+)
+from pipeline.executors.live.replicas import Crew, Interrupted, Stopped
+from pipeline.executors.live.worker import Worker, WorkerConfig
+from pipeline.monitor.progress import RunProgress
+from pipeline.monitor.run_state import RunState, told
+from pipeline.monitor.traces import Trace, run_span
+from pipeline.output.answer_columns import score_columns
+from pipeline.output.finalize import DATA, ERRORS, OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
+from pipeline.output.manifest import MANIFEST, make_manifest, unchanged
+from pipeline.preflight.dry_run import FIRST_S, dry_run, look_at_configuration, look_at_rows
+from pipeline.report.page import REPORT, write_report
+from pipeline.storage.filesystem import abort_uploads, exists, info_of, listing, resolve, write_atomic
+from pipeline.storage.ledger import SEGMENTS, FarIndex, Index, Lookup, read_index
+from pipeline.storage.lock import CLAIM, run_lock
 
 __all__ = ["INTERRUPTED", "Interrupted", "Outcome", "list_pieces", "run"]
 

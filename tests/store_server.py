@@ -214,7 +214,7 @@ class AzureServer(StoreServer):
     def make(self) -> None:
         from azure.storage.blob import BlobServiceClient
 
-        from pipeline.azure import open_account
+        from pipeline.storage.azure import open_account
 
         open_account.cache_clear()  # of the server before
         endpoint = f"http://127.0.0.1:{self.port}/{ACCOUNT}"

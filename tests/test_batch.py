@@ -21,10 +21,10 @@ import pytest
 from engines import ConfigError, EngineError, load_engine
 from jobs.batch import main as batch_main
 from jobs.compose import compose
-from pipeline.batches import Book
-from pipeline.crew import Stopped
-from pipeline.fs import resolve
+from pipeline.executors.batch.runner import Book
+from pipeline.executors.live.replicas import Stopped
 from pipeline.run import STOPPED, WITH_FAILURES
+from pipeline.storage.filesystem import resolve
 from tests.batch_server import BatchServer, text_of
 from tests.conftest import Infer, ask
 

@@ -20,12 +20,12 @@ from engines.base import REGISTRY, EngineConfig, Price, config_from_keys
 from engines.prices import priced
 from engines.types import ConfigError, GenerationParams
 from jobs.compose import compose, conf_dir
-from pipeline.budget import FILE, Budget, Seen, read_spent
-from pipeline.crew import Stopped
-from pipeline.feed import Dispatcher
-from pipeline.fs import resolve
-from pipeline.lossless import dumps
-from pipeline.ready import Ask
+from pipeline.executors.cost_budget import FILE, Budget, Seen, read_spent
+from pipeline.executors.live.dispatcher import Dispatcher
+from pipeline.executors.live.queue import Ask
+from pipeline.executors.live.replicas import Stopped
+from pipeline.storage.exact_json import dumps
+from pipeline.storage.filesystem import resolve
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer, by_hash
@@ -184,8 +184,8 @@ def test_batches_are_cut_and_submitted_within_the_budget(
 
 
 def cost_in(out: Path) -> float:
-    from pipeline.budget import cost_of
-    from pipeline.ledger import read_index
+    from pipeline.executors.cost_budget import cost_of
+    from pipeline.storage.ledger import read_index
 
     engine = EngineConfig("openai", "m", price=PRICE)
     return sum((cost_of(engine, read_index(*resolve(str(out)))) or {}).values())

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.fs import resolve
-from pipeline.ledger import read_index
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import read_index
 from tests.conftest import ask
 
 PATIENCE_S = 120  # how long to wait for what must come; nothing here measures time

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from pipeline.feed import Dispatcher, Status
-from pipeline.formats import Parsed
-from pipeline.ready import Ask, Ready, prefix_of
+from pipeline.dataset.formats import Parsed
+from pipeline.executors.live.dispatcher import Dispatcher, Status
+from pipeline.executors.live.queue import Ask, Ready, prefix_of
 
 
 def dispatcher(rows: int) -> Dispatcher:

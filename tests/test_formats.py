@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.types import ConfigError, EngineError, GenerationParams
-from pipeline.formats import OUTPUT_COLUMNS, ArrowRow, Parsed, RowParser, passthrough_names
-from pipeline.lossless import loads
-from pipeline.source import list_chunks, read_chunk
+from pipeline.dataset.formats import OUTPUT_COLUMNS, ArrowRow, Parsed, RowParser, passthrough_names
+from pipeline.dataset.source import list_chunks, read_chunk
+from pipeline.storage.exact_json import loads
 
 HI = [{"role": "user", "content": "hi"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}

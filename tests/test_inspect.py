@@ -29,14 +29,14 @@ from jobs.compose import command_of, compose
 from jobs.errors import ADVICE, pattern_of
 from jobs.reading import Rows, brief, open_output
 from pipeline.config import without_secrets
-from pipeline.crew import Stopped
-from pipeline.feed import Status
-from pipeline.fs import resolve
-from pipeline.ledger import list_segments
-from pipeline.lock import held, run_lock
-from pipeline.lossless import dumps, loads
+from pipeline.executors.live.dispatcher import Status
+from pipeline.executors.live.replicas import Stopped
+from pipeline.monitor.run_state import STATE, told
 from pipeline.run import run as run_job
-from pipeline.state import STATE, told
+from pipeline.storage.exact_json import dumps, loads
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import list_segments
+from pipeline.storage.lock import held, run_lock
 from tests.conftest import Infer, ask
 from tests.s3_server import S3Server
 

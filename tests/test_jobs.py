@@ -20,8 +20,8 @@ import httpx
 import psutil
 import pytest
 
-from pipeline.fs import resolve
-from pipeline.ledger import read_index
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import read_index
 from tests.provider_server import ProviderServer
 from tests.test_cluster import PATIENCE_S, check, end, family, folder, own_ray, title, write
 

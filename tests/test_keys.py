@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from engines.base import EngineConfig
 from engines.types import EngineError, GenerationParams
-from pipeline.formats import Parsed
-from pipeline.keys import Keyer
+from pipeline.dataset.formats import Parsed
+from pipeline.dataset.keys import Keyer
 
 ENGINE = EngineConfig(kind="llamacpp", model="m")
 

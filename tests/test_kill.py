@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.fs import resolve
-from pipeline.ledger import Index, list_segments, read_index
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import Index, list_segments, read_index
 from tests.conftest import ask
 
 ROWS = 3000

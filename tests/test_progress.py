@@ -22,8 +22,8 @@ from rich.console import Console
 
 from engines.base import EngineConfig, Price
 from jobs.infer import command
-from pipeline.feed import Pulse, Status
-from pipeline.progress import RunProgress, flow
+from pipeline.executors.live.dispatcher import Pulse, Status
+from pipeline.monitor.progress import RunProgress, flow
 from tests.conftest import Infer, ask
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,7 @@ def view(status: Status, width: int, monkeypatch: pytest.MonkeyPatch, expected: 
     """What is shown 10 s after nothing was done yet."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, legacy_windows=False)
     now = [1000.0]
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.monitor.progress.time.monotonic", lambda: now[0])
     engine = EngineConfig("openai", "gpt-4o-mini", price=Price(1, None, 2))
     progress = RunProgress(console, 10, engine, more.get("budget"))
     progress.show(Status(replicas={name: Pulse("working") for name in status.replicas}))
@@ -152,7 +152,7 @@ def test_no_line_is_wider_than_the_terminal(width: int, monkeypatch: pytest.Monk
 def test_rates_are_of_late_and_tell_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), width=120)
     now = [0.0]
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.monitor.progress.time.monotonic", lambda: now[0])
     progress = RunProgress(console, 1e9)
     for second in range(200):  # a row a second, then ten
         now[0] = float(second)

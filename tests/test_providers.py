@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import engines.adaptive
+import engines.remote.concurrency
 import engines.remote.engine
 from engines import Completion, load_engine
-from engines.adaptive import RetryBudget, Slots
 from engines.base import Engine, EngineConfig, to_request
-from engines.limits import SLACK_S, Budget, Call, Grant, Limits
+from engines.remote.concurrency import RetryBudget, Slots
 from engines.remote.errors import failure, observed, retry_after
+from engines.remote.rate_limits import SLACK_S, Budget, Call, Grant, Limits
 from engines.types import ConfigError, GenerationParams, Request
 from tests.conftest import ask
 from tests.google_account import google_account
@@ -38,8 +38,8 @@ WIRES = ["openai_compatible", "anthropic", "bedrock"]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits are short, and the clouds' credentials are there."""
     monkeypatch.setattr(engines.remote.engine, "BACKOFF_FIRST_S", 0.005)
-    monkeypatch.setattr(engines.adaptive, "PROBE_FIRST_S", 0.02)
-    monkeypatch.setattr(engines.adaptive, "PROBE_MOST_S", 0.05)
+    monkeypatch.setattr(engines.remote.concurrency, "PROBE_FIRST_S", 0.02)
+    monkeypatch.setattr(engines.remote.concurrency, "PROBE_MOST_S", 0.05)
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("AWS_REGION", "us-east-1")

@@ -14,8 +14,8 @@ import pytest
 import ray
 
 from engines.types import ConfigError
-from pipeline.crew import Stopped
-from pipeline.limiter import limiter
+from pipeline.executors.live.rate_limiter import limiter
+from pipeline.executors.live.replicas import Stopped
 from pipeline.run import Interrupted
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer, by_hash

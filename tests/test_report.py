@@ -22,12 +22,12 @@ from rich.console import Console
 
 from engines.text import visible
 from engines.types import Completion, Failure, Usage
-from pipeline.charts import LEFT, latency_over_time, series_of, short, short_seconds, ticks
-from pipeline.chat import ROW_CHARS, shown_row
-from pipeline.fs import resolve
-from pipeline.ledger import COMPLETION_FIELDS, completion_columns
-from pipeline.report import SAMPLE_BYTES, write_report
-from pipeline.stats import MOST_BUCKETS, PAUSE_MS, SAMPLED, Stats
+from pipeline.report.charts import LEFT, latency_over_time, series_of, short, short_seconds, ticks
+from pipeline.report.conversation import ROW_CHARS, shown_row
+from pipeline.report.page import SAMPLE_BYTES, write_report
+from pipeline.report.stats import MOST_BUCKETS, PAUSE_MS, SAMPLED, Stats
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import COMPLETION_FIELDS, completion_columns
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer
 

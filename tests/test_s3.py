@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.fs import abort_uploads, resolve, write_atomic
-from pipeline.source import list_chunks
+from pipeline.dataset.source import list_chunks
+from pipeline.storage.filesystem import abort_uploads, resolve, write_atomic
 from tests.s3_server import S3Server
 
 

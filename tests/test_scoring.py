@@ -20,9 +20,9 @@ from engines import Engine, GenerationParams, load_engine
 from engines.structured import mismatch
 from engines.types import Choice, ConfigError, answer
 from jobs.compose import compose
-from pipeline.formats import Parsed
-from pipeline.keys import Keyer
-from pipeline.scores import arrow_type, fitted, score_columns
+from pipeline.dataset.formats import Parsed
+from pipeline.dataset.keys import Keyer
+from pipeline.output.answer_columns import arrow_type, fitted, score_columns
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer
@@ -347,7 +347,7 @@ COLUMNS = ["dataset.template='{{ text }}'", f"generation.response_format={json.d
 def test_answers_become_columns_of_one_schema_in_every_part(
     infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.finalize.plan_jobs.__defaults__", (2,))
+    monkeypatch.setattr("pipeline.output.finalize.plan_jobs.__defaults__", (2,))
     rows = [
         {"text": json.dumps(GOOD), "score": "the input's own"},
         {"text": "Four stars.", "score": None},

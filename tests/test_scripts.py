@@ -15,9 +15,9 @@ import pytest
 from engines import Conversation, EngineConfig, GenerationParams, load_engine
 from engines.types import EngineError
 from jobs import plan
-from pipeline.formats import RowParser
-from pipeline.keys import Keyer
-from pipeline.ledger import SEGMENT_SCHEMA, read_segment
+from pipeline.dataset.formats import RowParser
+from pipeline.dataset.keys import Keyer
+from pipeline.storage.ledger import SEGMENT_SCHEMA, read_segment
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer

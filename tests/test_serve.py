@@ -23,7 +23,7 @@ import pytest
 from engines.base import EngineConfig
 from jobs import serve
 from pipeline.config import HardwareConfig
-from pipeline.placement import placement, serve_options
+from pipeline.executors.live.placement import placement, serve_options
 from tests.conftest import Infer, ask
 from tests.test_cluster import PATIENCE_S, end, family, own_ray, title, until
 from tests.test_sglang import SERVER

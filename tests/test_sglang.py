@@ -18,7 +18,7 @@ from engines import ConfigError, Engine, Request, load_engine
 from engines.base import EngineConfig
 from engines.types import GenerationParams
 from pipeline.config import HardwareConfig
-from pipeline.placement import placement
+from pipeline.executors.live.placement import placement
 
 # What stands in for the package: a server of the same command line and paths, which tells what it was given.
 SERVER = """

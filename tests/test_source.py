@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engines.types import ConfigError
-from pipeline.fs import exists, resolve, write_atomic
-from pipeline.source import Chunk, Row, list_chunks, parquet_schema, read_chunk, read_table
+from pipeline.dataset.source import Chunk, Row, list_chunks, parquet_schema, read_chunk, read_table
+from pipeline.storage.filesystem import exists, resolve, write_atomic
 
 
 def write(path: Path, data: bytes | str) -> Path:
@@ -449,7 +449,7 @@ def test_the_size_of_the_blocks_read_does_not_matter(tmp_path: Path, monkeypatch
         assert any(row.error for row in expected)
         assert any(row.columns for row in expected)
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.source.BLOCK", block)
+            patch.setattr("pipeline.dataset.source.BLOCK", block)
             assert rows(path, max_row_bytes=80, chunk_bytes=500) == expected
 
 

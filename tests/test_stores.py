@@ -16,10 +16,10 @@ import pyarrow.fs as pafs
 import pytest
 
 from engines.types import Completion, ConfigError
-from pipeline.fs import exists, listing, patiently, resolve, store_failed, write_atomic
-from pipeline.ledger import Record, list_segments, read_index, write_segment
-from pipeline.lock import run_lock
-from pipeline.source import list_chunks
+from pipeline.dataset.source import list_chunks
+from pipeline.storage.filesystem import exists, listing, patiently, resolve, store_failed, write_atomic
+from pipeline.storage.ledger import Record, list_segments, read_index, write_segment
+from pipeline.storage.lock import run_lock
 from tests.conftest import ask
 from tests.s3_server import S3Server
 from tests.store_server import AzureServer, GcsServer

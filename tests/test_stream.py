@@ -11,8 +11,8 @@ import pytest
 import engines.remote.engine
 from engines import Completion, load_engine
 from engines.base import Engine, to_request
-from engines.remote import chat, messages
-from engines.remote.events import Events
+from engines.remote import anthropic_messages, openai_chat
+from engines.remote.sse import Events
 from engines.text import settled
 from engines.types import Delta, EngineError, GenerationParams
 from tests.conftest import ask
@@ -191,7 +191,7 @@ class Told:
 
 def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
     told = Told()
-    events = Events(chat.Joined(), told)  # type: ignore[arg-type]
+    events = Events(openai_chat.Joined(), told)  # type: ignore[arg-type]
     start = {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x"'}}
     deltas: list[dict[str, Any]] = [
         {"reasoning_content": "Hm"}, {"reasoning_content": "m."}, {"tool_calls": [start]},
@@ -204,7 +204,7 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
     for reason in (None, "tool_calls"):
         choice = {"index": 0, "delta": {}, "logprobs": logprobs, "finish_reason": reason}
         events.feed(b"data:" + orjson_of({"choices": [choice]}) + b"\n\n")
-    done = chat.completion(events.payload(), None)  # type: ignore[arg-type]
+    done = openai_chat.completion(events.payload(), None)  # type: ignore[arg-type]
     assert [(call["id"], call["function"]["arguments"]) for call in done.tool_calls or ()] == [
         ("a", '{"x": 1}'),
         ("b", "{}"),
@@ -215,7 +215,7 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
 
 def test_anthropics_calls_and_thoughts_are_joined() -> None:
     told = Told()
-    events = Events(messages.Joined(), told)  # type: ignore[arg-type]
+    events = Events(anthropic_messages.Joined(), told)  # type: ignore[arg-type]
     found: list[dict[str, Any]] = [
         {"type": "message_start", "message": {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}},
         {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
@@ -231,7 +231,7 @@ def test_anthropics_calls_and_thoughts_are_joined() -> None:
     ]
     for event in found:
         events.feed(b"event: x\ndata: " + orjson_of(event) + b"\n\n")
-    done = messages.completion(events.payload(), None)  # type: ignore[arg-type]
+    done = anthropic_messages.completion(events.payload(), None)  # type: ignore[arg-type]
     assert (done.reasoning, done.text, done.finish_reason) == ("Hm.", None, "tool_calls")
     assert (done.usage.input, done.usage.output) == (7, 9)
     assert [call["function"] for call in done.tool_calls or ()] == [{"name": "f", "arguments": '{"x":1}'}]
@@ -240,7 +240,7 @@ def test_anthropics_calls_and_thoughts_are_joined() -> None:
 @pytest.mark.parametrize("line", [b"data: {", b"data: []", b'data: {"choices": [1]}', b'data: {"choices": [{"delta": 1}]}'])
 def test_what_is_no_event_is_a_bad_response(line: bytes) -> None:
     with pytest.raises(EngineError, match="an event cannot be read"):
-        Events(chat.Joined(), Told()).feed(line + b"\n")  # type: ignore[arg-type]
+        Events(openai_chat.Joined(), Told()).feed(line + b"\n")  # type: ignore[arg-type]
 
 
 def orjson_of(value: Any) -> bytes:
@@ -250,7 +250,7 @@ def orjson_of(value: Any) -> bytes:
 
 
 def test_a_call_with_an_absurd_number_takes_no_memory() -> None:
-    joined = chat.Joined()
+    joined = openai_chat.Joined()
     piece = {"index": 4_000_000_000, "function": {"name": "x", "arguments": "{}"}}
     list(joined.add({"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]}))
     (choice,) = joined.payload()["choices"]

@@ -135,7 +135,10 @@ def test_an_address_that_is_none_is_refused(infer: Infer, tmp_path: Path) -> Non
 
 
 def test_opentelemetry_is_imported_only_when_it_is_on() -> None:
-    code = "import sys, pipeline.run, pipeline.worker; sys.exit(any(m.startswith('opentelemetry') for m in sys.modules))"
+    code = (
+        "import sys, pipeline.run, pipeline.executors.live.worker; "
+        "sys.exit(any(m.startswith('opentelemetry') for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

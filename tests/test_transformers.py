@@ -19,7 +19,7 @@ import torch
 
 from engines import Completion, ConfigError, Request, load_engine
 from engines.base import EngineConfig
-from engines.transformers import TransformersEngine
+from engines.local.transformers import TransformersEngine
 from engines.types import EngineError, GenerationParams
 from tests.checkpoint import smollm2_adapter, smollm2_checkpoint
 
@@ -229,7 +229,7 @@ def test_a_row_that_repacks_its_batch_keeps_its_penalties(engine: TransformersEn
 def test_draws_follow_the_distribution_that_the_settings_leave(engine: TransformersEngine) -> None:
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from engines.transformers import _choose, _Row
+    from engines.local.transformers import _choose, _Row
 
     torch.manual_seed(0)
     vocab = 1000

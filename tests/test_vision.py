@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from engines import ConfigError
-from engines.transformers import TransformersEngine
+from engines.local.transformers import TransformersEngine
 from tests.checkpoint import tiny_llava
 
 __all__ = ["tiny_llava"]

@@ -18,7 +18,7 @@ import pytest
 
 from engines import Completion, ConfigError, load_engine
 from engines.base import Engine
-from pipeline.crew import Stopped
+from pipeline.executors.live.replicas import Stopped
 from tests.checkpoint import adapter_dir, checkpoint_dir, smollm2_adapters
 from tests.conftest import Infer, ask
 from tests.test_stream import joined, streamed

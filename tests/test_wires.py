@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 import engines
 from engines import Completion, EngineError, load_engine
 from engines.base import HTTP_ENGINES, EngineConfig, config_from_keys, packaged, to_request
-from engines.remote import chat, converse, messages
+from engines.remote import anthropic_messages, bedrock_converse, openai_chat
 from engines.remote.provider import Provider, endpoints, inline_refs
 from engines.types import ConfigError, GenerationParams, Request
 from jobs.compose import compose
@@ -32,7 +32,7 @@ from jobs.compose import compose
 PNG, JPEG = b"\x89PNG\r\n\x1a\n" + bytes(8), b"\xff\xd8\xff\xe0" + bytes(8)
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": SCHEMA}}
-PARSED = {"chat": chat, "messages": messages, "converse": converse}
+PARSED = {"chat": openai_chat, "messages": anthropic_messages, "converse": bedrock_converse}
 KEY = "sk-some-key-0123456789"
 
 
@@ -122,7 +122,7 @@ def test_bodies_are_openais(name: str, model: str) -> None:
     found = provider("openai", model)
     if found.capabilities().lacks(asked.generation):
         pytest.skip(f"{model} does not take it; refused before this")
-    conforms(OpenAIBody, chat.body(asked, model, found))
+    conforms(OpenAIBody, openai_chat.body(asked, model, found))
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -130,39 +130,41 @@ def test_bodies_are_openais(name: str, model: str) -> None:
 def test_bodies_are_anthropics(name: str, caching: bool) -> None:
     messages_, generation = CASES[name]
     asked = request((messages_, {"max_tokens": 100, **{k: v for k, v in generation.items() if k != "temperature"}}))
-    conforms(AnthropicBody, messages.body(asked, "claude-sonnet-5", provider("anthropic", None, caching)))
+    conforms(AnthropicBody, anthropic_messages.body(asked, "claude-sonnet-5", provider("anthropic", None, caching)))
 
 
 def test_anthropic_takes_an_image_on_the_web() -> None:
     asked = request(([{"role": "user", "content": [image("https://x.example/a.png")]}], {"max_tokens": 5}))
-    conforms(AnthropicBody, messages.body(asked, "m", provider("anthropic")))
+    conforms(AnthropicBody, anthropic_messages.body(asked, "m", provider("anthropic")))
 
 
 @pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_bodies_are_bedrocks(name: str, caching: bool) -> None:
     shape = botocore.session.get_session().get_service_model("bedrock-runtime").operation_model("Converse").input_shape
-    body = converse.body(request(CASES[name]), "amazon.nova-lite-v1:0", provider("bedrock", None, caching))
+    body = bedrock_converse.body(request(CASES[name]), "amazon.nova-lite-v1:0", provider("bedrock", None, caching))
     report = ParamValidator().validate(body, shape)
     assert not report.has_errors(), report.generate_report()
 
 
 def test_nothing_of_a_conversation_is_lost_on_any_wire() -> None:
     system, user = CASES["system prompts anywhere"], CASES["parallel tool calls"]
-    found = messages.body(request(system), "m", provider("anthropic"))
+    found = anthropic_messages.body(request(system), "m", provider("anthropic"))
     assert [block["text"] for block in found["system"]] == ["first", "second"]
     assert [turn["role"] for turn in found["messages"]] == ["user", "assistant", "user"]
-    turns = messages.body(request(user), "m", provider("anthropic"))["messages"]
+    turns = anthropic_messages.body(request(user), "m", provider("anthropic"))["messages"]
     assert [block["input"] for block in turns[1]["content"]] == [{"n": 1}, {"n": 2}]
     assert [block["type"] for block in turns[2]["content"]] == ["tool_result", "tool_result", "text"]
-    found = converse.body(request(system), "m", provider("bedrock"))
+    found = bedrock_converse.body(request(system), "m", provider("bedrock"))
     assert [block["text"] for block in found["system"]] == ["first", "second"]
-    turns = converse.body(request(user), "m", provider("bedrock"))["messages"]
+    turns = bedrock_converse.body(request(user), "m", provider("bedrock"))["messages"]
     assert [block["toolUse"]["input"] for block in turns[1]["content"]] == [{"n": 1}, {"n": 2}]
     assert [next(iter(block)) for block in turns[2]["content"]] == ["toolResult", "toolResult", "text"]
-    found = chat.body(request(system), "m", provider("openai"))
+    found = openai_chat.body(request(system), "m", provider("openai"))
     assert found["messages"] == system[0]  # as they came
-    assert [m["role"] for m in chat.body(request(system), "m", provider("together"))["messages"]].count("system") == 2
+    assert [m["role"] for m in openai_chat.body(request(system), "m", provider("together"))["messages"]].count(
+        "system"
+    ) == 2
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -175,13 +177,13 @@ def test_every_text_reaches_every_wire_in_its_order(said: list[tuple[str, str]])
     asked = request(([{"role": role, "content": text} for role, text in said], {"max_tokens": 5}))
     system = [text for role, text in said if role == "system"]
     others = [text for role, text in said if role != "system"]
-    for wire, kind in ((messages, "anthropic"), (converse, "bedrock")):
+    for wire, kind in ((anthropic_messages, "anthropic"), (bedrock_converse, "bedrock")):
         body = wire.body(asked, "m", provider(kind))
         assert [block["text"] for block in body.get("system", [])] == system
         assert [block["text"] for turn in body["messages"] for block in turn["content"]] == others
         roles = [turn["role"] for turn in body["messages"]]
         assert all(a != b for a, b in pairwise(roles))
-    assert [(m["role"], m["content"]) for m in chat.body(asked, "m", provider("openai"))["messages"]] == said
+    assert [(m["role"], m["content"]) for m in openai_chat.body(asked, "m", provider("openai"))["messages"]] == said
 
 
 @pytest.mark.parametrize("form", ["path", "file", "data"])
@@ -190,11 +192,11 @@ def test_images_are_named_by_their_bytes(tmp_path: Path, form: str) -> None:
     file.write_bytes(PNG)
     url = {"path": str(file), "file": file.as_uri(), "data": data_url(PNG, "jpeg")}[form]
     asked = request(([{"role": "user", "content": [image(url)]}], {"max_tokens": 5}))
-    part = chat.body(asked, "m", provider("openai"))["messages"][0]["content"][0]
+    part = openai_chat.body(asked, "m", provider("openai"))["messages"][0]["content"][0]
     assert part["image_url"]["url"] == data_url(PNG, "png")
-    source = messages.body(asked, "m", provider("anthropic"))["messages"][0]["content"][0]["source"]
+    source = anthropic_messages.body(asked, "m", provider("anthropic"))["messages"][0]["content"][0]["source"]
     assert (source["media_type"], base64.b64decode(source["data"])) == ("image/png", PNG)
-    block = converse.body(asked, "m", provider("bedrock"))["messages"][0]["content"][0]["image"]
+    block = bedrock_converse.body(asked, "m", provider("bedrock"))["messages"][0]["content"][0]["image"]
     assert block == {"format": "png", "source": {"bytes": PNG}}
 
 
@@ -216,7 +218,7 @@ def test_images_are_named_by_their_bytes(tmp_path: Path, form: str) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["anthropic", "bedrock"])
 def test_what_cannot_be_said_on_a_wire_is_refused(kind: str, messages_: list[dict[str, Any]], said: str) -> None:
-    wire = messages if kind == "anthropic" else converse
+    wire = anthropic_messages if kind == "anthropic" else bedrock_converse
     with pytest.raises(EngineError, match=said) as refused:
         wire.body(request((messages_, {"max_tokens": 5})), "m", provider(kind))
     assert refused.value.type == "invalid_input"
@@ -224,10 +226,12 @@ def test_what_cannot_be_said_on_a_wire_is_refused(kind: str, messages_: list[dic
 
 def test_prompt_caching_marks_the_system_prompt_where_it_must_be_marked() -> None:
     asked = request(CASES["system prompts anywhere"])
-    assert messages.body(asked, "m", provider("anthropic", None, True))["system"][-1]["cache_control"]
-    assert "cache_control" not in json.dumps(messages.body(asked, "m", provider("anthropic")))
-    assert {"cachePoint": {"type": "default"}} in converse.body(asked, "m", provider("bedrock", None, True))["system"]
-    assert chat.body(asked, "m", provider("openai", None, True)) == chat.body(asked, "m", provider("openai"))
+    assert anthropic_messages.body(asked, "m", provider("anthropic", None, True))["system"][-1]["cache_control"]
+    assert "cache_control" not in json.dumps(anthropic_messages.body(asked, "m", provider("anthropic")))
+    assert {"cachePoint": {"type": "default"}} in bedrock_converse.body(asked, "m", provider("bedrock", None, True))[
+        "system"
+    ]
+    assert openai_chat.body(asked, "m", provider("openai", None, True)) == openai_chat.body(asked, "m", provider("openai"))
 
 
 def test_schemas_have_no_references_where_they_may_have_none() -> None:
@@ -235,7 +239,7 @@ def test_schemas_have_no_references_where_they_may_have_none() -> None:
               "properties": {"a": {"$ref": "#/$defs/A", "description": "d"}}}  # fmt: skip
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     generation = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}, "tools": [tool]}
-    body = chat.body(request(([{"role": "user", "content": "a"}], generation)), "m", provider("gemini"))
+    body = openai_chat.body(request(([{"role": "user", "content": "a"}], generation)), "m", provider("gemini"))
     assert "$ref" not in json.dumps(body)
     inlined = {"properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}, "description": "d"}}}
     assert body["tools"][0]["function"]["parameters"] == inlined
@@ -258,7 +262,7 @@ def test_an_answer_of_openais_own_type_is_read_whole() -> None:
              "logprobs": {"content": [token], "refusal": None}}],
         "usage": {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14,
                   "prompt_tokens_details": {"cached_tokens": 4}}}).model_dump()  # fmt: skip
-    found = chat.completion(payload, Provider())
+    found = openai_chat.completion(payload, Provider())
     assert found.tool_calls == [call("1", n=1)]
     assert (found.finish_reason, found.choices[1].finish_reason, found.reasoning) == ("tool_calls", "length", "hm")
     assert found.choices[1].logprobs == [token]
@@ -271,7 +275,7 @@ def anthropic_answer(content: list[dict[str, Any]], reason: str) -> Completion:
         "id": "m", "type": "message", "role": "assistant", "model": "claude", "content": content, "stop_reason": reason,
         "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 5, "cache_read_input_tokens": 7,
                                          "cache_creation_input_tokens": 2}}).model_dump()  # fmt: skip
-    return messages.completion(payload, Provider())
+    return anthropic_messages.completion(payload, Provider())
 
 
 def test_an_answer_of_anthropics_own_type_is_read_whole() -> None:
@@ -290,7 +294,7 @@ def test_thinking_alone_is_an_answer_and_is_not_bought_again() -> None:
     found = anthropic_answer([{"type": "thinking", "thinking": "hm", "signature": "s"}], "max_tokens")
     assert (found.text, found.reasoning, found.finish_reason, found.error) == (None, "hm", "length", None)
     payload = {"choices": [{"message": {"content": None, "reasoning": "hm"}, "finish_reason": "stop"}]}
-    assert chat.completion(payload, Provider()).reasoning == "hm"
+    assert openai_chat.completion(payload, Provider()).reasoning == "hm"
 
 
 def test_an_answer_of_bedrocks_is_read_whole() -> None:
@@ -298,7 +302,7 @@ def test_an_answer_of_bedrocks_is_read_whole() -> None:
               {"toolUse": {"toolUseId": "1", "name": "weather", "input": {"n": 1}}}]  # fmt: skip
     usage = {"inputTokens": 3, "outputTokens": 5, "totalTokens": 8, "cacheReadInputTokens": 7}
     payload = {"output": {"message": {"role": "assistant", "content": blocks}}, "stopReason": "tool_use", "usage": usage}
-    found = converse.completion(payload, Provider())
+    found = bedrock_converse.completion(payload, Provider())
     assert (found.text, found.reasoning, found.finish_reason) == ("one", "hm", "tool_calls")
     assert (found.usage.input, found.usage.cached_input, found.usage.output) == (10, 7, 5)
 
@@ -311,7 +315,7 @@ def test_an_answer_of_bedrocks_is_read_whole() -> None:
      ({"message": {"content": None}, "finish_reason": "length"}, None, "length")],
 )  # fmt: skip
 def test_odd_answers_are_read(choice: dict[str, Any], text: str | None, finish: str) -> None:
-    found = chat.completion({"choices": [choice], "usage": {"prompt_tokens": "many"}}, Provider())
+    found = openai_chat.completion({"choices": [choice], "usage": {"prompt_tokens": "many"}}, Provider())
     assert (found.text, found.finish_reason) == (text, finish)
     assert found.usage.input == 0
 
@@ -402,7 +406,9 @@ def test_a_provider_refuses_what_it_lacks_before_anything_is_sent(kind: str, mon
 def test_reasoning_models_have_rules_of_their_own() -> None:
     for model, lacks in (("o3-mini", True), ("gpt-5.2", True), ("gpt-4o", False), ("gpt-5-chat-latest", False)):
         assert ("temperature" in provider("openai", model).unsupported) is lacks, model
-    body = chat.body(request(([{"role": "user", "content": "a"}], {"max_tokens": 5})), "o1", provider("openai", "o1"))
+    body = openai_chat.body(
+        request(([{"role": "user", "content": "a"}], {"max_tokens": 5})), "o1", provider("openai", "o1")
+    )
     assert (body["max_completion_tokens"], "max_tokens" in body) == (5, False)
     for model, lacks in (("claude-opus-4-7", True), ("claude-sonnet-5", True), ("claude-3-5-sonnet-latest", False),
                          ("claude-sonnet-4-5", False), ("claude-haiku-4-5", False)):  # fmt: skip

@@ -7,9 +7,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from engines.adaptive import Endpoint, Endpoints
-from engines.remote import chat, converse
+from engines.remote import bedrock_converse, openai_chat
 from engines.remote.auth import Auth
+from engines.remote.concurrency import Endpoint, Endpoints
 from engines.remote.engine import RemoteEngine
 from engines.remote.errors import failure
 from engines.types import Completion, ConfigError, EngineError, ErrorType, Request
@@ -26,7 +26,7 @@ class BedrockEngine(RemoteEngine):
         from botocore.exceptions import BotoCoreError
 
         config = self.config
-        self.wire = converse
+        self.wire = bedrock_converse
         self.auth = Auth({})
         urls = config.base_url if isinstance(config.base_url, list) else [config.base_url]
         if len(urls) > 1:
@@ -55,7 +55,7 @@ class BedrockEngine(RemoteEngine):
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         loop = asyncio.get_running_loop()
         payload = await loop.run_in_executor(self.threads, self._converse, content)
-        completion = converse.completion(payload, self.provider)
+        completion = bedrock_converse.completion(payload, self.provider)
         completion.model = content["modelId"]
         return completion
 
@@ -75,7 +75,7 @@ class BedrockEngine(RemoteEngine):
         except (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError) as error:
             raise EngineError("timeout", f"no answer in time: {error}", retryable=True) from None
         except (parsers.ResponseParserError, UnicodeDecodeError) as error:
-            raise chat.bad_response("the answer cannot be read", error) from None
+            raise openai_chat.bad_response("the answer cannot be read", error) from None
         except (exceptions.BotoCoreError, OSError) as error:
             raise EngineError("connection", " ".join(str(error).split())[:300], retryable=True) from None
 

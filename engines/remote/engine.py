@@ -16,18 +16,18 @@ from typing import Any
 import httpx
 import orjson
 
-from engines.adaptive import Endpoint, Endpoints, RetryBudget, Slots
 from engines.base import Capabilities, Engine, SourceOf, run_sync
-from engines.limits import Limits
-from engines.remote import chat, messages
+from engines.remote import anthropic_messages, openai_chat
 from engines.remote.auth import Auth
+from engines.remote.concurrency import Endpoint, Endpoints, RetryBudget, Slots
 from engines.remote.errors import OVERLOAD, broken, failure, observed
-from engines.remote.events import Events
 from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
+from engines.remote.rate_limits import Limits
+from engines.remote.sse import Events
 from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, ConfigError, EngineError, Request, invalid, nearest
 
-WIRES: dict[str, ModuleType] = {"chat": chat, "messages": messages}
+WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
 
 # Full jitter: a wait is drawn between 0 and twice as much each time, up to the most.
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
@@ -297,7 +297,7 @@ class RemoteEngine(Engine):
             with contextlib.suppress(ValueError):
                 payload = orjson.loads(reply.content)
         if not isinstance(payload, dict):
-            raise self._clean(chat.bad_response("the answer is not a JSON object", reply.content[:200]))
+            raise self._clean(openai_chat.bad_response("the answer is not a JSON object", reply.content[:200]))
         inner = payload.get("error")
         if inner and not payload.get("choices"):  # some say with a 200 that it went wrong
             code = inner.get("code") if isinstance(inner, dict) else None

@@ -113,7 +113,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 class Observed:
     """What a response's headers say about the limits of a key and model."""
 
-    limits: dict[str, float]  # a minute, by the names in `engines.limits.DIMENSIONS`
+    limits: dict[str, float]  # a minute, by the names in `engines.remote.rate_limits.DIMENSIONS`
     pause_s: float = 0.0  # nothing is left until then
 
 

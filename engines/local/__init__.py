@@ -1,0 +1,1 @@
+"""Engines that load a model on this machine."""

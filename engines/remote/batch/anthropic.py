@@ -1,0 +1,119 @@
+"""Anthropic's Message Batches. https://docs.anthropic.com/en/api/creating-message-batches"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, cancelled, expired
+from engines.remote.errors import failure
+from engines.types import EngineError
+
+_BATCHES = "/messages/batches"
+_PAGE = 100
+_SKEW_S = 300.0
+# The HTTP status that each type of error comes with when it is not in a batch.
+_STATUS = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+_OPEN, _CLOSE = b'{"requests":[', b"]}"
+
+
+class AnthropicBatches(BatchWire):
+    most_rows = 100_000
+    most_bytes = 256_000_000
+
+    def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        return {"custom_id": custom_id, "params": body}
+
+    def upload(self, requests: Requests) -> str | None:
+        return None
+
+    def submit(self, requests: Requests, file: str | None) -> str:
+        def stream() -> Iterator[bytes]:
+            yield _OPEN
+            with requests.open() as lines:
+                for at, line in enumerate(lines):
+                    yield (b"," if at else b"") + line.rstrip(b"\n")
+            yield _CLOSE
+
+        # A comma before each line but the first, in the place of each line's end.
+        size = len(_OPEN) + requests.size - 1 + len(_CLOSE)
+        headers = {"content-length": str(size), "content-type": "application/json", **self.once(requests)}
+        made = self.client.json("POST", _BATCHES, body=lambda: {"content": stream(), "headers": headers}, once=True)
+        return str(made["id"])
+
+    def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
+        """Batches bear no name here: the oldest one since then that has as many rows.
+
+        Should it be another's, none of its rows bears a key of ours, and ours are asked again.
+        """
+        found = None
+        for batch in self.list():
+            if batch.created_at < since - _SKEW_S:
+                break
+            if batch.total == requests.rows and batch.id not in known and batch.created_at >= since - 60:
+                found = batch.id
+        return found
+
+    def status(self, id: str) -> BatchStatus:
+        return self._status(self.client.json("GET", f"{_BATCHES}/{id}"))
+
+    def _status(self, batch: dict[str, Any]) -> BatchStatus:
+        counts = batch["request_counts"]
+        state = BatchState.IN_PROGRESS
+        if batch["processing_status"] == "ended":
+            ends = {"expired": BatchState.EXPIRED, "canceled": BatchState.CANCELLED}
+            state = next((ends[name] for name in ends if counts.get(name)), BatchState.COMPLETED)
+        return BatchStatus(
+            batch["id"],
+            state,
+            total=sum(counts.values()),
+            done=counts.get("succeeded", 0),
+            failed=counts.get("errored", 0),
+            created_at=datetime.fromisoformat(batch["created_at"]).timestamp(),
+            outputs=[url] if (url := batch.get("results_url")) else [],
+        )
+
+    def results(self, status: BatchStatus) -> Iterator[Outcome]:
+        for url in status.outputs:
+            for line in self.client.lines(url, signed=not self.client.ours(url)):
+                yield str(line.get("custom_id")), _read(line.get("result") or {})
+
+    def cancel(self, id: str) -> None:
+        self.client.send("POST", f"{_BATCHES}/{id}/cancel")
+
+    def list(self) -> Iterator[BatchStatus]:
+        after = ""
+        while True:
+            page = self.client.json("GET", f"{_BATCHES}?limit={_PAGE}{after}")
+            yield from map(self._status, page["data"])
+            if not page.get("has_more") or not page["data"]:
+                return
+            after = f"&after_id={page['data'][-1]['id']}"
+
+
+def _read(result: dict[str, Any]) -> dict[str, Any] | EngineError:
+    kind = result.get("type")
+    if kind == "succeeded":
+        message = result.get("message")
+        return message if isinstance(message, dict) else EngineError("bad_response", "an answer without a message")
+    if kind == "expired":
+        return expired()
+    if kind == "canceled":
+        return cancelled()
+    error = result.get("error") or {}
+    inner = error.get("error") or error
+    return failure(_STATUS.get(str(inner.get("type")), 500), orjson.dumps({"error": inner}), {})

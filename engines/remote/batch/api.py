@@ -1,0 +1,120 @@
+"""What a program does with batches: `engine.infer_batch(conversations)` and its sisters."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from engines.types import Completion, ConfigError, Conversation, EngineError, Failure, GenerationParams, Request
+
+if TYPE_CHECKING:
+    from engines.remote.batch.client import BatchStatus, BatchWire
+    from engines.remote.engine import RemoteEngine
+
+
+class Batches:
+    """What a program does with batches; a part of every engine. Raises `ConfigError` where an engine has none.
+
+    Answers find their conversations by what is asked in these, so neither their order nor whether all are there matters.
+    """
+
+    def infer_batch(
+        self: Any,
+        conversations: Iterable[Conversation | Mapping[str, Any]],
+        generation: GenerationParams | Mapping[str, Any] | None = None,
+    ) -> str:
+        """Submits one batch and returns its id. Raises `EngineError` for what the provider or a conversation has wrong."""
+        from engines.remote.batch.client import Requests
+        from engines.remote.batch.factory import encoded
+
+        engine, wire = self._batches()
+        lines = {id: engine.body(request) for id, request in self._named(conversations, generation)}
+        data = b"".join(encoded(wire, id, body, engine) for id, body in lines.items())
+        if not lines:
+            raise ConfigError("infer_batch needs a conversation")
+        if len(lines) > wire.most_rows or len(data) > wire.most_bytes:
+            raise ConfigError(
+                f"a batch of engine={engine.kind} holds at most {wire.most_rows:,} requests and {wire.most_bytes:,} bytes, "
+                f"not {len(lines):,} and {len(data):,}; eagleray batch splits datasets"
+            )
+        models = {str(body.get("model")) for body in lines.values()}
+        if len(models) > 1:
+            raise ConfigError(f"infer_batch takes one model at a time, not {', '.join(sorted(models))}")
+        model = models.pop()
+        requests = Requests(f"eagleray-{secrets.token_hex(8)}", model, len(lines), len(data), lambda: io.BytesIO(data))
+        try:
+            return wire.submit(requests, wire.upload(requests))
+        finally:
+            wire.client.close()
+
+    def get_batch_status(self: Any, batch_id: str) -> BatchStatus:
+        """How a batch stands: `.status` is one of `BatchState`."""
+        _, wire = self._batches()
+        return wire.status(batch_id)
+
+    def get_batch_results(
+        self: Any,
+        batch_id: str,
+        conversations: Sequence[Conversation | Mapping[str, Any]],
+        generation: GenerationParams | Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
+        """The completions of `conversations`, in their order; those that the batch has no answer for bear an error.
+
+        `generation` must be what `infer_batch` was given.
+        """
+        from engines.remote.batch.client import BatchState
+        from engines.structured import in_shape
+
+        engine, wire = self._batches()
+        status = wire.status(batch_id)
+        if status.status is BatchState.IN_PROGRESS:
+            raise EngineError("not_found", f"batch {batch_id} is still in progress", retryable=True)
+        found = {}
+        for custom_id, outcome in wire.results(status):
+            try:
+                found[custom_id] = engine.read(outcome)
+            except EngineError as error:
+                found[custom_id] = Completion(error=Failure.of(error))
+        absent = Completion(error=Failure("not_found", status.error or f"batch {batch_id} has no answer to this"))
+        completions = [
+            in_shape(found.get(id, absent), request.generation) for id, request in self._named(conversations, generation)
+        ]
+        for completion in completions:
+            completion.engine, completion.model = engine.kind, completion.model or engine.config.model
+        return completions
+
+    def list_batches(self: Any) -> list[BatchStatus]:
+        """All batches of the account, the newest first."""
+        return list(self._batches()[1].list())
+
+    def cancel_batch(self: Any, batch_id: str) -> None:
+        """Asks for a batch's end. What is answered by then can still be fetched."""
+        self._batches()[1].cancel(batch_id)
+
+    def _batches(self: Any) -> tuple[RemoteEngine, BatchWire]:
+        from engines.remote.batch.factory import wire_of  # heavier than an engine that never asks for it should be
+
+        return wire_of(self)
+
+    def _named(
+        self: Any,
+        conversations: Iterable[Conversation | Mapping[str, Any]],
+        generation: GenerationParams | Mapping[str, Any] | None,
+    ) -> Iterator[tuple[str, Request]]:
+        """Requests with names made of what they ask; the second of two equal ones has a name of its own."""
+        from engines.base import to_request
+
+        base = generation if isinstance(generation, GenerationParams) else GenerationParams.parse(generation or {})
+        seen: Counter[str] = Counter()
+        for conversation in conversations:
+            request = self.prepared(to_request(conversation, base))
+            body = orjson.dumps(self.body(request), option=orjson.OPT_SORT_KEYS)
+            digest = hashlib.sha256(body).hexdigest()[:48]
+            seen[digest] += 1
+            yield f"{digest}-{seen[digest]}", request

@@ -1,0 +1,57 @@
+"""From an engine to its provider's batch API."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from urllib.parse import urlsplit
+
+from engines.base import HTTP_ENGINES, Engine, packaged
+from engines.remote.batch.anthropic import AnthropicBatches
+from engines.remote.batch.client import BatchWire, Client
+from engines.remote.batch.fireworks import FireworksBatches
+from engines.remote.batch.openai import OpenAIBatches
+from engines.remote.batch.together import TogetherBatches
+from engines.remote.engine import RemoteEngine
+from engines.remote.provider import WIRE_PATHS
+from engines.types import ConfigError
+
+# How long one step is tried again by itself; whoever waits for a batch tries it later, too.
+PATIENCE_S = 30.0
+
+WIRES: dict[str, type[BatchWire]] = {
+    "openai": OpenAIBatches,
+    "anthropic": AnthropicBatches,
+    "together": TogetherBatches,
+    "fireworks": FireworksBatches,
+}
+
+
+def wire_of(engine: Engine) -> tuple[RemoteEngine, BatchWire]:
+    """The engine's batch API. Raises `ConfigError`, naming those that have one, where there is none."""
+    if not isinstance(engine, RemoteEngine) or not engine.provider.batch:
+        raise no_batch_api(engine.config.kind)
+    path = WIRE_PATHS[engine.provider.wire]
+    base = engine.endpoints.urls[0].removesuffix(path)
+    wire = WIRES[engine.provider.batch["wire"]]
+    if wire is FireworksBatches:  # its jobs live beside the API that answers, under the account
+        account = os.environ.get("FIREWORKS_ACCOUNT_ID")
+        if not account:
+            raise ConfigError("batches of engine=fireworks need the environment variable FIREWORKS_ACCOUNT_ID")
+        parts = urlsplit(base)
+        base = f"{parts.scheme}://{parts.netloc}/v1/accounts/{account}"
+    headers = {name: value for name, value in engine.headers.items() if name.lower() != "content-type"}
+    client = Client(base, {**headers, **engine.auth.fixed}, engine.auth.clean, PATIENCE_S)
+    return engine, wire(client, path, engine.provider.idempotency_header)
+
+
+def no_batch_api(kind: str) -> ConfigError:
+    """What to say of an engine without one."""
+    able = ", ".join(sorted(kind for kind in HTTP_ENGINES if packaged(kind)["provider"].get("batch")))
+    return ConfigError(f"engine={kind} has no batch API; these have one: {able}")
+
+
+def encoded(wire: BatchWire, custom_id: str, body: dict[str, Any], engine: RemoteEngine) -> bytes:
+    """One line of a file of requests, its end included."""
+    content, _ = engine.encode(wire.line(custom_id, body))
+    return bytes(content) + b"\n"

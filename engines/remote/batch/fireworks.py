@@ -1,0 +1,115 @@
+"""Fireworks' batch inference jobs, which read one dataset and write another.
+
+https://docs.fireworks.ai/guides/batch-inference
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, outcome
+from engines.types import EngineError
+
+_STATES = {
+    "JOB_STATE_COMPLETED": BatchState.COMPLETED,
+    "JOB_STATE_EARLY_STOPPED": BatchState.COMPLETED,
+    "JOB_STATE_FAILED": BatchState.FAILED,
+    "JOB_STATE_EXPIRED": BatchState.EXPIRED,
+    "JOB_STATE_CANCELLED": BatchState.CANCELLED,
+}
+_JOBS = "/batchInferenceJobs"
+# An uploaded dataset is checked before it can be used.
+_READY_S, _LOOK_S = 600.0, 1.0
+
+
+class FireworksBatches(BatchWire):
+    """Jobs and datasets have the names that we give them, so nothing is ever made twice."""
+
+    most_bytes = 150_000_000  # what goes in one upload
+
+    def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        return {"custom_id": custom_id, "body": {name: value for name, value in body.items() if name != "model"}}
+
+    def upload(self, requests: Requests) -> str | None:
+        id = requests.name
+        dataset = {"datasetId": id, "dataset": {"userUploaded": {}, "exampleCount": str(requests.rows)}}
+        self.client.send("POST", "/datasets", body=lambda: {"json": dataset}, fine=(409,))
+        if self._state(id) != "READY":
+            file = f"{id}.jsonl"
+            body = lambda: {"files": {"file": (file, requests.open(), "application/jsonl")}}  # noqa: E731
+            self.client.send("POST", f"/datasets/{id}:upload", body=body)
+        deadline = time.monotonic() + _READY_S
+        while self._state(id) != "READY":
+            if time.monotonic() > deadline:
+                raise EngineError("timeout", f"dataset {id} is not ready after {_READY_S:.0f} s", retryable=True)
+            time.sleep(_LOOK_S)
+        return id
+
+    def _state(self, id: str) -> str:
+        return str(self.client.json("GET", f"/datasets/{id}").get("state"))
+
+    def submit(self, requests: Requests, file: str | None) -> str:
+        name = requests.name
+        job = {
+            "displayName": name,
+            "model": requests.model,
+            "inputDatasetId": self._dataset(str(file)),
+            "outputDatasetId": self._dataset(f"{name}-out"),
+        }
+        path = f"{_JOBS}?batchInferenceJobId={name}"
+        self.client.send("POST", path, body=lambda: {"json": job}, once=True, fine=(409,))
+        return name
+
+    def _dataset(self, id: str) -> str:
+        return f"accounts/{self.client.base.rsplit('/', 1)[1]}/datasets/{id}"
+
+    def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
+        found = self.client.send("GET", f"{_JOBS}/{requests.name}", fine=(404,))
+        return requests.name if found.is_success else None
+
+    def status(self, id: str) -> BatchStatus:
+        return self._status(self.client.json("GET", f"{_JOBS}/{id}"))
+
+    def _status(self, job: dict[str, Any]) -> BatchStatus:
+        progress = job.get("jobProgress") or {}
+        state = _STATES.get(job["state"], BatchState.IN_PROGRESS)
+        created = job.get("createTime")
+        error = (job.get("status") or {}).get("message") or "the job failed"
+        return BatchStatus(
+            job["name"].rsplit("/", 1)[1],
+            state,
+            total=int(progress.get("totalInputRequests") or 0),
+            done=int(progress.get("successfullyProcessedRequests") or 0),
+            failed=int(progress.get("failedRequests") or 0),
+            created_at=datetime.fromisoformat(created).timestamp() if created else 0.0,
+            name=job.get("displayName"),
+            input=job.get("inputDatasetId"),
+            outputs=[job["outputDatasetId"].rsplit("/", 1)[1]] if job.get("outputDatasetId") else [],
+            error=error if state is BatchState.FAILED else None,
+        )
+
+    def results(self, status: BatchStatus) -> Iterator[Outcome]:
+        for dataset in status.outputs:
+            answer = self.client.send("GET", f"/datasets/{dataset}:getDownloadEndpoint", fine=(404,))
+            # Not there: no row got so far; whoever reads compares with what the job tells of itself.
+            files = orjson.loads(answer.content).get("filenameToSignedUrls") or {} if answer.is_success else {}
+            for url in files.values():
+                for line in self.client.lines(url, signed=True):
+                    yield outcome(line)
+
+    def cancel(self, id: str) -> None:
+        self.client.send("POST", f"{_JOBS}/{id}:cancel", body=lambda: {"json": {}})
+
+    def list(self) -> Iterator[BatchStatus]:
+        token = ""
+        while True:
+            page = self.client.json("GET", f"{_JOBS}?pageSize=200&orderBy=create_time%20desc{token}")
+            yield from map(self._status, page.get("batchInferenceJobs") or [])
+            if not page.get("nextPageToken"):
+                return
+            token = f"&pageToken={page['nextPageToken']}"

@@ -1,0 +1,81 @@
+"""The types of the columns that pass through, settled over the whole input so that every output file has one schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.storage.exact_json import dumps
+
+# What was seen in a JSON column, as bits.
+BOOL, SMALL_INT, INT, FLOAT, TEXT, OTHER = 1, 2, 4, 8, 16, 32
+
+_KIND = {type(None): 0, bool: BOOL, float: FLOAT, str: TEXT}
+_EXACT_IN_FLOAT = 1 << 53
+_INT64 = 1 << 63
+
+
+def kind_of(value: Any) -> int:
+    kind = _KIND.get(type(value))
+    if kind is not None:
+        return kind
+    if type(value) is int:
+        if -_EXACT_IN_FLOAT <= value <= _EXACT_IN_FLOAT:
+            return SMALL_INT
+        return INT if -_INT64 <= value < _INT64 else OTHER
+    return OTHER
+
+
+def type_of(kinds: int) -> pa.DataType | None:
+    """The Arrow type that holds all of these exactly; None where only JSON text does."""
+    if kinds == 0 or kinds == TEXT:
+        return pa.string()
+    if kinds == BOOL:
+        return pa.bool_()
+    if not kinds & ~(SMALL_INT | INT):
+        return pa.int64()
+    if not kinds & ~(SMALL_INT | FLOAT):
+        return pa.float64()
+    return None
+
+
+@dataclass(slots=True)
+class ColumnKinds:
+    """Which kinds of values each column held, in the order the columns were first seen."""
+
+    bits: dict[str, int] = field(default_factory=dict)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        bits = self.bits
+        for row in rows:
+            for name, value in row.items():
+                bits[name] = bits.get(name, 0) | kind_of(value)
+
+    def merge(self, other: ColumnKinds) -> None:
+        for name, kinds in other.bits.items():
+            self.bits[name] = self.bits.get(name, 0) | kinds
+
+
+def to_array(values: Sequence[Any], type: pa.DataType | None) -> pa.Array:
+    """A column of `type`; None makes JSON text of every value that is not null."""
+    if type is None:
+        return pa.array([None if value is None else dumps(value).decode() for value in values], pa.string())
+    return pa.array(values, type, from_pandas=False)
+
+
+def common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
+    """A type that holds every value of both exactly, or None for JSON text."""
+    if a is None or b is None or a == b:
+        return a if a == b else None
+    if pa.types.is_null(a) or pa.types.is_null(b):
+        return b if pa.types.is_null(a) else a
+    if pa.types.is_integer(a) and pa.types.is_integer(b) and pa.uint64() not in (a, b):
+        return pa.int64()
+    if {a, b} == {pa.float32(), pa.float64()}:
+        return pa.float64()
+    if {a, b} == {pa.string(), pa.large_string()}:
+        return pa.large_string()
+    return None

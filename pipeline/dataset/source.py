@@ -1,0 +1,383 @@
+"""From paths to rows: files are found, cut into chunks, and read as a stream. A bad row is a row with an error."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import os
+import posixpath
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
+from pyarrow import fs as pafs
+
+from engines.text import one_line
+from engines.types import ConfigError, nearest
+from pipeline.dataset.formats import ArrowRow
+from pipeline.storage.exact_json import has_long_number, loads
+from pipeline.storage.filesystem import resolve, split_options, steadily, store_failed
+
+BATCH_ROWS = 2000
+# A batch ends early at this many bytes of input, so that long rows do not pile up.
+BATCH_BYTES = 16 << 20
+# Small, because a read that meets damage in a compressed file loses what it had.
+BLOCK = 256 << 10
+REMOTE_BLOCK = 4 << 20
+# How much of a line that cannot be read is kept to look at.
+RAW_BYTES = 64 << 10
+OPEN_AT_ONCE = 16
+
+_DATA_NAME = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$|\.(parquet|pq)$", re.IGNORECASE)
+_HIDDEN = re.compile(r"(^|/)[._]")
+_GLOB = re.compile(r"[*?\[]")
+_GZIP, _ZSTD = re.compile(rb"\x1f\x8b"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A unit of reading: a whole file, lines of a plain JSONL file, or row groups of a Parquet file."""
+
+    file: str  # what `resolve` takes
+    name: str  # relative to the dataset's root: part of a row's place, the same when the dataset moves
+    kind: str  # "jsonl", "parquet", or "bad": a file that cannot be read
+    start: int  # byte offset, or first row group
+    stop: int  # end of it; -1: to the end of a compressed file
+    first_row: int  # of the file: physical line number (blank lines count) or row number, from 0
+    reason: str = ""  # of a bad file: what it is instead
+
+
+@dataclass(slots=True)
+class Row:
+    """One row: its columns, or why there are none."""
+
+    row: int
+    columns: dict[str, Any] | None
+    error: str | None = None
+    raw: bytes | None = None  # with an error: how the line begins
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def list_chunks(
+    path: str | os.PathLike[str] | Sequence[str], *, chunk_bytes: int = 64 << 20, on_bad_input: str = "quarantine"
+) -> list[Chunk]:
+    """All chunks of a file, directory, glob, or list of them, in a fixed order: as listed, then sorted by path.
+
+    A directory is searched recursively for .jsonl, .ndjson, .json, .parquet and .pq (.gz, .zst); what begins with "."
+    or "_" is passed over. Files that are named, or matched by a glob, need no such name: their content tells. A file
+    that is named twice is read once. Large plain JSONL files are read through here, to count their lines, which for
+    remote ones takes as long as their download.
+
+    Raises `ConfigError` where nothing is found, where no file can be read, and with `on_bad_input="fail"` where one
+    cannot; otherwise that file is a chunk of kind "bad".
+    """
+    paths = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else [os.fspath(p) for p in path]
+    if not paths or not all(paths):
+        raise ConfigError("dataset.path is empty")
+    files: dict[str, str] = {}
+    for one in paths:
+        files.update(_find(one))
+    if len(set(files.values())) < len(files):  # two entries of the list have files of one name
+        common = os.path.commonprefix(list(files)).rpartition("/")[0]  # noqa: RUF071 -- URIs and paths may be mixed
+        files = {uri: uri[len(common) :].lstrip("/") for uri in files}
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        found = list(pool.map(lambda uri: _chunks_of(uri, files[uri], chunk_bytes), files))
+    chunks = list(itertools.chain.from_iterable(found))
+    bad = [chunk for chunk in chunks if chunk.kind == "bad"]
+    if bad and (on_bad_input == "fail" or len(bad) == len(files)):
+        more = f" (and {len(bad) - 1} more that cannot be read)" if len(bad) > 1 else ""
+        raise ConfigError(f"{bad[0].file} is {bad[0].reason}{more}")
+    return chunks
+
+
+def _find(path: str) -> dict[str, str]:
+    """URI and name, relative to its directory or glob, of each file of one entry. Raises `ConfigError` for none."""
+    fs, inner = resolve(path)
+    base, options = (inner, "") if isinstance(fs, pafs.LocalFileSystem) else split_options(path)
+    try:
+        kind = fs.get_file_info(inner).type
+        if kind == pafs.FileType.File:  # also one whose name has a glob's characters in it
+            return {base + options: posixpath.basename(base)}
+        if kind == pafs.FileType.Directory:
+            names, root, name = _below(fs, inner, inner), inner, ""
+            wrong = "there is no .jsonl or .parquet file in"
+        elif glob := _GLOB.search(base):
+            base = base[: base.rfind("/", 0, glob.start()) + 1]
+            root = resolve(base + options)[1]
+            name = _relative(inner, root)
+            names, wrong = _matching(fs, root, inner), "nothing matches"
+        else:
+            root, _, name = inner.rpartition("/")
+            names, wrong = [], "there is no file or directory"
+        if not names:
+            there = fs.get_file_info(pafs.FileSelector(root or "/", allow_not_found=True))
+            raise ConfigError(f"{wrong} '{path}'{nearest(name, [info.base_name for info in there]) if there else ''}")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(f"cannot read '{path}': {one_line(error)}") from None
+    return {f"{base.removesuffix('/')}/{name}{options}": name for name in sorted(names)}
+
+
+def _relative(path: str, root: str) -> str:
+    return path.removeprefix(root).lstrip("/")
+
+
+def _below(fs: pafs.FileSystem, directory: str, root: str) -> list[str]:
+    """The data files in a directory, relative to `root`."""
+    return [
+        _relative(info.path, root)
+        for info in fs.get_file_info(pafs.FileSelector(directory, recursive=True))
+        if info.is_file and _DATA_NAME.search(info.path) and not _HIDDEN.search(_relative(info.path, directory))
+    ]
+
+
+def _matching(fs: pafs.FileSystem, root: str, pattern: str) -> list[str]:
+    """What a glob matches, relative to `root`, the directory above its first special character."""
+    regex = re.compile(glob_translate(pattern))
+    below = _relative(pattern, root)
+    names = []
+    deep = "/" in below or "**" in below
+    for info in fs.get_file_info(pafs.FileSelector(root or "/", recursive=deep, allow_not_found=True)):
+        name = _relative(info.path, root)
+        # An explicit "_parts/*" asks for what is otherwise passed over.
+        if not regex.match(info.path) or (_HIDDEN.search(name) and not _HIDDEN.search(below)):
+            continue
+        if info.is_file:
+            names.append(name)
+        elif "**" not in below:  # "2024-*" may name directories; "**" has their files already
+            names.extend(_below(fs, info.path, root))
+    return names
+
+
+# --- cutting ---------------------------------------------------------------------------------------------------------
+
+
+def _chunks_of(uri: str, name: str, chunk_bytes: int) -> list[Chunk]:
+    """The chunks of one file; a single one of kind "bad" where it cannot be read."""
+    lower = name.lower()
+    reason = ""
+    try:
+        fs, path = resolve(uri)
+        with fs.open_input_file(path) as stream:
+            head = stream.read(4)
+            stream.seek(0)
+            if head == b"PAR1" or lower.endswith((".parquet", ".pq")):
+                return _row_groups(uri, name, pq.ParquetFile(stream), chunk_bytes)
+            if _GZIP.match(head) or _ZSTD.match(head):
+                return [Chunk(uri, name, "jsonl", 0, -1, 0)]
+            if lower.endswith((".gz", ".zst", ".zstd")):
+                reason = f"not a {'gzip' if lower.endswith('.gz') else 'zstd'} file: it begins with {head!r}"
+            elif lower.endswith(".json") and head[:1] == b"[":
+                reason = "one JSON array over many lines, not JSON lines: convert it with jq -c '.[]'"
+            else:
+                starts = _line_starts(stream, chunk_bytes)
+                return [Chunk(uri, name, "jsonl", at, stop, line) for (at, line), (stop, _) in itertools.pairwise(starts)]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if store_failed(error):
+            raise ConfigError(f"cannot read {uri}: {one_line(error)}") from None
+        reason = f"not {'a Parquet file' if isinstance(error, pa.ArrowInvalid) else 'readable'}: {one_line(error)}"
+    return [Chunk(uri, name, "bad", 0, 0, 0, reason)]
+
+
+def _line_starts(stream: pa.NativeFile, chunk_bytes: int) -> list[tuple[int, int]]:
+    """(byte offset, line number) of a line start about every `chunk_bytes`, and of the end."""
+    size = stream.size()
+    starts = [(0, 0)]
+    lines = offset = 0
+    while size > chunk_bytes and (block := stream.read(min(REMOTE_BLOCK, chunk_bytes))):
+        start = offset + block.find(b"\n") + 1
+        if start > offset and start - starts[-1][0] >= chunk_bytes and start < size:
+            starts.append((start, lines + 1))
+        lines += block.count(b"\n")
+        offset += len(block)
+    return [*starts, (size, lines)]
+
+
+def _row_groups(uri: str, name: str, file: pq.ParquetFile, chunk_bytes: int) -> list[Chunk]:
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        return [Chunk(uri, name, "bad", 0, 0, 0, "a Parquet file with two columns of one name")]
+    chunks: list[Chunk] = []
+    first = row = rows = size = 0
+    for group in range(file.metadata.num_row_groups):
+        size += file.metadata.row_group(group).total_byte_size
+        rows += file.metadata.row_group(group).num_rows
+        if size >= chunk_bytes or group + 1 == file.metadata.num_row_groups:
+            chunks.append(Chunk(uri, name, "parquet", first, group + 1, row))
+            first, row, rows, size = group + 1, row + rows, 0, 0
+    return chunks or [Chunk(uri, name, "parquet", 0, 0, 0)]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_chunk(chunk: Chunk, *, max_row_bytes: int = 32 << 20, batch_rows: int = BATCH_ROWS) -> Iterator[list[Row]]:
+    """The rows of a chunk in order, in batches; memory is bounded by a batch and one line of `max_row_bytes`.
+
+    Blank lines are counted and skipped. What cannot be read is a row with an error: nothing in a file raises, only a
+    store that stays away does (`store_failed`). The batches of a Parquet chunk are those of `read_table`, row for row.
+    """
+    return steadily(lambda: _read_chunk(chunk, max_row_bytes, batch_rows))
+
+
+def _read_chunk(chunk: Chunk, max_row_bytes: int, batch_rows: int) -> Iterator[list[Row]]:
+    if chunk.kind == "bad":
+        yield [Row(chunk.first_row, None, f"the file is {chunk.reason}")]
+    elif chunk.kind == "parquet":
+        for first_row, batch, error in _parquet_batches(chunk, batch_rows):
+            yield [Row(first_row, None, error)] if error else _rows_of(first_row, batch)
+    else:
+        yield from _read_lines(chunk, max_row_bytes, batch_rows)
+
+
+def _read_lines(chunk: Chunk, limit: int, batch_rows: int) -> Iterator[list[Row]]:
+    number = chunk.first_row
+    batch: list[Row] = []
+    size = 0
+    try:
+        for lines, passed, long_number in _lines(chunk, limit):
+            for line in lines:
+                if number == 0:
+                    line = line.removeprefix(_BOM)
+                if len(line) > limit:
+                    length = len(line) + (passed if line is lines[-1] else 0)
+                    reason = f"the line has {length:,} bytes, the limit is {limit:,}"
+                    batch.append(Row(number, None, reason, line[:RAW_BYTES]))
+                    size += RAW_BYTES
+                elif line and not line.isspace():
+                    batch.append(_parse_line(number, line, long_number))
+                    size += len(line)
+                number += 1
+                if len(batch) == batch_rows or size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        if store_failed(error):
+            raise
+        reason = f"the file cannot be read: {one_line(error)}: rows from this line on are missing"
+        batch.append(Row(number, None, reason))
+    if batch:
+        yield batch
+
+
+def _lines(chunk: Chunk, limit: int) -> Iterator[tuple[list[bytes], int, bool]]:
+    """The lines that end in each block, how much of the last was passed over, and whether one has a long number.
+
+    A line over the limit is not held whole. Raises where the file ends too early or is damaged.
+    """
+    at, rest, block = chunk.start, b"", b"begin"
+    stop = chunk.stop if chunk.stop >= 0 else sys.maxsize
+    fs, path = resolve(chunk.file)
+    with fs.open_input_file(path) as file:
+        stream = _text_of(file, chunk)
+        while block:
+            block = stream.read1(min(BLOCK, stop - at))
+            if not block and at < chunk.stop:
+                raise EOFError(f"it ends at byte {at:,} of {chunk.stop:,}")
+            at += len(block)
+            text = rest + (block or b"\n")
+            *lines, rest = text.split(b"\n")
+            passed = 0
+            if len(rest) > max(limit, RAW_BYTES):
+                lines.append(rest)
+                while rest and not rest.endswith(b"\n"):
+                    rest = stream.readline(BLOCK)
+                    at += len(rest)
+                    passed += len(rest.rstrip(b"\n"))
+                rest = b""
+            yield lines, passed, has_long_number(text)
+
+
+def _text_of(file: pa.NativeFile, chunk: Chunk) -> Any:
+    """The chunk's text, decompressed where need be; beyond `stop` it goes on."""
+    head = file.read(4) if chunk.stop < 0 else b""
+    file.seek(chunk.start)
+    stream = pa.BufferedInputStream(file, REMOTE_BLOCK)
+    if _GZIP.match(head):
+        return gzip.GzipFile(fileobj=stream)
+    if _ZSTD.match(head):  # not the package `zstandard`: it takes a file that breaks off for a whole one
+        stream = pa.CompressedInputStream(stream, "zstd")
+    return io.BufferedReader(stream, BLOCK)
+
+
+def _parse_line(number: int, text: bytes, long_number: bool) -> Row:
+    try:
+        value = loads(text, long_number)
+    except ValueError as error:
+        return Row(number, None, str(error), text[:RAW_BYTES])
+    if type(value) is not dict:
+        kind = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+        return Row(number, None, f"not an object but {kind}", text[:RAW_BYTES])
+    return Row(number, value)
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def parquet_schema(chunk: Chunk) -> pa.Schema:
+    """The columns of a Parquet chunk's batches. Raises what pyarrow does where the file is gone."""
+    fs, path = resolve(chunk.file)
+    with fs.open_input_file(path) as stream:
+        return pq.ParquetFile(stream).schema_arrow.remove_metadata()
+
+
+def read_table(chunk: Chunk, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    """The batches of a Parquet chunk with their own types, one for each batch of `read_chunk`.
+
+    Rows that cannot be read are one row of nulls, as they are one row with an error there.
+    """
+    return (batch for _, batch, _ in steadily(lambda: _parquet_batches(chunk, batch_rows)))
+
+
+def _parquet_batches(chunk: Chunk, batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch, str]]:
+    """(row number, batch, ""), or (row number, one row of nulls, why the rows from there on are missing)."""
+    row = chunk.first_row
+    schema = pa.schema([])
+    try:
+        fs, path = resolve(chunk.file)
+        with fs.open_input_file(path) as stream:
+            file = pq.ParquetFile(stream)
+            schema = file.schema_arrow
+            for group in range(chunk.start, chunk.stop):
+                about = file.metadata.row_group(group)
+                end = row + about.num_rows
+                row_bytes = about.total_byte_size // max(1, about.num_rows)
+                try:
+                    for batch in file.iter_batches(max(1, min(batch_rows, BATCH_BYTES // max(1, row_bytes))), [group]):
+                        yield row, batch, ""
+                        row += batch.num_rows
+                except (OSError, ValueError, pa.ArrowException) as error:
+                    if store_failed(error):
+                        raise
+                    reason = f"the Parquet file is damaged ({one_line(error)}): its rows {row:,} to {end - 1:,} are missing"
+                    yield row, _one_null_row(schema), reason
+                row = end
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if store_failed(error):
+            raise
+        reason = f"the Parquet file cannot be read ({one_line(error)}): rows from {row:,} on are missing"
+        yield row, _one_null_row(schema), reason
+
+
+def _one_null_row(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_struct_array(pa.nulls(1, pa.struct(schema)))
+
+
+def _rows_of(first_row: int, batch: pa.RecordBatch) -> list[Row]:
+    """Rows as Python values. A row with a value that Python cannot hold (a year 10000, broken UTF-8) has an error."""
+    try:
+        return [Row(number, ArrowRow(columns)) for number, columns in enumerate(batch.to_pylist(), first_row)]
+    except Exception as error:  # pyarrow has no one error for it
+        if batch.num_rows == 1:
+            return [Row(first_row, None, f"{type(error).__name__}: {one_line(error)}")]
+        return [row for at in range(batch.num_rows) for row in _rows_of(first_row + at, batch.slice(at, 1))]

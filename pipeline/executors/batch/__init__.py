@@ -1,0 +1,1 @@
+"""The batch executor: rows go through a provider's batch API."""

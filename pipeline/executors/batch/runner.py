@@ -1,0 +1,649 @@
+"""`run.mode=batch`: rows go to the provider's batch API and come back into the same ledger as those of a live run.
+
+Each batch has files under `_batches/`: its requests, the keys of these, and how far it is. Every step is written down
+before the next, so that a run may be killed anywhere, or go away for a day:
+
+    spooled -> uploaded -> submitting -> submitted -> fetched
+
+Only between the last but two may something have happened that was not written down; there the provider is asked first.
+A row that came back without an answer (expired, cancelled, an error that passes) is simply not in the ledger, so the
+next round asks it again with everything else that is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from engines.base import engine_class
+from engines.remote.batch.client import BatchState, BatchStatus, Requests
+from engines.remote.batch.factory import encoded, no_batch_api, wire_of
+from engines.structured import first_mismatch
+from engines.text import one_line
+from engines.types import Completion, ConfigError, EngineError, Failure, Usage
+from pipeline.config import Config
+from pipeline.executors.cost_budget import WRITER, Budget, batch_share, check_model, spent_so_far
+from pipeline.executors.live.dispatcher import Interpreter, Piece, Status, Summary, read_piece, request_of
+from pipeline.executors.live.replicas import Interrupted, Stopped
+from pipeline.monitor.progress import RunProgress
+from pipeline.storage.exact_json import dumps, loads
+from pipeline.storage.filesystem import exists, listing, write_atomic
+from pipeline.storage.ledger import Index, Record, SeenKeys, read_index, write_segment
+
+BATCHES = "_batches"
+
+GO_ON = "batches under way go on at the provider, the same command fetches them (eagleray batch cancel ends them)"
+
+CANCEL = "eagleray batch cancel ends it"
+
+# How long a queue may be full with nothing of ours in it.
+QUEUE_S = 24 * 3600.0
+# Answers on their way into one segment.
+SEGMENT_ROWS, SEGMENT_BYTES = 5_000, 32 << 20
+# A poll comes after at least so long, and later each time that nothing has changed.
+POLL_FIRST_S, POLL_FACTOR = 1.0, 1.5
+# Bytes of a request for each token of it, where a limit of queued tokens must be kept.
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(slots=True)
+class Batch:
+    """One batch, as it stands in `_batches/<name>.json`."""
+
+    name: str
+    model: str
+    round: int
+    first: int  # the round in which the run began that this one belongs to
+    settings: dict[str, Any]  # all that shapes its answers
+    rows: int = 0
+    size: int = 0  # bytes
+    estimate: float = 0.0  # US$ that it may cost at most, where there is a budget
+    state: str = "spooled"
+    file: str | None = None  # its id at the provider
+    id: str | None = None  # likewise
+    submitting_at: float = 0.0
+    foreign: list[str] = field(default_factory=list)  # ids of others' batches that were taken for this one
+    cancelled: bool = False  # at the user's word: its rows do not go again by themselves
+    answered: int = 0
+    failed: int = 0  # for good
+    again: int = 0  # without an answer yet
+    ended: str | None = None  # the provider's last word
+    status: BatchStatus | None = None  # as the provider last told; not written down
+
+    @property
+    def open(self) -> bool:
+        return self.state != "fetched"
+
+    @property
+    def tries(self) -> int:
+        """How often its rows have been asked, this time included."""
+        return self.round - self.first + 1
+
+    @property
+    def tokens(self) -> int:
+        return self.size // BYTES_PER_TOKEN
+
+
+@dataclass
+class Book:
+    """All batches of one output directory."""
+
+    fs: pafs.FileSystem
+    root: str
+    batches: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for info in sorted(
+            listing(self.fs, f"{self.root}/{BATCHES}"), key=lambda info: info.path.rsplit("-", 1)[-1]
+        ):  # by number
+            if info.path.endswith(".json"):
+                with self.fs.open_input_stream(info.path) as file:
+                    self.batches.append(Batch(**orjson.loads(file.read())))
+
+    def path(self, batch: Batch, kind: str) -> str:
+        return f"{self.root}/{BATCHES}/{batch.name}.{kind}"
+
+    def save(self, batch: Batch) -> None:
+        values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "status"}
+        write_atomic(self.fs, self.path(batch, "json"), orjson.dumps(values, option=orjson.OPT_INDENT_2))
+
+    def keys(self, batch: Batch) -> pa.Table:
+        with self.fs.open_input_file(self.path(batch, "parquet")) as file:
+            return pq.read_table(file)
+
+    def requests(self, batch: Batch) -> Requests:
+        path = self.path(batch, "jsonl")
+        return Requests(batch.name, batch.model, batch.rows, batch.size, lambda: self._open(path))
+
+    def _open(self, path: str) -> BinaryIO:
+        # Buffered: Arrow's own files have no `readline`, by which lines are gone through.
+        return io.BufferedReader(self.fs.open_input_file(path), 1 << 20)
+
+    def sweep(self) -> None:
+        """Deletes copies of the dataset that whoever was killed left: of no batch, or of one that is done."""
+        needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
+        for info in listing(self.fs, f"{self.root}/{BATCHES}"):
+            if info.is_file and not info.path.endswith(".json") and info.base_name not in needed:
+                self.fs.delete_file(info.path)
+
+    def forget(self, batch: Batch) -> None:
+        """For one that is not at the provider: its rows are asked as if it had never been."""
+        self.batches.remove(batch)
+        self.fs.delete_file(self.path(batch, "json"))
+        self.drop_files(batch)
+
+    def drop_files(self, batch: Batch) -> None:
+        """The requests, a copy of the dataset, once nobody needs them."""
+        for kind in ("jsonl", "parquet"):
+            if exists(self.fs, self.path(batch, kind)):
+                self.fs.delete_file(self.path(batch, kind))
+
+    def told(self) -> list[dict[str, Any]]:
+        """For the manifest: what each came to."""
+        names = ("name", "id", "model", "round", "rows", "answered", "failed", "again", "ended")
+        return [{name: getattr(batch, name) for name in names} for batch in self.batches]
+
+    @property
+    def open(self) -> list[Batch]:
+        return [batch for batch in self.batches if batch.open]
+
+
+class _Spool:
+    """A batch's requests on their way to disk."""
+
+    def __init__(self, book: Book, batch: Batch) -> None:
+        self.book, self.batch = book, batch
+        book.fs.create_dir(f"{book.root}/{BATCHES}", recursive=True)
+        stream = book.fs.open_output_stream(book.path(batch, "jsonl"), compression=None)
+        self.file = io.BufferedWriter(stream, 1 << 20)
+        self.keys: list[bytes] = []
+        self.ids: list[str] = []
+        self.own: list[str | None] = []  # the row's own generation parameters, by which its answer is judged
+
+    def add(self, key: bytes, id: str, line: bytes, own: dict[str, Any] | None) -> None:
+        self.file.write(line)
+        self.keys.append(key)
+        self.ids.append(id)
+        self.own.append(dumps(own).decode() if own else None)
+        self.batch.rows += 1
+        self.batch.size += len(line)
+
+    def close(self) -> Batch:
+        """Makes it durable: the requests, then their keys, then the batch."""
+        self.file.close()
+        if isinstance(self.book.fs, pafs.LocalFileSystem):
+            with Path(self.book.path(self.batch, "jsonl")).open("rb") as file:
+                os.fsync(file.fileno())
+        sink = io.BytesIO()
+        columns = {"key": pa.array(self.keys, pa.binary(32)), "id": pa.array(self.ids)}
+        pq.write_table(pa.table({**columns, "generation": pa.array(self.own, pa.string())}), sink)
+        write_atomic(self.book.fs, self.book.path(self.batch, "parquet"), sink.getvalue())
+        self.book.save(self.batch)
+        self.book.batches.append(self.batch)
+        return self.batch
+
+
+class BatchRun:
+    """The rows of one output directory on their way through batches. Raises `ConfigError` and `Stopped`."""
+
+    def __init__(self, config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter) -> None:
+        self.config, self.fs, self.root, self.interpreter = config, fs, root, interpreter
+        if not config.engine.provider.get("batch"):
+            raise no_batch_api(config.engine.kind)
+        self.engine, self.wire = wire_of(engine_class(config.engine.kind, config.engine.provider)(config.engine))
+        self.generation = config.params()
+        self.engine.check(self.generation)
+        limits = self.engine.provider.batch
+        self.most_rows = min(limits.get("rows") or self.wire.most_rows, self.wire.most_rows)
+        self.most_bytes = min(limits.get("bytes") or self.wire.most_bytes, self.wire.most_bytes)
+        self.queued_tokens: int | None = limits.get("queued_tokens")
+        if self.queued_tokens:
+            self.most_bytes = min(self.most_bytes, self.queued_tokens * BYTES_PER_TOKEN)
+        self.book = Book(fs, root)
+        self.settings = _plain({**config.engine.identity(), "generation": config.params().given()})
+        for batch in self.book.open:
+            if names := [name for name in self.settings if batch.settings.get(name) != self.settings[name]]:
+                there = ", ".join(f"{name}={batch.settings.get(name)}" for name in names)
+                raise ConfigError(
+                    f"batches under way were made with {there}: go on with that, or choose another output.path"
+                )
+        # A run that goes on counts its rounds on; a new one begins anew.
+        rounds = [batch.round for batch in self.book.batches]
+        self.first_round = min((b.first for b in self.book.open), default=max(rounds, default=0) + 1)
+        self.resumed = bool(self.book.open)
+        self.full_until = 0.0  # the provider's queue is full, at least until then
+        self.full_with = 0  # batches in it when it was found full
+        self.troubles: dict[str, tuple[str, float]] = {}  # by batch: what it waits for, and until when at most
+        self.status = Status()
+        self.budget: Budget | None = None
+        self.left = 0  # rows that it has no room for
+        self.interrupts: list[int] = []
+
+    def ask(
+        self,
+        pieces: list[Piece],
+        console: Console,
+        interrupts: list[int],
+        why_stop: Callable[[Status], str | None],
+        step: str,
+    ) -> dict[int, Summary] | None:
+        """Takes all rows through batches; in a `step` of "submit" or "fetch" as far as it goes now, and None where that
+        is not to the end.
+
+        With `run.batch_fallback=live` the end is that of the first round. Also raises `Interrupted`.
+        """
+        failed_too = self.resumed or step == "fetch" or not self.config.run.retry_failed
+        limits, self.interrupts = self.config.run, interrupts
+        self.book.sweep()
+        for batch in [batch for batch in self.book.open if batch.state in ("spooled", "uploaded")]:
+            if batch.rows > self.most_rows or batch.size > self.most_bytes:  # the limits were lowered
+                self.book.forget(batch)
+        with RunProgress(console, limits.progress_s, self.config.engine) as progress:
+            while True:
+                index = read_index(self.fs, self.root)
+                self.budget = self._budget(index)
+                rows, summaries = self.spool(pieces, index.only(failed_too=failed_too))
+                if self.left:
+                    held = f"run.budget_usd={limits.budget_usd:g} has no room for {self.left:,} rows yet"
+                    console.print(f"{held}: they wait for what is under way.", highlight=False)
+                if not rows and not self.book.open:
+                    if self.left and self.budget and limits.batch_fallback != "live":
+                        raise Stopped(self.budget.told(f"{self.left:,} rows are left"))
+                    return summaries
+                failed_too = True
+                pause = POLL_FIRST_S
+                while self.book.open:
+                    moved = self.step()
+                    progress.show(self.shown())
+                    if reason := why_stop(self.status):
+                        raise Stopped(f"{reason}; {GO_ON}")
+                    for trouble, until in self.troubles.values():
+                        if time.monotonic() > until:
+                            raise Stopped(f"{trouble}; {GO_ON}")
+                    pause = POLL_FIRST_S if moved else min(pause * POLL_FACTOR, limits.batch_poll_s)
+                    until = time.monotonic() + (pause if self.book.open else 0)
+                    if not moved and step:
+                        return None
+                    while time.monotonic() < until:
+                        self._heed()
+                        progress.show(self.shown())
+                        time.sleep(min(0.2, max(0.0, until - time.monotonic())))
+                if limits.batch_fallback == "live":
+                    return summaries
+
+    def _budget(self, index: Index) -> Budget | None:
+        """With what batches under way may cost reserved."""
+        limit, engine = self.config.run.budget_usd, self.config.engine
+        if limit is None:
+            return None
+        spent = spent_so_far(engine, index, self.fs, self.root)
+        # No trickle at first: each round of batches may take a day.
+        budget = Budget(limit, engine, self.config.params(), spent, batch_share(engine), first_share=1.0)
+        budget.reserved = sum(batch.estimate for batch in self.book.open)
+        return budget
+
+    def _heed(self) -> None:
+        if self.interrupts:
+            raise Interrupted(f"interrupted; {GO_ON}")
+
+    def close(self) -> None:
+        self.wire.client.close()
+        self.engine.close()
+
+    # -- rows to batches ----------------------------------------------------------------------------------------------
+
+    def spool(self, pieces: list[Piece], known: Index) -> tuple[int, dict[int, Summary]]:
+        """Batches of all rows that are neither in `known` nor under way; how many, and what reading found."""
+        seen = SeenKeys()
+        for batch in self.book.open:
+            seen.add(self.book.keys(batch)["key"].cast(pa.binary(32)))
+        round = max((b.round for b in self.book.batches if b.round >= self.first_round), default=self.first_round - 1) + 1
+        spools: dict[str, _Spool] = {}
+        refused: list[Record] = []
+        summaries: dict[int, Summary] = {}
+        rows = self.left = 0
+        for piece in pieces:
+            summary = summaries[piece.number] = Summary()
+            fail = self.config.dataset.on_bad_input == "fail"
+            for table in read_piece(piece, self.interpreter, known, fail, summary):
+                self._heed()
+                fresh = table.filter(pa.array(seen.add(table["key"])))
+                for key, id, request in zip(*(fresh[name].to_pylist() for name in ("key", "id", "request")), strict=True):
+                    cost = self.budget.most(request) if self.budget else 0.0
+                    if self.budget and not self.budget.fits(cost):
+                        self.left += 1
+                        continue
+                    rows += 1
+                    try:
+                        values = loads(request)
+                        model, line = self._line(key, values)
+                    except EngineError as error:
+                        refused.append(self._failed(key, id, error))
+                        continue
+                    spool = spools.get(model)
+                    if spool and (spool.batch.rows == self.most_rows or spool.batch.size + len(line) > self.most_bytes):
+                        self._advance(spools.pop(model).close())
+                        spool = None
+                    if spool is None:
+                        name = f"eagleray-{secrets.token_hex(4)}-{len(self.book.batches) + len(spools) + 1:05d}"
+                        spool = spools[model] = _Spool(
+                            self.book, Batch(name, model, round, self.first_round, self.settings)
+                        )
+                    spool.add(key, id, line, values.get("generation"))
+                    spool.batch.estimate += cost
+                    if self.budget:
+                        self.budget.reserved += cost
+        for spool in spools.values():
+            self._advance(spool.close())
+        self._commit(refused)
+        self._account(summaries)
+        return rows, summaries
+
+    def _line(self, key: bytes, values: dict[str, Any]) -> tuple[str, bytes]:
+        request = request_of(values, self.generation, key)
+        if self.budget is not None:
+            check_model(request, self.config.engine)
+        body = self.engine.body(self.engine.prepared(request))
+        line = encoded(self.wire, key.hex(), body, self.engine)
+        if len(line) > self.most_bytes:
+            raise EngineError("invalid_input", f"the request has {len(line):,} bytes, a batch holds {self.most_bytes:,}")
+        return str(body.get("model")), line
+
+    def _account(self, summaries: dict[int, Summary]) -> None:
+        status, all = self.status, summaries.values()
+        status.read, status.invalid = sum(s.rows for s in all), sum(s.invalid for s in all)
+        status.fed = True
+
+    # -- one step at a time -------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Takes every open batch as far as it goes now; whether any of them moved."""
+        moved = False
+        for batch in self.book.open:
+            self._heed()
+            moved |= self._advance(batch)
+        return moved
+
+    def _advance(self, batch: Batch) -> bool:
+        before = batch.state
+        try:
+            if batch.state == "spooled":
+                batch.file = self.wire.upload(self.book.requests(batch))
+                self._now(batch, "uploaded")
+            if batch.state == "uploaded" and self._room(batch):
+                batch.submitting_at = time.time()
+                self._now(batch, "submitting")
+                self._submit(batch)
+            elif batch.state == "submitting":
+                self._resubmit(batch)
+            if batch.state == "submitted":
+                self._poll(batch)
+        except EngineError as error:
+            if error.type == "auth":
+                raise Stopped(f"the provider refuses the key ({error}); the same command goes on from here") from None
+            if not error.retryable:
+                file = self.book.path(batch, "json")
+                reason = f"batch {batch.id or batch.name} cannot be {_NEXT[batch.state]}: {error}"
+                hint = f"if the provider has it no longer, delete {file}: its rows go again"
+                raise Stopped(f"{reason} ({hint if error.type == 'not_found' else CANCEL})") from None
+            self._wait_for(batch, str(error), self.config.run.max_outage_s)
+            return False
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"the provider's answer is not as documented ({type(error).__name__}: {one_line(error)})"
+            self._wait_for(batch, reason, self.config.run.max_outage_s)
+            return False
+        if batch.state != before:
+            self.troubles.pop(batch.name, None)
+        return batch.state != before
+
+    def _wait_for(self, batch: Batch, trouble: str, patience_s: float) -> None:
+        """Its step is tried again; the run stops where that does not help for so long."""
+        _, until = self.troubles.get(batch.name, ("", time.monotonic() + patience_s))
+        self.troubles[batch.name] = trouble, until
+
+    def _resubmit(self, batch: Batch) -> None:
+        """Whoever was here before may have come as far as the provider, whose list may be late."""
+        known = {*batch.foreign, *(other.id for other in self.book.batches if other.id)}
+        batch.id = self.wire.find(self.book.requests(batch), batch.file, batch.submitting_at, known)
+        if batch.id is not None:
+            self._now(batch, "submitted")
+        elif time.time() > batch.submitting_at + self.config.run.batch_poll_s:
+            self._submit(batch)
+
+    def _now(self, batch: Batch, state: str) -> None:
+        batch.state = state
+        self.book.save(batch)
+
+    def _room(self, batch: Batch) -> bool:
+        """Whether the provider's queue may take another batch."""
+        queued = [b for b in self.book.open if b.state in ("submitting", "submitted")]
+        if time.monotonic() < self.full_until and len(queued) >= self.full_with:
+            return False
+        limit = self.queued_tokens
+        return not limit or not queued or batch.tokens + sum(b.tokens for b in queued) <= limit
+
+    def _submit(self, batch: Batch) -> None:
+        try:
+            batch.id = self.wire.submit(self.book.requests(batch), batch.file)
+        except EngineError as error:
+            if error.type != "rate_limit":
+                raise
+            self._full(batch, str(error))  # that much is sure: it made none
+            return
+        self._now(batch, "submitted")
+
+    def _full(self, batch: Batch, reason: str) -> None:
+        batch.id = None
+        self._now(batch, "uploaded")
+        self.full_until = time.monotonic() + self.config.run.batch_poll_s
+        self.full_with = len([b for b in self.book.open if b.state == "submitted"])
+        if not self.full_with:  # nothing of ours will make room
+            hint = "engine.provider.batch.queued_tokens or .rows makes batches smaller"
+            self._wait_for(batch, f"the provider takes no batch: {reason} ({hint})", QUEUE_S)
+
+    def _poll(self, batch: Batch) -> None:
+        status = batch.status = self.wire.status(str(batch.id))
+        if status.queue_full:
+            self._full(batch, status.error or "its queue is full")
+        elif status.status is not BatchState.IN_PROGRESS:
+            self._fetch(batch, status)
+
+    def cancel(self, batch: Batch) -> None:
+        """Ends a batch at the user's word. Raises `EngineError`."""
+        batch.cancelled = True
+        self.book.save(batch)
+        if batch.state == "submitting":
+            known = {*batch.foreign, *(other.id for other in self.book.batches if other.id)}
+            batch.id = self.wire.find(self.book.requests(batch), batch.file, batch.submitting_at, known)
+        if batch.id is None:  # it never came to the provider
+            self._close(batch, BatchStatus("", BatchState.CANCELLED), self._left(batch))
+            return
+        self._now(batch, "submitted")
+        try:
+            self.wire.cancel(batch.id)
+        except EngineError:
+            if self.wire.status(batch.id).status is BatchState.IN_PROGRESS:
+                raise  # or it has ended meanwhile
+
+    # -- batches to rows ----------------------------------------------------------------------------------------------
+
+    def _fetch(self, batch: Batch, status: BatchStatus) -> None:
+        """Everything that an ended batch came to, into the ledger. Raises `EngineError`, with what came before kept."""
+        left, found = self._left(batch), Counter[str]()
+        for records in _portions(self._records(batch, status, left, found)):
+            self._commit(records)
+        whole = status.status is BatchState.COMPLETED
+        short = found["answers"] < status.done if status.counts_rows else whole and not status.outputs
+        if short and status.status is not BatchState.FAILED:
+            told = f"of {status.done:,} answers" if status.counts_rows else "of the answers"
+            raise EngineError("bad_response", f"{told} {found['answers']:,} are there so far", retryable=True)
+        if found["lines"] and not found["ours"]:  # another's, that looked like it
+            batch.foreign.append(str(batch.id))
+            batch.id = None
+            self._now(batch, "submitting")
+            return
+        self._close(batch, status, left)
+
+    def _left(self, batch: Batch) -> dict[bytes, str]:
+        """The rows of a batch that have no answer yet, with their ids."""
+        table = self.book.keys(batch)
+        keys = table["key"].cast(pa.binary(32))
+        known = read_index(self.fs, self.root).only(failed_too=False)
+        table = table.filter(pa.array(known.find(keys) < 0))
+        return dict(zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True))
+
+    def _close(self, batch: Batch, status: BatchStatus, left: dict[bytes, str]) -> None:
+        """Settles the rows for which there is nothing more to come, and the batch."""
+        reasons: dict[bytes, EngineError] = {}
+        if status.lines:  # the provider took none of them, because of these
+            keys = self.book.keys(batch)["key"].to_pylist()
+            for line, reason in status.lines.items():
+                if 0 < line <= len(keys):
+                    reasons[keys[line - 1]] = EngineError("bad_request", reason)
+        live = self.config.run.batch_fallback == "live"
+        failed = status.status is BatchState.FAILED and not status.lines and len(left) == batch.rows
+        last: EngineError | None = None
+        if batch.cancelled:
+            last = EngineError("cancelled", "its batch was cancelled", retryable=True)
+        elif failed and not live:
+            last = EngineError("bad_request", status.error or "the batch failed")
+        elif self._last(batch):
+            last = EngineError("bad_response", f"no answer to it came back, {batch.tries} times", retryable=True)
+        settled = [self._failed(key, id, error) for key, id in left.items() if (error := reasons.get(key) or last)]
+        self._commit(settled)
+        batch.again = len(left) - len(settled)
+        batch.failed += len(settled)
+        batch.answered = batch.rows - batch.failed - batch.again
+        batch.ended = str(status.status)
+        self._now(batch, "fetched")
+        self.book.drop_files(batch)
+
+    def _last(self, batch: Batch) -> bool:
+        """Whether its rows do not go again: neither in another batch nor live."""
+        live = self.config.run.batch_fallback == "live"
+        return batch.cancelled or (not live and batch.tries > self.config.engine.max_retries)
+
+    def _records(self, batch: Batch, status: BatchStatus, left: dict[bytes, str], found: Counter[str]) -> Iterator[Record]:
+        """What came back for the rows of `left`, taken out of it; `found` counts lines, answers, and those of ours."""
+        table = self.book.keys(batch)
+        keys = table["key"].to_pylist()
+        own = dict(zip(keys, table["generation"].to_pylist() if "generation" in table.column_names else [], strict=False))
+        keys = set(keys)
+        batch.failed = 0
+        for custom_id, outcome in self.wire.results(status):
+            found["lines"] += 1
+            found["answers"] += not isinstance(outcome, EngineError)
+            try:
+                key = bytes.fromhex(custom_id)
+            except ValueError:
+                continue
+            found["ours"] += key in keys
+            id = left.get(key)
+            if id is None:  # none of ours, or it came before
+                continue
+            used = Usage()
+            try:
+                completion = self.engine.read(outcome)
+                used = completion.usage
+                generation = self.generation.override(loads((own.get(key) or "{}").encode()))
+                if wrong := first_mismatch(completion, generation, batch.tries - 1):
+                    raise wrong
+            except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
+                error = raised if isinstance(raised, EngineError) else _odd(raised)
+                if error.retryable and not self._last(batch):
+                    continue
+                batch.failed += 1
+                del left[key]
+                record = self._failed(key, id, error)
+                record.completion.usage, record.completion.attempts = used, batch.tries
+                yield record
+                continue
+            completion.engine, completion.model = self.engine.kind, completion.model or batch.model
+            completion.attempts = batch.tries
+            del left[key]
+            yield Record(key, id, completion, time.time())
+
+    def _failed(self, key: bytes, id: str, error: EngineError) -> Record:
+        said = self.wire.client.clean(" ".join(str(error).split()))[:500]
+        failure = dataclasses.replace(Failure.of(error), message=said)
+        completion = Completion(error=failure, engine=self.engine.kind, model=self.config.engine.model)
+        return Record(key, id, completion, time.time())
+
+    def _commit(self, records: list[Record]) -> None:
+        if not records:
+            return
+        write_segment(self.fs, self.root, WRITER, records)
+        status = self.status
+        for record in records:
+            completion = record.completion
+            status.input_tokens += completion.usage.input
+            status.output_tokens += completion.usage.output
+            usage, share = completion.usage, batch_share(self.config.engine)
+            status.cost_usd += share * self.config.engine.price.of(usage.input, usage.cached_input, usage.output)
+            if completion.error is None:
+                status.done += 1
+            else:
+                status.failed += 1
+                status.errors[completion.error.type] += 1
+                status.first_errors.setdefault(completion.error.type, f"{record.id}: {completion.error.message}")
+
+    # -- what a person wants to know ----------------------------------------------------------------------------------
+
+    def shown(self) -> Status:
+        """How the run stands, with what the provider tells of the batches under way."""
+        under_way = [batch for batch in self.book.open if batch.status is not None]
+        done = sum(done_of(b.rows, b.status) for b in under_way)
+        waiting = sum(batch.rows for batch in self.book.open)
+        answered = max(0, self.status.read - self.status.invalid - waiting - self.status.done - self.status.failed)
+        return dataclasses.replace(
+            self.status,
+            done=self.status.done + done,
+            answered=answered,
+            in_flight=waiting - done,
+            trouble=next((trouble for trouble, _ in self.troubles.values()), ""),
+        )
+
+
+def _odd(error: Exception) -> EngineError:
+    reason = f"the answer is not as documented ({type(error).__name__}: {one_line(error)})"
+    return EngineError("bad_response", reason, retryable=True)
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a JSON file."""
+    return orjson.loads(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
+
+
+# What the next step of a batch is, for an error that keeps it from there.
+_NEXT = {"spooled": "uploaded", "uploaded": "submitted", "submitting": "submitted", "submitted": "fetched"}
+
+
+def done_of(rows: int, status: BatchStatus | None) -> int:
+    """The rows that are done, where the provider may tell shares only."""
+    return min(rows, (status.done + status.failed) * rows // status.total) if status and status.total else 0
+
+
+def _portions(records: Iterator[Record]) -> Iterator[list[Record]]:
+    portion: list[Record] = []
+    size = 0
+    for record in records:
+        portion.append(record)
+        size += len(record.completion.text or "") + 200
+        if len(portion) == SEGMENT_ROWS or size > SEGMENT_BYTES:
+            yield portion
+            portion, size = [], 0
+    yield portion

@@ -1,0 +1,182 @@
+"""`run.budget_usd`: no row is admitted that could take an output directory's spending past it.
+
+Spent is what the ledger's answers cost, and whatever else may have to be paid: tries whose answer was lost, rows that were
+in an engine when it died. Reserved is the most that the rows in flight may cost: their bytes as tokens, and answers as
+long as `max_tokens` allows. How far off the bytes are, and how long answers are that nothing bounds, is learnt; until then
+little is in flight.
+
+`_budget.json` says how much may be gone at most, written before it is spent. A run that is killed leaves there what it had
+in flight, and the next one counts that as spent: nobody knows what became of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow.fs as pafs
+
+from engines.base import EngineConfig
+from engines.prices import most_expensive
+from engines.types import (
+    BYTES_PER_TOKEN,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_SCHEMA_RETRIES,
+    FIRST_OUTPUT,
+    EngineError,
+    GenerationParams,
+    Request,
+)
+from pipeline.storage.exact_json import dumps, loads
+from pipeline.storage.filesystem import exists, write_atomic
+from pipeline.storage.ledger import Index
+
+FILE = "_budget.json"
+# The names of segments made of batches begin so, and what all providers ask for a row in one, as a share of the live price.
+WRITER, BATCH_PRICE = "batch", 0.5
+# Answers after which the estimates are trusted; until then they are raised by a half, and this share may be in flight.
+LEARNT, FIRST_FACTOR, FIRST_SHARE = 20, 1.5, 0.1
+# Above the most that was seen so far.
+MARGIN = 1.1
+# How much more than is in flight is written down at a time, as a share of the budget.
+STEP = 0.02
+
+
+@dataclass(slots=True)
+class Seen:
+    """What answers told about estimates."""
+
+    answers: int = 0
+    tokens_a_byte: float = 0.0  # of a prompt, the most
+    output: int = 0  # tokens, the most of a single answer
+
+    def add(self, other: Seen) -> None:
+        self.answers += other.answers
+        self.tokens_a_byte = max(self.tokens_a_byte, other.tokens_a_byte)
+        self.output = max(self.output, other.output)
+
+
+class Budget:
+    """The book-keeping; whoever admits rows asks `fits` and adds to `reserved` and `spent`. US dollars throughout."""
+
+    def __init__(
+        self,
+        limit: float,
+        engine: EngineConfig,
+        params: GenerationParams,
+        spent: float,
+        share: float = 1.0,  # of the live price
+        first_share: float = FIRST_SHARE,
+    ) -> None:
+        self.limit, self.price, self.params = limit, most_expensive(engine), params
+        self.share, self.first_share = share, first_share
+        bound = (engine.provider.get("defaults") or {}).get("max_tokens")
+        self.bound = bound or (None if engine.provider or engine.kind == "echo" else DEFAULT_MAX_TOKENS)
+        self.spent, self.reserved, self.written = spent, 0.0, spent
+        self.overhead = shared_bytes(params)
+        self.seen = Seen()
+
+    @property
+    def learnt(self) -> bool:
+        return self.seen.answers >= LEARNT
+
+    def most(self, request: bytes) -> float:
+        """The most that this request is expected to cost: all turns, each asked again for its shape if allowed."""
+        values = loads(request)
+        params = self.params.override(values.get("generation") or {})  # parsed before, so it is valid
+        first, seen = FIRST_FACTOR / BYTES_PER_TOKEN, self.seen
+        a_byte = max(1 / BYTES_PER_TOKEN, MARGIN * seen.tokens_a_byte) if self.learnt else max(first, seen.tokens_a_byte)
+        longest = MARGIN * seen.output if self.learnt else max(FIRST_OUTPUT, seen.output)
+        output = params.max_tokens or self.bound or longest
+        prompt = (len(request) + self.overhead) * a_byte
+        turns, again = len(values.get("turns") or ()), _again(params)
+        asked = (turns + 1) * (again + 1)
+        # A turn's prompt has the answers before it; one that is asked again for its shape has the wrong one.
+        said = (turns * (turns + 1) // 2 * (again + 1) + (turns + 1) * again) * output
+        return self.share * self.price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
+
+    def fits(self, cost: float) -> bool:
+        """Whether so much more may be in flight."""
+        left = self.limit - self.spent - self.reserved
+        if not self.learnt and self.reserved > 1e-9:  # sums of floats come to 0 nearly
+            left = min(left, self.first_share * (self.limit - self.spent) - self.reserved)
+        return cost <= left
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether what is in flight may take it past the limit."""
+        return self.spent + self.reserved > self.limit
+
+    def told(self, left: str) -> str:
+        """Why a run stops that has this much left."""
+        return (
+            f"run.budget_usd={self.limit:g} has no room for another row: ${self.spent:.4g} is spent, {left}; "
+            "the same command with a higher budget goes on from here"
+        )
+
+    def to_write(self) -> float | None:
+        """How much to write down now, before more is sent; None where enough is."""
+        most = self.spent + self.reserved
+        return None if most <= self.written else max(most, min(self.limit, most + STEP * self.limit))
+
+
+def _again(params: GenerationParams) -> int:
+    """How often an answer of the wrong shape is asked for again."""
+    if (params.response_format or {}).get("type") not in ("json_schema", "json_object"):
+        return 0
+    return DEFAULT_SCHEMA_RETRIES if params.schema_retries is None else params.schema_retries
+
+
+def check_model(request: Request, engine: EngineConfig) -> None:
+    """Raises `EngineError` for a row whose model has a price of its own, which nobody told."""
+    if request.model not in (None, engine.model):
+        raise EngineError(
+            "budget", f"run.budget_usd counts by the price of engine.model, and this row asks {request.model!r}"
+        )
+
+
+def batch_share(engine: EngineConfig) -> float:
+    return float((engine.provider.get("batch") or {}).get("price", BATCH_PRICE))
+
+
+def cost_of(engine: EngineConfig, index: Index, used: npt.NDArray[np.bool_] | None = None) -> dict[str, float] | None:
+    """What input, cached input and output of a ledger's answers cost, or of those that are `used`; None where the price is
+    not known."""
+    price = engine.price
+    if not price.known and engine.provider:
+        return None
+    counted = np.ones(len(index), np.bool_) if used is None else used
+    batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
+    cheap = counted & batched[index.segment] if batched.any() else np.zeros_like(counted)
+    live, halved = (index.tokens.sum(axis=0, dtype=np.int64, where=rows[:, None]) for rows in (counted & ~cheap, cheap))
+    read, cached, written = (live + batch_share(engine) * halved).tolist()
+    return {
+        "input": price.of(read - cached, 0, 0),
+        "cached_input": price.of(cached, cached, 0),
+        "output": price.of(0, 0, written),
+    }
+
+
+def spent_so_far(engine: EngineConfig, index: Index, fs: pafs.FileSystem, root: str) -> float:
+    """What an output directory has cost at most: its answers, or what runs with a budget wrote down."""
+    return max(sum((cost_of(engine, index) or {}).values()), read_spent(fs, root))
+
+
+def shared_bytes(params: GenerationParams) -> int:
+    """Of every prompt, beside the row's own: tools and the shape of the answer."""
+    return sum(len(dumps(part)) for part in (params.tools, params.response_format) if part)
+
+
+def read_spent(fs: pafs.FileSystem, root: str) -> float:
+    """What earlier runs may have spent; 0 where they kept to no budget."""
+    path = f"{root}/{FILE}"
+    if not exists(fs, path):
+        return 0.0
+    with fs.open_input_stream(path) as stream:
+        return float(orjson.loads(stream.read())["usd"])
+
+
+def write_spent(fs: pafs.FileSystem, root: str, usd: float) -> None:
+    write_atomic(fs, f"{root}/{FILE}", orjson.dumps({"usd": usd}))

@@ -1,0 +1,1 @@
+"""The live executor: Ray actors that lease rows to engine replicas."""

@@ -1,0 +1,358 @@
+"""The actor around an engine: pulls leased rows, admits them one by one as slots free up, commits what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from engines.base import Engine, EngineConfig, Price, load_engine
+from engines.text import one_line
+from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
+from pipeline.executors.cost_budget import Seen, check_model, shared_bytes
+from pipeline.executors.live.dispatcher import Lease, Pulse, Status, request_of
+from pipeline.executors.live.rate_limiter import source_of
+from pipeline.monitor.metrics import Metrics
+from pipeline.monitor.traces import RequestSpans, Trace
+from pipeline.storage.exact_json import dumps, loads
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import Compactor, Record, write_segment
+
+DRAIN_FLUSH_S = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    engine: EngineConfig
+    generation: GenerationParams
+    output_path: str
+    flush_s: float
+    drain_s: float
+    max_outage_s: float
+    cpus: float  # 0: the whole machine's
+    trace: Trace | None = None
+    budget_price: Price | None = None  # the most that tokens may cost; None: there is no budget
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """Environment variables that the driver has and a worker on another node may lack. Sent in a call, which Ray keeps
+    nowhere, never in an actor's constructor or a runtime environment, which its metadata show."""
+
+    values: dict[str, str] = field(repr=False)
+
+
+def settle_environment(secrets: Secrets, cpus: float) -> None:
+    """What an engine is to find in its process's environment."""
+    for name, value in secrets.values.items():
+        os.environ.setdefault(name, value)
+    # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
+    if cpus >= 1:
+        os.environ["OMP_NUM_THREADS"] = str(int(cpus))
+    else:
+        os.environ.pop("OMP_NUM_THREADS", None)
+
+
+@dataclass(slots=True)
+class _Row:
+    lease: int
+    offset: int
+    deaths: int  # of engine processes that had this row in them
+    key: bytes
+    id: str
+    request: bytes
+    since: float = 0.0  # when it came here
+
+
+class Worker:
+    """One replica. `run` returns when there is nothing left to do, or after `drain`."""
+
+    def __init__(self, config: WorkerConfig, name: str, dispatcher: Any) -> None:
+        self.config, self.name, self.dispatcher = config, name, dispatcher
+        self.fs, self.root = resolve(config.output_path)
+        self.compactor = Compactor(self.fs, self.root, name)
+        self.flush_s = config.flush_s
+        self.moves = False
+        self.busy = 0  # rows in the engine
+        self.untold: list[Record] = []  # what metrics do not have yet
+        self.waits: list[float] = []  # likewise: seconds that rows waited here
+        self.queue: deque[_Row] = deque()
+        self.held = 0  # rows in the queue or in the engine
+        self.ended = False  # no more rows will come
+        self.last = False  # the feed had nothing more when it was last asked
+        self.completed: dict[int, list[int]] = {}  # lease -> rows, since the last pull
+        self.records: list[Record] = []
+        self.places: dict[int, list[int]] = {}  # lease -> rows, those of self.records
+        self.counts = Status()
+        self.done = 0
+        self.inside: dict[bytes, _Row] = {}  # by key: rows in the engine
+        self.overhead = shared_bytes(config.generation)
+        self.work = asyncio.Condition()  # the queue grew, or the end came
+        self.less = asyncio.Event()  # fewer rows are held
+        self.idle = asyncio.Event()  # nothing held, nothing to come: a good moment to flush
+        self.flushing = asyncio.Lock()
+        self.puller: asyncio.Task[None] | None = None
+        self.engine: Engine | None = None
+        self.spans: RequestSpans | None = None
+
+    async def run(self, secrets: Secrets) -> bool:
+        """Loads the engine and works; whether it ended for its node only (`clear_out`).
+
+        Raises `ConfigError` where the engine cannot be loaded, `Outage` where its server is gone.
+        """
+        settle_environment(secrets, self.config.cpus)
+        await self.dispatcher.join.remote(self.name)
+        self.metrics = Metrics(self.config.engine)
+        if self.config.trace is not None:
+            self.spans = RequestSpans(self.config.trace, self.config.engine, self.name)
+        engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
+        engine.check(self.config.generation)
+        engine.attach(source_of, self.config.max_outage_s)
+        if self.config.budget_price is not None:
+            engine.afford = self._afford
+        slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
+        flusher = asyncio.create_task(self._flush_often())
+        self.puller = asyncio.create_task(self._pull(engine.concurrency))
+        if self.moves:  # it was told so while it was loading
+            self.puller.cancel()
+        try:
+            await _until(self.puller, [flusher, *slots])
+            await self._end()
+            done, late = await asyncio.wait(slots, timeout=self.config.drain_s)
+            for slot in late:  # they go back to the dispatcher
+                slot.cancel()
+            for slot in done:
+                slot.result()
+        finally:
+            async with self.flushing:  # a flush under way ends first
+                flusher.cancel()
+            await asyncio.gather(flusher, return_exceptions=True)
+            await self._flush()
+            self._tell()
+            inside = [(row.lease, row.offset) for row in self.inside.values()]
+            await self.dispatcher.leave.remote(self.name, None, inside)
+            await asyncio.to_thread(engine.close)
+            if self.spans is not None:
+                await asyncio.to_thread(self.spans.close)
+        return self.moves
+
+    async def clear_out(self, nodes: frozenset[str]) -> None:
+        """As `drain`, where this replica's node is one of those that are about to go."""
+        import ray
+
+        if ray.get_runtime_context().get_node_id() in nodes:
+            self.moves = True
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Takes no more rows, gives back those not yet admitted, finishes those in flight within `drain_s`.
+
+        What is done is made durable at once, and often: whoever asked for the end may not wait for it.
+        """
+        self.flush_s = min(self.flush_s, DRAIN_FLUSH_S)
+        self.idle.set()
+        if self.puller is not None:
+            self.puller.cancel()
+        if self.engine is not None:
+            self.engine.drain()
+
+    async def _end(self) -> None:
+        self.ended = True
+        self.queue.clear()
+        async with self.work:
+            self.work.notify_all()
+
+    async def _pull(self, concurrency: int) -> None:
+        """Keeps up to two rows a slot at hand: one in the engine, one waiting."""
+        window = 2 * concurrency
+        while True:
+            while self.held > window - max(1, concurrency // 2):
+                self.less.clear()
+                await self.less.wait()
+            completed, self.completed = list(self.completed.items()), {}
+            wanted = window - self.held
+            lease: Lease | None = await self.dispatcher.pull.remote(self.name, wanted, self.held, completed, self._pulse())
+            if lease is None:
+                return
+            self.last = lease.last
+            if lease.convicted is not None:
+                await self._convict(lease)
+                continue
+            self.held += len(lease)
+            self._maybe_idle()
+            rows = zip(lease.keys, lease.ids, lease.requests, strict=True)
+            async with self.work:
+                now = time.monotonic()
+                self.queue.extend(_Row(lease.number, at, lease.deaths, *row, now) for at, row in enumerate(rows))
+                self.work.notify(len(lease))
+            while lease.alone and self.held:
+                self.less.clear()
+                await self.less.wait()
+            if lease.alone:  # durable before the next suspect can kill this process
+                await self._flush()
+
+    async def _slot(self, engine: Engine) -> None:
+        """One slot of the engine: takes the next row as soon as the one before is answered."""
+        while True:
+            if not self.queue:
+                async with self.work:
+                    await self.work.wait_for(lambda: self.queue or self.ended)
+                if not self.queue:
+                    return
+            row = self.queue.popleft()
+            self.waits.append(time.monotonic() - row.since)
+            self.busy += 1
+            self.inside[row.key] = row
+            began_ns = time.time_ns()
+            try:
+                completion = await engine.generate(self._request(row))
+            except EngineError as error:  # from a row's override
+                completion = Completion(error=Failure.of(error), engine=engine.kind)
+            except Exception as error:  # a bug, ours or a library's: no row may end the run for all
+                logger.exception("row %s: a bug", row.id)
+                reason = f"a bug: {type(error).__name__}: {one_line(error)}"
+                completion = Completion(error=Failure("server", reason), engine=engine.kind)
+            finally:
+                self.busy -= 1
+            del self.inside[row.key]
+            if self.spans is not None:
+                self.spans.add(row.key, row.id, began_ns, completion)
+            if completion.error is not None and completion.error.type == "engine_crash":
+                await self._die(completion.error.message)
+            if engine.outage is not None and completion.error is not None and completion.error.retryable:
+                raise Outage(engine.outage)
+            if completion.error is None or completion.error.type != "cancelled":  # those go back to the dispatcher
+                self._record(row, completion)
+            self.held -= 1
+            self.less.set()
+            self._maybe_idle()
+
+    async def _die(self, reason: str) -> None:
+        """The engine is broken though its process lives: dying makes room for a new one, and suspects of its rows."""
+        await self._flush()
+        await self.dispatcher.leave.remote(self.name, reason)
+        os._exit(1)
+
+    def _request(self, row: _Row) -> Request:
+        request = request_of(loads(row.request), self.config.generation, row.key)
+        if self.config.budget_price is not None:
+            check_model(request, self.config.engine)
+        return request
+
+    async def _convict(self, lease: Lease) -> None:
+        for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
+            completion = Completion(error=Failure("engine_crash", lease.convicted or ""), attempts=0)
+            completion.engine, completion.model = self.config.engine.kind, self.config.engine.model
+            self._record(_Row(lease.number, at, lease.deaths, key, id, b""), completion)
+        await self._flush()
+
+    def _record(self, row: _Row, completion: Completion) -> None:
+        completion.attempts += row.deaths
+        self.done += 1
+        self.records.append(Record(row.key, row.id, completion, time.time()))
+        self.places.setdefault(row.lease, []).append(row.offset)
+        self.completed.setdefault(row.lease, []).append(row.offset)
+        counts = self.counts
+        counts.input_tokens += completion.usage.input
+        counts.output_tokens += completion.usage.output
+        if completion.usage.input or completion.usage.output:  # an answer of the wrong shape is paid, too
+            self._account(row, completion)
+        if completion.error is None:
+            counts.done += 1
+        else:
+            told = {"event": "row failed", "key": row.key.hex(), "id": row.id, **asdict(completion.error)}
+            logger.warning("%s", dumps({**told, "attempts": completion.attempts}).decode())
+            counts.failed += 1
+            counts.errors[completion.error.type] += 1
+            counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
+
+    def _account(self, row: _Row, completion: Completion) -> None:
+        """What an answer cost, and what it tells about the estimates of others."""
+        usage, config = completion.usage, self.config
+        price = config.engine.price
+        if completion.engine != config.engine.kind and config.budget_price is not None:
+            price = config.budget_price  # a fallback's, and whoever refused before it may want to be paid too
+        self.counts.cost_usd += price.of(usage.input, usage.cached_input, usage.output)
+        size = len(row.request) + self.overhead
+        each = -(-usage.output // max(1, len(completion.choices)))
+        self.counts.seen.add(Seen(1, usage.input / size if size else 0.0, each))
+
+    async def _afford(self, request: Request) -> bool:
+        row = self.inside[bytes.fromhex(request.key[:64])]  # a turn's, or another try's, has more behind it
+        room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset)
+        return room
+
+    def _pulse(self) -> Pulse:
+        engine = self.engine
+        if engine is None:
+            return Pulse()
+        leaving = self.puller is not None and self.puller.done()
+        counts = engine.counts
+        return Pulse(
+            "leaving" if leaving else "working",
+            self.busy,
+            self.done,
+            engine.admitted,
+            engine.config.max_concurrency or engine.concurrency,
+            counts["retried"],
+            counts["throttled"],
+            float(counts["limiter_wait_seconds"]),
+            engine.trouble,
+        )
+
+    def _maybe_idle(self) -> None:
+        if self.held == 0 and self.last and self.records:
+            self.idle.set()
+
+    async def _flush_often(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                # Not `wait_for`, which forgets that it was cancelled where both happen at once (Python 3.11).
+                async with asyncio.timeout(self.flush_s):
+                    await self.idle.wait()
+            self.idle.clear()
+            await self._flush()
+            self._tell()
+
+    async def _flush(self) -> None:
+        async with self.flushing:
+            if not self.records:
+                return
+            records, self.records = self.records, []
+            places, self.places = list(self.places.items()), {}
+            for wait in (0.5, 2.0, None):
+                try:
+                    path = await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
+                    break
+                except OSError:
+                    if wait is None:  # whoever flushes next may have more luck
+                        self.records = records + self.records
+                        for lease, offsets in places:
+                            self.places.setdefault(lease, []).extend(offsets)
+                        raise
+                    await asyncio.sleep(wait)
+            self.untold += records
+            counts, self.counts = self.counts, Status()
+            await self.dispatcher.commit.remote(self.name, places, counts, self._pulse())
+            with contextlib.suppress(OSError):  # everything is durable as it is
+                await asyncio.to_thread(self.compactor.add, path)
+
+    def _tell(self) -> None:
+        if self.engine is not None:
+            self.metrics.tell(self.untold, self.waits, self.engine.counts, self.busy, len(self.queue))
+            self.untold, self.waits = [], []
+
+
+async def _until(puller: asyncio.Task[None], others: list[asyncio.Task[None]]) -> None:
+    """Waits for the puller's end (or its cancellation by `drain`); raises what any of the tasks raised before."""
+    done, _ = await asyncio.wait([puller, *others], return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        if not task.cancelled():
+            task.result()

@@ -1,0 +1,1 @@
+"""The state of a run for people and tools: status, progress, metrics, traces."""

@@ -1,0 +1,85 @@
+"""What a replica tells Prometheus, through Ray: scrape the `metrics` port of every node; docs/grafana.json shows it.
+
+Ray puts `ray_` before each name. All bear the tags `engine` and `model`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engines.base import EngineConfig
+from pipeline.storage.ledger import Record
+
+TAGS = ("engine", "model")
+COUNTERS = {
+    "eagleray_rows": "rows that are done, by result: ok, or the type of the error",
+    "eagleray_tokens": "tokens, by kind: input, cached_input (of the input), output",
+    "eagleray_cost_usd": "what the tokens cost, where the price is known",
+    "eagleray_retries": "tries beyond each row's first",
+    "eagleray_throttled": "answers of a provider that said: too many requests",
+    "eagleray_limiter_wait_seconds": "time that requests waited for the cluster's limits",
+}
+GAUGES = {
+    "eagleray_rows_in_flight": "rows in the engine",
+    "eagleray_rows_at_hand": "rows that wait in the replica",
+}
+HISTOGRAMS = {
+    "eagleray_latency_seconds": "how long the engine took for a row",
+    "eagleray_queue_wait_seconds": "how long a row waited in the replica before it",
+}
+MORE_TAGS = {"eagleray_rows": ("result",), "eagleray_tokens": ("kind",)}
+SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+# Engines that answer sooner are not what a histogram is for, and would spend their time on it.
+SLOW_S = 0.001
+
+
+class Metrics:
+    """One replica's."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        from ray.util.metrics import Counter as RayCounter
+        from ray.util.metrics import Gauge, Histogram
+
+        self.price = config.price
+        self.tags = {"engine": config.kind, "model": config.model or ""}
+        self.found: dict[str, Any] = {}
+        for name, about in COUNTERS.items():
+            self.found[name] = RayCounter(name, about, (*TAGS, *MORE_TAGS.get(name, ())))
+        for name, about in GAUGES.items():
+            self.found[name] = Gauge(name, about, TAGS)
+        for name, about in HISTOGRAMS.items():
+            self.found[name] = Histogram(name, about, SECONDS, TAGS)
+        for metric in self.found.values():
+            metric.set_default_tags(self.tags)
+        self.told: Counter[str] = Counter()  # of what the engine counts
+
+    def tell(
+        self, records: Sequence[Record], waits: Sequence[float], engine: Mapping[str, float], in_flight: int, at_hand: int
+    ) -> None:
+        """What has happened since the last call; `engine` are the engine's own counts since its start."""
+        results = Counter(record.completion.error.type if record.completion.error else "ok" for record in records)
+        for result, rows in results.items():
+            self._add("eagleray_rows", rows, {"result": result})
+        usage = [record.completion.usage for record in records]
+        sums = {kind: sum(getattr(one, kind) for one in usage) for kind in ("input", "cached_input", "output")}
+        for kind, tokens in sums.items():
+            self._add("eagleray_tokens", tokens, {"kind": kind})
+        self._add("eagleray_cost_usd", self.price.of(**sums))
+        self._add("eagleray_retries", sum(max(0, record.completion.attempts - 1) for record in records))
+        for name in ("throttled", "limiter_wait_seconds"):
+            self._add(f"eagleray_{name}", engine.get(name, 0.0) - self.told[name])
+        self.told.update({name: engine.get(name, 0.0) - self.told[name] for name in engine})
+        self.found["eagleray_rows_in_flight"].set(in_flight)
+        self.found["eagleray_rows_at_hand"].set(at_hand)
+        for record in records:
+            if record.completion.latency_s > SLOW_S:
+                self.found["eagleray_latency_seconds"].observe(record.completion.latency_s)
+        for wait in waits:
+            if wait > SLOW_S:
+                self.found["eagleray_queue_wait_seconds"].observe(wait)
+
+    def _add(self, name: str, value: float, tags: dict[str, str] | None = None) -> None:
+        if value > 0:
+            self.found[name].inc(value, tags)

@@ -1,0 +1,1 @@
+"""The final output files, their columns and the manifest."""

@@ -1,0 +1,159 @@
+"""`output.columns`: what stands in an answer's JSON as columns of the output, typed by the schema it was asked with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from engines.remote.provider import inline_refs
+from engines.types import ConfigError, EngineError, json_schema_of, nearest
+from pipeline.dataset.column_types import kind_of, type_of
+from pipeline.dataset.formats import OUTPUT_COLUMNS
+from pipeline.storage.exact_json import dumps, loads
+
+_SIMPLE = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_(), "null": pa.string()}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One column out of the answers; `type` None stands for JSON text."""
+
+    name: str
+    path: tuple[str, ...]
+    type: pa.DataType | None
+
+
+def score_columns(wanted: Any, response_format: Mapping[str, Any] | None) -> list[Score]:
+    """What `output.columns` asks for. Raises `ConfigError`."""
+    if wanted is None:
+        return []
+    if response_format is None or response_format["type"] != "json_schema":
+        raise ConfigError("output.columns needs a generation.response_format of type json_schema, which types them")
+    try:
+        schema = json_schema_of(response_format)
+    except EngineError as error:
+        raise ConfigError(f"generation.{error}") from None
+    try:
+        schema = inline_refs(schema)
+    except ValueError:  # one that refers to itself: such columns are JSON text
+        pass
+    if wanted == "schema" or wanted is True:
+        paths = {name: name for name in _properties(schema)}
+    elif isinstance(wanted, list):
+        paths = {path: path for path in wanted}
+    elif isinstance(wanted, Mapping):
+        paths = dict(wanted)
+    else:
+        raise ConfigError(
+            f"output.columns must be schema, a list of properties or a mapping of names to properties, not {wanted!r}"
+        )
+    found: list[Score] = []
+    for name, path in paths.items():
+        if not isinstance(path, str) or not isinstance(name, str):
+            raise ConfigError(f"output.columns: {path!r} is not the name of a property of the schema")
+        parts, node = _parts(path, schema), schema
+        for part in parts:
+            known = _properties(node)
+            if part not in known:
+                raise ConfigError(f"output.columns: the schema has no property '{part}' ({path}){nearest(part, known)}")
+            node = known[part]
+        while name in OUTPUT_COLUMNS or any(score.name == name for score in found):
+            name = f"response_{name}"
+        found.append(Score(name, parts, arrow_type(node)))
+    return found
+
+
+def _parts(path: str, schema: Any) -> tuple[str, ...]:
+    return (path,) if path in _properties(schema) else tuple(path.split("."))
+
+
+def _properties(schema: Any) -> Mapping[str, Any]:
+    schema = _plain(schema)
+    found = schema.get("properties") if isinstance(schema, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _plain(schema: Any) -> Any:
+    """Without what says no more than that it may be null, and without a wrapping in which there is but one thing."""
+    while isinstance(schema, Mapping):
+        name = next((name for name in ("anyOf", "oneOf", "allOf") if name in schema), None)
+        if name is None or not isinstance(schema[name], list):
+            break
+        rest = [part for part in schema[name] if part != {"type": "null"} or name == "allOf"]
+        if len(rest) != 1:
+            break
+        schema = rest[0]
+    return schema
+
+
+def arrow_type(schema: Any) -> pa.DataType | None:
+    """The type that holds every value of a JSON schema exactly (null where there is none); None where only text does."""
+    schema = _plain(schema)
+    if not isinstance(schema, Mapping) or "$ref" in schema:
+        return None
+    if "enum" in schema or "const" in schema:
+        values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
+        bits = 0
+        for value in values:
+            bits |= kind_of(value)
+        return type_of(bits)
+    kinds = schema.get("type")
+    if isinstance(kinds, list):
+        rest = [kind for kind in kinds if kind != "null"]
+        kinds = "number" if set(rest) == {"integer", "number"} else rest[0] if len(rest) == 1 else None
+    if kinds == "array":
+        item = arrow_type(schema.get("items")) if not schema.get("prefixItems") else None
+        return pa.list_(item) if item is not None else None
+    if kinds == "object":
+        fields = {name: arrow_type(part) for name, part in _properties(schema).items()}
+        # A struct has no place for properties that the schema does not name.
+        if not fields or schema.get("additionalProperties") is not False or "patternProperties" in schema:
+            return None
+        return pa.struct(list(fields.items())) if None not in fields.values() else None
+    return _SIMPLE.get(kinds) if isinstance(kinds, str) else None
+
+
+def score_arrays(scores: Sequence[Score], texts: Sequence[str | None]) -> dict[str, pa.Array]:
+    """The columns out of answers; null where there is no answer (None), or none of that type at that place."""
+    values: list[list[Any]] = [[] for _ in scores]
+    for text in texts:
+        answer: Any = None
+        if text is not None:
+            try:
+                answer = loads(text.encode())
+            except ValueError:  # of a row with a format of its own, say
+                pass
+        for score, column in zip(scores, values, strict=True):
+            value = answer
+            for part in score.path:
+                value = value.get(part) if isinstance(value, dict) else None
+            column.append(fitted(value, score.type))
+    return {score.name: pa.array(column, score.type or pa.string()) for score, column in zip(scores, values, strict=True)}
+
+
+def fitted(value: Any, type: pa.DataType | None) -> Any:
+    """The value as `type` holds it; None where it does not."""
+    if value is None:
+        return None
+    if type is None:
+        return dumps(value).decode()
+    if pa.types.is_list(type):
+        return [fitted(item, type.value_type) for item in value] if isinstance(value, list) else None
+    if pa.types.is_struct(type):
+        return {part.name: fitted(value.get(part.name), part.type) for part in type} if isinstance(value, dict) else None
+    if pa.types.is_string(type):
+        return value if isinstance(value, str) else None
+    if pa.types.is_boolean(type):
+        return value if isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if pa.types.is_floating(type):
+        try:
+            return float(value)
+        except OverflowError:
+            return None
+    whole = int(value) if isinstance(value, int) or value.is_integer() else None  # JSON Schema takes 3.0 for an integer
+    return whole if whole is not None and -(1 << 63) <= whole < 1 << 63 else None

@@ -1,0 +1,121 @@
+"""A row as the report shows it: who said what, cut to a bounded size, nothing in it but plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engines.text import visible
+from engines.types import answer
+from pipeline.storage.exact_json import dumps, loads
+
+# Characters of one text, and of a whole row; the answer is taken first.
+TEXT_CHARS, ROW_CHARS = 4_000, 12_000
+# A longer conversation loses its middle.
+FIRST_TURNS, LAST_TURNS = 4, 16
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[;,]")
+
+Turn = dict[str, Any]
+
+
+class _Cutter:
+    """Cuts texts so that together they stay within a row's share."""
+
+    def __init__(self) -> None:
+        self.left = ROW_CHARS
+
+    def __call__(self, text: Any, most: int = TEXT_CHARS) -> str:
+        text = text if isinstance(text, str) else _json(text)
+        take = min(most, self.left)
+        self.left -= min(len(text), take)
+        more = f" … and {len(text) - take:,} more characters" if len(text) > take else ""
+        return visible(text[:take]) + more
+
+
+def shown_row(
+    id: str, index: int, messages: bytes | None, raw: bytes | None, columns: Any, completion: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a page needs to draw one row. `completion` holds the columns of ours; `columns` those of the input, for a row
+    whose conversation could not be made out."""
+    cut = _Cutter()
+    error, usage = completion["error"], completion["usage"]
+    row = {
+        "id": cut(id, 200),
+        "index": index,
+        "finish": completion["finish_reason"],
+        "model": completion["model"] and cut(completion["model"], 200),
+        "attempts": completion["attempts"],
+        "latency": completion["latency_s"] or None,
+        "usage": usage and [usage["input"], usage["cached_input"], usage["output"]],
+        "error": error and {"type": error["type"], "status": error["status"], "message": cut(error["message"], 1000)},
+    }
+    answers = [] if error else list(_answers(completion, cut))
+    if messages is not None:
+        asked = loads(messages)
+        if (skipped := len(asked) - FIRST_TURNS - LAST_TURNS) > 0:
+            del asked[FIRST_TURNS:-LAST_TURNS]
+        turns = [_turn(message, cut) for message in asked]
+        if skipped > 0:
+            note = {"kind": "note", "text": f"{skipped:,} messages are left out here"}
+            turns.insert(FIRST_TURNS, {"role": "note", "parts": [note]})
+    else:
+        line = raw.decode("utf-8", "replace") if raw else _json(dict(columns or {}))
+        turns = [{"role": "input", "parts": [{"kind": "code", "text": cut(line)}]}]
+    return {**row, "turns": turns + answers}
+
+
+def _answers(completion: Mapping[str, Any], cut: _Cutter) -> Iterator[Turn]:
+    """The answer, or each of several (`n`)."""
+    choices = loads(completion["choices"].encode()) if completion["choices"] else [None]
+    for number, choice in enumerate(choices, 1):
+        if choice:
+            turn = _turn({**choice["message"], "reasoning": completion["reasoning"] if number == 1 else None}, cut)
+            turn["note"] = f"{number} of {len(choices)}, {choice['finish_reason']}"
+        else:
+            calls = completion["tool_calls"] and loads(completion["tool_calls"].encode())
+            message = answer(completion["response"], calls)
+            turn = _turn({**message, "reasoning": completion["reasoning"]}, cut)
+        yield {**turn, "answer": True, "parts": turn["parts"] or [{"kind": "note", "text": "an empty answer"}]}
+
+
+def _turn(message: Mapping[str, Any], cut: _Cutter) -> Turn:
+    parts = []
+    if reasoning := message.get("reasoning_content") or message.get("reasoning"):
+        parts.append({"kind": "reasoning", "text": cut(reasoning)})
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []:
+        parts.append(_part(part, cut))
+    calls = message.get("tool_calls")
+    parts += [_call(call, cut) for call in calls] if isinstance(calls, list) else []
+    return {"role": cut(message.get("role"), 40), "parts": parts}
+
+
+def _part(part: Any, cut: _Cutter) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return {"kind": "text", "text": cut(part.get("text"))}
+    if kind == "image_url":
+        url = part.get("image_url")
+        return {"kind": "image", "text": cut(_whose(url.get("url") if isinstance(url, dict) else url), 200)}
+    return {"kind": "other", "text": cut(kind, 100)}
+
+
+def _whose(url: Any) -> str:
+    """What an image is, for its placeholder: never its bytes, and of a URL nothing that may be a signature."""
+    text = str(url)
+    if match := _DATA_URL.match(text):
+        size = (len(text) - match.end()) * 3 // 4
+        return f"{match[1] or 'image'}, {size // 1024:,} KiB" if size >= 1024 else f"{match[1] or 'image'}, {size} bytes"
+    return re.split(r"[?#]", text, maxsplit=1)[0]
+
+
+def _call(call: Any, cut: _Cutter) -> dict[str, str]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return {"kind": "code", "text": cut(call)}
+    return {"kind": "call", "name": cut(function.get("name"), 200), "text": cut(function.get("arguments"))}
+
+
+def _json(value: Any) -> str:
+    return dumps(value).decode() if value is not None else ""

@@ -1,0 +1,147 @@
+"""OpenAI's chat completions from the server's side: a body to a request, a completion or its pieces to what goes back.
+
+Pure functions; `engines.remote.openai_chat` is the same wire from the client's side.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from engines.types import Choice, Completion, Delta, EngineError, Failure, GenerationParams, Request, Usage, invalid
+from pipeline.dataset.formats import RowParser
+from pipeline.storage.exact_json import dumps
+
+# As many as OpenAI gives: each is a sequence of its own in the engine.
+MOST_CHOICES = 128
+
+_STATUSES = {"invalid_input": 400, "context_length": 400, "content_filter": 400, "bad_request": 400, "auth": 401,
+             "not_found": 404, "rate_limit": 429, "engine_crash": 503, "cancelled": 503, "timeout": 504,
+             "connection": 502, "bad_response": 502}  # fmt: skip
+_CODES = {"context_length": "context_length_exceeded", "not_found": "model_not_found", "auth": "invalid_api_key"}
+
+_PARSER = RowParser("openai_batch")  # whose lines hold the same bodies
+
+
+@dataclass(slots=True)
+class Asked:
+    """What a body asks for."""
+
+    request: Request
+    model: str
+    stream: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def asked(body: Any, served: str, base: GenerationParams) -> Asked:
+    """A body, checked. Raises `EngineError` for what is wrong with it.
+
+    Whoever asks did not start this: nothing in a body may choose what is paid for, read a file here, or load weights.
+    """
+    if not isinstance(body, dict):
+        raise invalid("the body must be a JSON object")
+    if body.get("adapter") is not None:
+        raise invalid("adapter: whoever serves chooses the adapter, not a request")
+    parsed = _PARSER.parse({"body": body})
+    for i, message in enumerate(parsed.messages):
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            source = part.get("image_url")
+            url = source.get("url") if isinstance(source, dict) else source
+            if part["type"] == "image_url" and not str(url).startswith(("http://", "https://", "data:")):
+                raise invalid(f"messages[{i}]: an image must be an http(s) or data URL")
+    if parsed.model not in (None, served):
+        raise EngineError("not_found", f"The model '{parsed.model:.200}' does not exist; this endpoint serves '{served}'")
+    generation = base.override(parsed.generation)
+    if (generation.n or 1) > MOST_CHOICES:
+        raise invalid(f"n may be at most {MOST_CHOICES}")
+    options = body.get("stream_options")
+    include_usage = isinstance(options, dict) and options.get("include_usage") is True
+    return Asked(Request(parsed.messages, generation), served, body.get("stream") is True, include_usage)
+
+
+def whole(asked: Asked, completion: Completion) -> dict[str, Any]:
+    """The answer as one object."""
+    choices = []
+    for at, choice in enumerate(completion.choices):
+        message = {**choice.message, "refusal": None}
+        if completion.reasoning and not at:
+            message["reasoning_content"] = completion.reasoning
+        end = {"logprobs": _logprobs(choice), "finish_reason": choice.finish_reason}
+        choices.append({"index": at, "message": message, **end})
+    return {**_head(asked, "chat.completion"), "choices": choices, "usage": _usage(completion.usage)}
+
+
+def _head(asked: Asked, kind: str) -> dict[str, Any]:
+    return {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {"prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.input + usage.output,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_input}}  # fmt: skip
+
+
+def _logprobs(choice: Choice) -> dict[str, Any] | None:
+    return {"content": choice.logprobs, "refusal": None} if choice.logprobs is not None else None
+
+
+class Chunks:
+    """The answer as a stream of events."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        self.opened: set[int] = set()
+
+    def piece(self, delta: Delta) -> bytes:
+        """The event of some text."""
+        found = {"content": delta.text} if delta.text else {}
+        if delta.reasoning:
+            found["reasoning_content"] = delta.reasoning
+        return self._chunk(delta.index, found)
+
+    def end(self, completion: Completion) -> Iterator[bytes]:
+        """The events after the last text: an error, or what belongs to whole choices, and the usage."""
+        if completion.error is not None:
+            yield event(error_body(completion.error))
+            return
+        for at, choice in enumerate(completion.choices):
+            calls = [{"index": i, **call} for i, call in enumerate(choice.message.get("tool_calls") or ())]
+            if calls or choice.logprobs is not None or at not in self.opened:
+                yield self._chunk(at, {"tool_calls": calls} if calls else {"content": ""}, _logprobs(choice))
+            yield self._chunk(at, {}, finish=choice.finish_reason)
+        if self.asked.include_usage:
+            yield event({**_head(self.asked, "chat.completion.chunk"), "choices": [], "usage": _usage(completion.usage)})
+        yield b"data: [DONE]\n\n"
+
+    def _chunk(self, at: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
+        if at not in self.opened:
+            self.opened.add(at)
+            delta = {"role": "assistant", **delta}
+        choice = {"index": at, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return event({**_head(self.asked, "chat.completion.chunk"), "choices": [choice]})
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + dumps(value) + b"\n\n"
+
+
+def status_of(failure: Failure) -> int:
+    """The HTTP status of a failed request: what a provider behind the engine said, or ours."""
+    if failure.status is not None and failure.status >= 400:
+        return failure.status
+    return _STATUSES.get(failure.type, 500)
+
+
+def error_body(failure: Failure) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
+    status = status_of(failure)
+    kind = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}.get(
+        status, "invalid_request_error" if status < 500 else "server_error"
+    )
+    code = _CODES.get(failure.type, failure.type)
+    return {"error": {"message": failure.message, "type": kind, "param": None, "code": code}}

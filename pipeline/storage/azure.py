@@ -1,0 +1,210 @@
+"""Azure's blobs as a pyarrow filesystem, in which an object appears whole: pyarrow's own makes an empty one first."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import os
+import posixpath
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from azure.core.exceptions import AzureError, HttpResponseError, ResourceNotFoundError
+from azure.storage.blob import BlobBlock, BlobClient, BlobServiceClient
+from pyarrow import fs as pafs
+
+from engines.text import one_line
+from engines.types import ConfigError
+from pipeline.storage.filesystem import patiently
+
+# How long a request is tried again here, instead of by the client, which waits for 15 s at first and knows no 429.
+CLIENT_S = 10.0
+BLOCK = 32 << 20  # more than that goes in several requests
+
+T = TypeVar("T")
+
+
+@functools.lru_cache(maxsize=32)
+def open_account(host: str) -> pafs.FileSystem:
+    """The containers of `ACCOUNT.dfs.core.windows.net`, or, where `host` is empty, of the account in the environment."""
+    try:
+        return pafs.PyFileSystem(Blobs(_service(host)))
+    except (AzureError, ImportError, ValueError) as error:
+        raise ConfigError(f"cannot open Azure's {host or 'account'}: {one_line(error)}") from None
+
+
+def _service(host: str) -> BlobServiceClient:
+    connection = os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
+    account = host.split(".", 1)[0]
+    if connection and (not account or f"AccountName={account};" in connection + ";"):
+        return BlobServiceClient.from_connection_string(connection, retry_total=0)
+    if not host:
+        account = os.environ.get("AZURE_STORAGE_ACCOUNT", "")
+        host = f"{account}.blob.core.windows.net"
+    if not account:
+        raise ConfigError(
+            "az:// and abfs:// need an account: AZURE_STORAGE_ACCOUNT or AZURE_STORAGE_CONNECTION_STRING in the environment"
+            ", or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/…"
+        )
+    credential: Any = os.environ.get("AZURE_STORAGE_KEY") or os.environ.get("AZURE_STORAGE_SAS_TOKEN")
+    if not credential:
+        from azure.identity import DefaultAzureCredential
+
+        credential = DefaultAzureCredential()
+    return BlobServiceClient(f"https://{host.replace('.dfs.', '.blob.')}", credential, retry_total=0)
+
+
+def _ask(work: Callable[[], T]) -> T:
+    """What a store says, with its errors as those of a disk."""
+
+    def ask() -> T:
+        try:
+            return work()
+        except ResourceNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, one_line(error)) from None
+        except HttpResponseError as error:
+            raise OSError(f"Azure Error HTTP {error.status_code}: {one_line(error)}") from None
+        except AzureError as error:  # it did not come to an answer
+            raise OSError(f"Azure Error {type(error).__name__}: {one_line(error)}") from None
+
+    return patiently(ask, CLIENT_S)
+
+
+class Blobs(pafs.FileSystemHandler):
+    """An account's containers; the first part of a path is the container. A directory is what has objects below it."""
+
+    def __init__(self, service: BlobServiceClient) -> None:
+        self.service = service
+
+    def _blob(self, path: str) -> BlobClient:
+        container, _, name = path.partition("/")
+        return self.service.get_blob_client(container, name)
+
+    def _below(self, directory: str, recursive: bool, **options: Any) -> Iterator[Any]:
+        container, _, name = directory.partition("/")
+        client = self.service.get_container_client(container)
+        prefix = f"{name}/" if name else ""
+        if recursive:
+            return iter(client.list_blobs(prefix, include=["metadata"], **options))
+        return iter(client.walk_blobs(prefix, include=["metadata"], **options))
+
+    def get_type_name(self) -> str:
+        return "azure"
+
+    def normalize_path(self, path: str) -> str:
+        return path.rstrip("/")
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return [self._info(path) for path in paths]
+
+    def _info(self, path: str) -> pafs.FileInfo:
+        if "/" in path:
+            try:
+                return _file(path, _ask(self._blob(path).get_blob_properties))
+            except FileNotFoundError:
+                pass
+        try:
+            there = _ask(lambda: next(self._below(path, True, results_per_page=1), None))
+        except FileNotFoundError:  # no such container
+            there = None
+        return pafs.FileInfo(path, pafs.FileType.Directory if there else pafs.FileType.NotFound)
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        base = selector.base_dir.rstrip("/")
+        try:
+            blobs = _ask(lambda: list(self._below(base, selector.recursive)))
+        except FileNotFoundError:
+            blobs = []
+        if not blobs and not selector.allow_not_found:
+            raise FileNotFoundError(errno.ENOENT, "no such directory", base)
+        container = base.partition("/")[0]
+        found: dict[str, pafs.FileInfo] = {}
+        for blob in blobs:
+            path = f"{container}/{blob.name}".rstrip("/")
+            info = _file(path, blob) if "size" in blob else pafs.FileInfo(path, pafs.FileType.Directory)
+            if not (blob.name.endswith("/") and info.is_file):  # another client's marker of a directory
+                found[path] = info
+            while len(path := posixpath.dirname(path)) > len(base):
+                found.setdefault(path, pafs.FileInfo(path, pafs.FileType.Directory))
+        found.pop(base, None)
+        return list(found.values())
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        blob = self._blob(path)
+        info = _file(path, _ask(blob.get_blob_properties))
+        if not info.is_file:
+            raise IsADirectoryError(errno.EISDIR, "is a directory", path)
+        return pa.PythonFile(_Reader(blob, info.size), mode="r")
+
+    open_input_stream = open_input_file
+
+    def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
+        return pa.PythonFile(_Writer(self._blob(path)), mode="w")
+
+    def delete_file(self, path: str) -> None:
+        _ask(self._blob(path).delete_blob)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """There are none."""
+
+    def _never(self, *_: Any) -> None:
+        raise NotImplementedError
+
+    delete_dir = delete_dir_contents = delete_root_dir_contents = move = copy_file = open_append_stream = _never
+
+
+def _file(path: str, blob: Any) -> pafs.FileInfo:
+    if (blob.metadata or {}).get("hdi_isfolder") == "true":  # an account with directories
+        return pafs.FileInfo(path, pafs.FileType.Directory)
+    return pafs.FileInfo(path, pafs.FileType.File, size=blob.size, mtime=blob.last_modified)
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, blob: BlobClient, size: int) -> None:
+        self.blob, self.size, self.at = blob, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        start, stop = self.at, min(self.at + len(buffer), self.size)
+        for at in range(start, stop, BLOCK):
+            length = min(BLOCK, stop - at)
+            buffer[at - start : at - start + length] = _ask(functools.partial(self._read, at, length))
+            self.at = at + length
+        return self.at - start
+
+    def _read(self, at: int, length: int) -> bytes:
+        return bytes(self.blob.download_blob(at, length).readall())
+
+
+class _Writer(io.BytesIO):
+    """Whole when it is closed: one request, or blocks that are nothing until the last request makes an object of them."""
+
+    def __init__(self, blob: BlobClient) -> None:
+        super().__init__()
+        self.blob = blob
+
+    def close(self) -> None:
+        if not self.closed:
+            data = self.getvalue()
+            super().close()
+            if len(data) <= BLOCK:
+                _ask(lambda: self.blob.upload_blob(data, overwrite=True))
+                return
+            blocks = {f"{at:020}": data[at : at + BLOCK] for at in range(0, len(data), BLOCK)}
+            for name, block in blocks.items():
+                _ask(functools.partial(self.blob.stage_block, name, block))
+            _ask(lambda: self.blob.commit_block_list([BlobBlock(name) for name in blocks]))

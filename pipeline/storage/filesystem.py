@@ -1,0 +1,212 @@
+"""Files wherever they are: a path or URI to a pyarrow filesystem and the path inside it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import posixpath
+import random
+import re
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from engines.text import one_line
+from engines.types import ConfigError
+
+# pyarrow's own clients, and ours; every other scheme goes through fsspec.
+_NATIVE = ("s3", "gs", "gcs")
+_AZURE = ("az", "abfs", "abfss")
+_URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{2}(.*)$", re.DOTALL)
+# "?endpoint_override=…" after an s3:// path, a signature after an https:// one; a bare "?" is a glob character.
+_OPTIONS = re.compile(r"\?[\w-]+=[^/].*$")
+# What pyarrow's clients say where a store failed in passing, as against what is wrong with a file or a permission.
+_PASSING = re.compile(
+    r"AWS Error (SLOW_DOWN|INTERNAL_FAILURE|NETWORK_CONNECTION|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT"
+    r"|UNKNOWN \(HTTP status (429|5\d\d)\))"
+    r"|google::cloud::Status\((UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)"
+    r"|Azure Error (Service(Request|Response)(Timeout)?Error|IncompleteReadError|HTTP (408|429|5\d\d))"
+)
+# Beyond the tries of the store's own client, which are over in seconds.
+PATIENCE_S, TRIES = 120.0, 8
+
+T = TypeVar("T")
+
+
+def resolve(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI and the path inside it; touches no file.
+
+    Raises `ConfigError` for a scheme nobody knows, one whose package is missing, and credentials in a URI.
+    """
+    uri = _URI.match(path)
+    scheme, rest = (uri[1].lower(), uri[2]) if uri else ("file", path)
+    if scheme == "file":
+        plain = Path(urllib.parse.unquote(rest)) if uri else Path(rest).expanduser()
+        return pafs.LocalFileSystem(), os.path.abspath(plain)  # absolute: a worker has another current directory
+    if scheme not in (*_NATIVE, *_AZURE):
+        return _through_fsspec(scheme, path)
+    rest, options = split_options(rest)
+    bucket = rest.split("/", 1)[0]
+    if ":" in bucket:
+        raise ConfigError(f"{scheme}://…@… holds credentials: keep them in the environment, not in a path")
+    if scheme in _AZURE:
+        if options:
+            raise ConfigError(f"{scheme}:// takes no ?…: the account and its credentials come from the environment")
+        container, _, host = bucket.partition("@")
+        return _azure(scheme, host), f"{container}{rest[len(bucket) :]}".rstrip("/")
+    user = bucket[: bucket.rfind("@") + 1]
+    return _native(f"{scheme}://{bucket}{options}"), rest.removeprefix(user).rstrip("/")
+
+
+def split_options(path: str) -> tuple[str, str]:
+    """`("s3://bucket/key", "?region=…")` of `s3://bucket/key?region=…`."""
+    options = _OPTIONS.search(path)
+    return (path[: options.start()], options[0]) if options else (path, "")
+
+
+@functools.lru_cache(maxsize=32)
+def _native(bucket: str) -> pafs.FileSystem:
+    """One client per bucket: making one may ask the store for the bucket's region."""
+    if bucket.startswith("s3:"):  # small objects in one request, where it would be three
+        bucket += ("&" if "?" in bucket else "?") + "allow_delayed_open=true"
+    elif "retry_limit_seconds=" not in bucket:  # it would be a quarter of an hour, in which a run could not stop
+        bucket += ("&" if "?" in bucket else "?") + "retry_limit_seconds=10"
+    try:
+        return pafs.FileSystem.from_uri(bucket)[0]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"cannot open {bucket}: {one_line(error)}") from None
+
+
+def _azure(scheme: str, host: str) -> pafs.FileSystem:
+    try:
+        from pipeline.storage.azure import open_account
+    except ImportError as error:
+        install = "pip install 'eagleray[azure]'"
+        raise ConfigError(f"{scheme}:// needs a package that is not installed ({one_line(error)}): {install}") from None
+    return open_account(host)
+
+
+def _through_fsspec(scheme: str, path: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec  # only those who use such a scheme need it
+
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a package that is not installed: {one_line(error)}") from None
+    except ValueError:
+        raise ConfigError(f"nothing here reads '{scheme}://' paths: {path!r:.200}") from None
+    except Exception as error:  # each fsspec implementation has its own (no route, no credentials, …)
+        raise ConfigError(f"cannot open {scheme}://: {one_line(error)}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
+
+
+def store_failed(error: BaseException) -> bool:
+    """Whether an object store failed in passing (throttled, away), so that the same call may do better later."""
+    return isinstance(error, OSError) and bool(_PASSING.search(str(error)))
+
+
+def patiently(work: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """`work()`, again and again while `store_failed`. Raises what it raised last."""
+    tries = Retrying(
+        stop=stop_after_delay(patience_s),
+        wait=wait_random_exponential(0.5, max=15),
+        retry=retry_if_exception(store_failed),
+        reraise=True,
+    )
+    return tries(work)
+
+
+def steadily(start: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """What `start()` yields, which is the same each time; where the store fails on the way, from there on."""
+    passed = failures = 0
+    while True:
+        try:
+            for item in itertools.islice(start(), passed, None):
+                passed, failures = passed + 1, 0
+                yield item
+            return
+        except OSError as error:
+            failures += 1
+            if failures > TRIES or not store_failed(error):
+                raise
+            time.sleep(random.uniform(0, min(15, 2**failures)))
+
+
+def info_of(fs: pafs.FileSystem, path: str) -> pafs.FileInfo:
+    """What is known of a path, there or not."""
+    return patiently(lambda: fs.get_file_info(path))
+
+
+def exists(fs: pafs.FileSystem, path: str) -> bool:
+    """Whether a file or directory is there."""
+    return bool(info_of(fs, path).type != pafs.FileType.NotFound)
+
+
+def listing(fs: pafs.FileSystem, directory: str) -> list[pafs.FileInfo]:
+    """What is in a directory, not below it; nothing where there is none."""
+    return patiently(lambda: fs.get_file_info(pafs.FileSelector(directory, allow_not_found=True)))
+
+
+def abort_uploads(path: str) -> None:
+    """Ends what killed writers began below an s3:// path and did not finish: it is in no listing, and is paid for.
+
+    Nothing elsewhere and without boto3: there a lifecycle rule of the bucket does it.
+    """
+    uri = _URI.match(path)
+    if not uri or uri[1].lower() != "s3":
+        return
+    try:
+        import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return
+    rest, options = split_options(uri[2])
+    given = dict(urllib.parse.parse_qsl(options[1:]))
+    bucket, _, key = rest.partition("/")
+    endpoint = given.get("endpoint_override")
+    url = endpoint and f"{given.get('scheme', 'https')}://{endpoint}"
+    with contextlib.suppress(BotoCoreError, ClientError):  # not allowed to, say
+        client = boto3.client("s3", endpoint_url=url, region_name=given.get("region"))
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key.rstrip("/") + "/")
+        for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+            client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
+def write_atomic(fs: pafs.FileSystem, path: str, data: bytes) -> None:
+    """Writes a whole file so that no reader ever sees a part of it; parents are made as needed."""
+    if not isinstance(fs, pafs.LocalFileSystem):
+        if isinstance(fs, pafs.PyFileSystem) and posixpath.dirname(path):
+            fs.create_dir(posixpath.dirname(path), recursive=True)
+
+        def put() -> None:  # an object appears whole, when it is closed; no other name is needed before
+            with fs.open_output_stream(path, compression=None) as stream:
+                stream.write(data)
+
+        patiently(put)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself must survive a power cut too
+    finally:
+        os.close(directory)

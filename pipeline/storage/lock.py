@@ -1,0 +1,106 @@
+"""One run at a time in one output directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow.fs as pafs
+from filelock import FileLock, Timeout
+
+from engines.text import one_line
+from engines.types import ConfigError
+from pipeline.storage.filesystem import listing, write_atomic
+from pipeline.storage.ledger import SEGMENTS
+
+BEAT_S = 10.0
+STALE_S = 60.0  # six beats missed: whoever held it is dead
+CLAIM = "_lock-"
+
+
+@contextmanager
+def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
+    """Holds the output directory; raises `ConfigError` where another run holds it.
+
+    On a disk the kernel holds the lock and lets go of it the moment the process dies. An object store has no locks:
+    there, each run has a small object that it rewrites every 10 s, and gives way where it finds another's that is younger
+    than a minute.
+    """
+    held = ConfigError(f"another run is writing into {root}: wait for it, stop it, or choose another output.path")
+    if isinstance(fs, pafs.LocalFileSystem):
+        lock = FileLock(f"{root}/{SEGMENTS}/.lock")
+        try:
+            os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
+            lock.acquire(timeout=1)  # not 0: `held` looks by holding it for a moment
+        except Timeout:
+            raise held from None
+        except OSError as error:
+            raise ConfigError(f"output.path: cannot write into {root}: {error.strerror or error}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+        return
+    with _claim(fs, root, held):
+        yield
+
+
+def held(fs: pafs.FileSystem, root: str) -> bool:
+    """Whether a run holds the output directory. Changes nothing there, and needs no right to."""
+    if isinstance(fs, pafs.LocalFileSystem):
+        with suppress(FileNotFoundError), Path(root, SEGMENTS, ".lock").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+    claims = [info for info in listing(fs, f"{root}/{SEGMENTS}") if info.base_name.startswith(CLAIM)]
+    return any(time.time() - (claim.mtime_ns or 0) / 1e9 < STALE_S for claim in claims)
+
+
+@contextmanager
+def _claim(fs: pafs.FileSystem, root: str, held: ConfigError) -> Iterator[None]:
+    """Of those who put a claim beside others, nobody has it: each sees at least the claims that were there before.
+
+    Ages are told by the store's own clock, from its time of another's claim to that of ours.
+    """
+    mine = f"{CLAIM}{uuid.uuid4().hex}.json"
+    path = f"{root}/{SEGMENTS}/{mine}"
+    stop = threading.Event()
+
+    def write() -> None:
+        write_atomic(fs, path, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+
+    def keep() -> None:
+        while not stop.wait(BEAT_S):
+            with suppress(OSError):  # a store that is away: the next beat may come through
+                write()
+
+    try:
+        write()
+        claims = {info.base_name: info for info in listing(fs, f"{root}/{SEGMENTS}") if info.base_name.startswith(CLAIM)}
+    except OSError as error:
+        raise ConfigError(f"output.path: cannot write into {root}: {one_line(error)}") from None
+    now = claims[mine].mtime_ns or 0
+    keeper = threading.Thread(target=keep, name="lock", daemon=True)
+    keeper.start()
+    try:
+        for name, claim in claims.items():
+            if name != mine and now - (claim.mtime_ns or 0) < STALE_S * 1e9:
+                raise held
+        yield
+    finally:
+        stop.set()
+        keeper.join()
+        with suppress(OSError):
+            for name, claim in claims.items():
+                if name == mine or now - (claim.mtime_ns or 0) >= STALE_S * 1e9:
+                    fs.delete_file(claim.path)
