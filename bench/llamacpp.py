@@ -26,7 +26,7 @@ from engines.local.llamacpp import LlamaCppEngine  # isort: skip
 import llama_cpp as L
 import numpy as np
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 
 BUILT_IN = [
     "A train leaves at 9:40 and arrives at 13:05. How long does the journey take?",

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engines.types import EaglerayError
+from engines.errors import EaglerayError
 from jobs.compose import compose
 from pipeline import run as run_module
-from pipeline.executors.live.dispatcher import Status
 from pipeline.monitor.progress import RunProgress
+from pipeline.monitor.status import Status
 
 ROWS, AT = 4000, 0.35
 SVG = Path(__file__).parent.parent / "docs" / "progress.svg"

@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 from bench.pipeline import asking_s, infer, write_rows
 from engines import load_engine
 from engines.base import Engine
-from engines.types import GenerationParams, Request
+from engines.params import GenerationParams
+from engines.types import Request
 
 # Oumi 0.9's whole engine on the same kind of machine, see the README's comparison.
 OUMI = 3511
@@ -132,7 +133,7 @@ def leases(workers: int = 4, seconds: float = 5.0) -> dict[str, Any]:
     """Leases a second that the limiter's actor gives to so many workers with 256 rows waiting in each."""
     import ray
 
-    from engines.base import EngineConfig
+    from engines.config import EngineConfig
     from engines.remote.rate_limits import Limits
     from pipeline.executors.live.rate_limiter import limiter, source_of
 

@@ -69,7 +69,7 @@ cluster.shutdown()
 INDEX = """
 import json, resource, sys, time
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import read_index
+from pipeline.storage.ledger_index import read_index
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 began, cpu = time.perf_counter(), time.process_time()
 index = read_index(*resolve(sys.argv[1]))

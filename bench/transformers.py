@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.llamacpp import questions
-from engines.base import load_engine
+from engines.registry import load_engine
 from tests.checkpoint import checkpoint_dir
 
 

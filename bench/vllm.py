@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.llamacpp import questions
-from engines.base import Engine, load_engine
+from engines.base import Engine
+from engines.registry import load_engine
 from pipeline.dataset.formats import Parsed
 from pipeline.executors.live.queue import Ask, Ready, prefix_of
 from tests.checkpoint import adapter_dir, checkpoint_dir
@@ -122,7 +123,7 @@ def order(prompts: int = 12, each: int = 8, repeats: int = 3) -> dict[str, Any]:
         asyncio.run(everything())
         return len(rows) / (time.perf_counter() - began)
 
-    from engines.types import GenerationParams
+    from engines.params import GenerationParams
 
     GREEDY = GenerationParams.parse({"max_tokens": 8})
     rate(True, 0)

@@ -17,10 +17,11 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engines.base import HTTP_ENGINES, REGISTRY, Capabilities, config_from_keys  # noqa: E402
+from engines.config import Capabilities, config_from_keys  # noqa: E402
+from engines.params import GENERATION_FIELDS, GenerationParams  # noqa: E402
+from engines.registry import HTTP_ENGINES, REGISTRY  # noqa: E402
 from engines.remote.batch.factory import WIRES  # noqa: E402
 from engines.remote.provider import Provider  # noqa: E402
-from engines.types import GENERATION_FIELDS, GenerationParams  # noqa: E402
 from jobs.compose import GROUPS, conf_dir, options  # noqa: E402
 from jobs.guide import anchor  # noqa: E402
 from pipeline.config import OPEN_KEYS, known_keys  # noqa: E402

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engines.base import HTTP_ENGINES, REGISTRY, Capabilities, Engine, EngineConfig, Price, load_engine
+from engines.base import Engine
+from engines.config import Capabilities, EngineConfig, Price
+from engines.errors import ConfigError, EaglerayError, EngineError, Failure
+from engines.params import GenerationParams
+from engines.registry import HTTP_ENGINES, REGISTRY, load_engine
 from engines.types import (
     Choice,
     Completion,
-    ConfigError,
     ContentPart,
     Conversation,
     Delta,
-    EaglerayError,
-    EngineError,
-    Failure,
     FinishReason,
-    GenerationParams,
     Message,
     Request,
     ToolCall,
@@ -65,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    from engines.base import engine_class
+    from engines.registry import engine_class
 
     for kind, (target, _, _) in REGISTRY.items():
         if HTTP_ENGINES.get(kind, target.partition(":")[2]) == name:

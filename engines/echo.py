@@ -13,8 +13,10 @@ import hashlib
 import os
 import signal
 
-from engines.base import Capabilities, Engine
-from engines.types import Choice, Completion, ConfigError, EngineError, Request, Usage, answer, nearest, text_of
+from engines.base import Engine
+from engines.config import Capabilities
+from engines.errors import ConfigError, EngineError, nearest
+from engines.types import Choice, Completion, Request, Usage, answer, text_of
 
 _DEFAULTS = {"latency_s": 0.0, "jitter_s": 0.0, "failure_rate": 0.0, "crash_rate": 0.0, "slow_every": 0.0, "slow_s": 0.0}
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from engines.base import Engine, SourceOf, fallbacks, load_engine
-from engines.types import Completion, GenerationParams, Request
+from engines.base import Engine
+from engines.config import EngineConfig, SourceOf
+from engines.params import GenerationParams
+from engines.types import Completion, Request
 
 
 class FallbackEngine(Engine):
     """Engines in a row. A completion's `engine` and `model` tell which one answered."""
 
-    def _load(self) -> None:
-        self.kind = self.config.kind  # type: ignore[misc]
-        self.engines = [load_engine(dataclasses.replace(self.config, fallback=[]))]
-        try:
-            for config in fallbacks(self.config):
-                self.engines.append(load_engine(config))
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, config: EngineConfig, engines: Sequence[Engine]) -> None:
+        self.engines = list(engines)
+        super().__init__(config)
+        self.kind = config.kind  # type: ignore[misc]
         self.counts = self.engines[0].counts
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -17,8 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from engines.base import EngineConfig, Price, fallbacks
-from engines.types import ConfigError, nearest
+from engines.config import EngineConfig, Price
+from engines.errors import ConfigError, nearest
+from engines.registry import fallbacks
 
 RATES = ("input", "cached_input", "output")
 _VERSION = re.compile(r"-(\d{4}-?\d{2}-?\d{2}|latest)$")

@@ -13,20 +13,9 @@ from typing import Any
 
 import orjson
 
-from engines.types import (
-    DEFAULT_SCHEMA_RETRIES,
-    Choice,
-    Completion,
-    EngineError,
-    Failure,
-    GenerationParams,
-    Message,
-    Request,
-    answer,
-    invalid,
-    json_schema_of,
-    text_of,
-)
+from engines.errors import EngineError, Failure, invalid
+from engines.params import GenerationParams, json_schema_of
+from engines.types import DEFAULT_SCHEMA_RETRIES, Choice, Completion, Message, Request, answer, text_of
 
 Ask = Callable[[Request], Awaitable[Completion]]
 

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.types import ConfigError, Message, ToolCall, nearest, text_of
+from engines.errors import ConfigError, nearest
+from engines.types import Message, ToolCall, text_of
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping", list: "a list"}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from engines.errors import Failure
 from engines.structured import Ask
-from engines.types import Completion, Failure, Message, Request
+from engines.types import Completion, Message, Request
 
 
 async def ask_turns(ask: Ask, request: Request) -> Completion:

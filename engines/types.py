@@ -8,34 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NotRequired, Required, TypedDict
+
+from engines.errors import Failure, invalid, nearest
+from engines.params import GenerationParams
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool"))
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
-ErrorType = Literal[
-    "invalid_input",
-    "context_length",
-    "content_filter",
-    "auth",
-    "not_found",
-    "bad_request",
-    "rate_limit",
-    "server",
-    "timeout",
-    "connection",
-    "bad_response",
-    "schema_mismatch",
-    "engine_crash",
-    "cancelled",
-    "budget",
-]
 
 # Local engines must bound an answer; used where the caller names no `max_tokens`.
 DEFAULT_MAX_TOKENS = 1024
@@ -70,180 +54,6 @@ class Message(TypedDict, total=False):
     name: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
-
-
-class EaglerayError(Exception):
-    """Base of every error this project raises on purpose; its text is one line a user can act on."""
-
-
-class ConfigError(EaglerayError):
-    """The configuration is wrong (exit status 2)."""
-
-
-class Outage(EaglerayError):
-    """A server has not answered for longer than the run wants to wait; what is done is kept (exit status 4)."""
-
-
-class EngineError(EaglerayError):
-    """One request failed; becomes that row's `error`, never a crash.
-
-    `retryable` says whether the same request may succeed later; what to do about it is the caller's policy.
-    """
-
-    def __init__(self, type: ErrorType, message: str, *, status: int | None = None, retryable: bool = False) -> None:
-        super().__init__(message)
-        self.type: ErrorType = type
-        self.status = status
-        self.retryable = retryable
-        self.retry_after: float | None = None  # seconds a provider asks to wait
-        self.attempts = 1
-        self.paid = False  # an answer came, or was under way, that may have to be paid all the same
-
-    def __reduce__(self) -> Any:
-        return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable)
-
-
-def _rebuild_engine_error(type: ErrorType, message: str, status: int | None, retryable: bool) -> EngineError:
-    return EngineError(type, message, status=status, retryable=retryable)
-
-
-def invalid(message: str) -> EngineError:
-    return EngineError("invalid_input", message)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"`, or a list of the known names where none is close and they are few."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f" (did you mean '{close[0]}'?)"
-    return f" (known: {', '.join(known)})" if len(known) <= 24 else ""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationParams:
-    """How to sample. `None` leaves the choice to the engine; local engines then decode greedily."""
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    stop: list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    seed: int | None = None
-    n: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None  # token id (as text, like OpenAI's) -> bias added to its logit
-    logprobs: int | None = None  # alternatives per generated token; 0 gives the chosen token's alone
-    response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    schema_retries: int | None = None  # of answers that are not what response_format asks for
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> GenerationParams:
-        """Checked parameters from plain values. Raises `EngineError("invalid_input")` naming the field."""
-        return cls().override(values)
-
-    def override(self, values: Mapping[str, Any]) -> GenerationParams:
-        """These parameters with `values` laid over them; a value of None leaves the field as it is."""
-        given = {name: value for name, value in values.items() if value is not None}
-        if not given:
-            return self
-        return dataclasses.replace(self, **{name: _check_param(name, value) for name, value in given.items()})
-
-    def given(self) -> dict[str, Any]:
-        """Only the fields somebody set, in declaration order, of those that shape an answer."""
-        names = (name for name in GENERATION_FIELDS if name != "schema_retries")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-GENERATION_FIELDS = tuple(f.name for f in dataclasses.fields(GenerationParams))
-
-_POSITIVE_INT = {"max_tokens", "n"}
-_INT = {"top_k", "seed", "logprobs", "schema_retries"}
-# name -> (lowest, highest), both allowed
-_FLOAT_RANGE = {
-    "temperature": (0.0, float("inf")),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "presence_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.0, float("inf")),
-}
-RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
-
-
-def _check_param(name: str, value: Any) -> Any:
-    """One generation parameter, checked and in its canonical type."""
-    if name in _POSITIVE_INT or name in _INT:
-        if name == "logprobs" and isinstance(value, bool):  # OpenAI's chat form: true, with top_logprobs beside it
-            return 0 if value else None
-        if isinstance(value, float) and value.is_integer():  # Parquet and YAML may carry 256 as 256.0
-            value = int(value)
-        least = 1 if name in _POSITIVE_INT else (0 if name in ("logprobs", "schema_retries") else None)
-        if name in _POSITIVE_INT and isinstance(value, int) and value >= 1 << 31:
-            raise invalid(f"{name} must be below 2,147,483,648")
-        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-            bound = f" of at least {least}" if least is not None else ""
-            raise invalid(f"{name} must be a whole number{bound}, not {value!r}")
-        return value
-    if name in _FLOAT_RANGE:
-        low, high = _FLOAT_RANGE[name]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-            raise invalid(f"{name} must be a number between {low} and {high}, not {value!r}")
-        try:
-            return float(value)
-        except OverflowError:
-            raise invalid(f"{name} is too large a number") from None
-    if name == "stop":
-        stops = [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-            raise invalid(f"stop must be a non-empty text or a list of them, not {value!r}")
-        return stops or None
-    if name == "stop_token_ids":
-        if not isinstance(value, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in value):
-            raise invalid(f"stop_token_ids must be a list of token ids, not {value!r}")
-        return value or None
-    if name == "logit_bias":
-        if not isinstance(value, Mapping):
-            raise invalid(f"logit_bias must map token ids to numbers, not {value!r}")
-        try:
-            return {str(int(token)): float(bias) for token, bias in value.items()} or None
-        except (TypeError, ValueError, OverflowError):
-            raise invalid(f"logit_bias must map token ids to numbers, not {value!r}") from None
-    if name == "response_format":
-        if isinstance(value, Mapping) and value.get("type") == "object":  # a schema alone
-            return {"type": "json_schema", "json_schema": {"schema": dict(value)}}
-        if not isinstance(value, Mapping) or value.get("type") not in RESPONSE_FORMATS:
-            raise invalid(f"response_format needs a 'type' among {', '.join(RESPONSE_FORMATS)}, not {value!r:.200}")
-        return None if value["type"] == "text" else dict(value)
-    if name == "tools":
-        if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-            raise invalid(f"tools must be a list of tool definitions, not {value!r:.200}")
-        return value or None
-    if name == "tool_choice":
-        if not isinstance(value, (str, Mapping)):
-            raise invalid(f"tool_choice must be a text or an object, not {value!r:.200}")
-        return value
-    if name == "reasoning_effort":
-        if not isinstance(value, str):
-            raise invalid(f"reasoning_effort must be a text, not {value!r:.200}")
-        return value
-    raise invalid(f"'{name}' is not a generation parameter{nearest(name, GENERATION_FIELDS)}")
-
-
-def json_schema_of(response_format: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema inside `{"type": "json_schema", "json_schema": {"schema": …}}`, or with the schema put there directly."""
-    outer = response_format.get("json_schema", response_format.get("schema"))
-    schema = outer.get("schema", outer) if isinstance(outer, Mapping) else None
-    if not isinstance(schema, Mapping):
-        raise invalid("response_format of type json_schema needs a 'json_schema' object holding a 'schema'")
-    return dict(schema)
 
 
 @dataclass(slots=True)
@@ -302,18 +112,6 @@ class Usage:
     input: int = 0
     cached_input: int = 0
     output: int = 0
-
-
-@dataclass(slots=True)
-class Failure:
-    type: ErrorType
-    message: str
-    status: int | None = None
-    retryable: bool = False
-
-    @classmethod
-    def of(cls, error: EngineError) -> Failure:
-        return cls(error.type, str(error), error.status, error.retryable)
 
 
 @dataclass(slots=True)
@@ -415,3 +213,28 @@ def check_messages(messages: Any) -> list[Message]:
         elif not message.get("tool_calls"):
             raise invalid(f"messages[{i}] has neither content nor tool_calls")
     return messages
+
+
+_CONVERSATION_KEYS = frozenset(f.name for f in fields(Conversation))
+
+
+def to_request(conversation: Conversation | Mapping[str, Any], base: GenerationParams) -> Request:
+    """A conversation with its own overrides laid over `base`. Raises `EngineError("invalid_input")`."""
+    if isinstance(conversation, Mapping):
+        if "messages" not in conversation:
+            raise invalid(f"a conversation needs 'messages'; this one has {', '.join(map(str, conversation)) or 'nothing'}")
+        conversation = Conversation(**{k: v for k, v in conversation.items() if k in _CONVERSATION_KEYS})
+    if not isinstance(conversation, Conversation):
+        raise invalid(f"a conversation is a Conversation or a mapping, not {type(conversation).__name__}")
+    if conversation.generation and not isinstance(conversation.generation, Mapping):
+        raise invalid(f"generation must be a mapping of parameters, not {conversation.generation!r:.60}")
+    if not isinstance(conversation.turns, list):
+        raise invalid(f"turns must be a list of what the user says, not {conversation.turns!r:.60}")
+    return Request(
+        messages=check_messages(conversation.messages),
+        generation=base.override(conversation.generation or {}),
+        model=conversation.model,
+        adapter=conversation.adapter,
+        key=conversation.id or "",
+        turns=conversation.turns,
+    )

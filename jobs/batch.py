@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engines.types import ConfigError, EngineError
+from engines.errors import ConfigError, EngineError
 from jobs.infer import command, finish, guarded, start
 from pipeline.config import Config
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     """Runs a step, or without one all of them, and returns the exit status."""
     step, rest = (argv[0], argv[1:]) if argv and argv[0] in STEPS else ("", argv)
     if argv and not step and argv[0].isalpha():
-        from engines.types import nearest
+        from engines.errors import nearest
 
         argv = []
         raise_ = ConfigError(f"there is no step '{rest[0]}' of eagleray batch{nearest(rest[0], STEPS)}")
@@ -52,7 +52,7 @@ def _run(step: str, config: Config, again: str) -> int:
 
 
 def _go(step: str, config: Config, console: Console) -> int:
-    from pipeline.executors.batch.runner import Book
+    from pipeline.executors.batch.store import Book
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
 
@@ -74,8 +74,8 @@ def _look(step: str, config: Config, console: Console) -> int:
 
     from pipeline.dataset.formats import RowParser
     from pipeline.dataset.keys import Keyer
+    from pipeline.dataset.reader import Interpreter
     from pipeline.executors.batch.runner import BatchRun
-    from pipeline.executors.live.dispatcher import Interpreter
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
     from pipeline.storage.lock import run_lock

@@ -9,8 +9,9 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from engines.errors import EngineError, nearest
 from engines.text import visible
-from engines.types import Completion, EngineError, Message, Request, answer, nearest
+from engines.types import Completion, Message, Request, answer
 from jobs.infer import guarded, keys_help, start
 from pipeline.config import Config
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(config: Config) -> int:
-    from engines.base import load_engine
+    from engines.registry import load_engine
 
     config.check(runs=False)
     for stream in (sys.stdin, sys.stdout):  # whatever they hold or cannot hold ends no conversation

@@ -34,7 +34,7 @@ def main() -> int:
         return 0
     job, rest = args[0], args[1:]
     if job not in JOBS:
-        from engines.types import nearest
+        from engines.errors import nearest
 
         print(f"eagleray: there is no job '{job}'{nearest(job, JOBS)}", file=sys.stderr)
         return 2

@@ -12,9 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from engines.base import Price
+from engines.config import Price
+from engines.errors import ConfigError, nearest
+from engines.params import RESPONSE_FORMATS
 from engines.prices import priced
-from engines.types import RESPONSE_FORMATS, ConfigError, nearest
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
 GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engines.errors import ConfigError
 from engines.text import visible
-from engines.types import ConfigError
 from jobs.reading import Arguments, Output, Row, Rows, brief, number, open_output, print_json, say, steady
 from jobs.show import figures, parsed
 from pipeline.storage.exact_json import loads

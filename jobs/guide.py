@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from engines.base import REGISTRY
+from engines.registry import REGISTRY
 
 CONFIGURATION, ENGINES, ERRORS = "docs/configuration.md", "docs/engines.md", "docs/errors.md"
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from engines.types import ConfigError, EngineError
+from engines.errors import ConfigError, EngineError
 from jobs.compose import GROUPS, SECTIONS, as_yaml, compose, options
 from jobs.guide import see, see_type
 from pipeline.config import Config, without_typed_secret
@@ -70,8 +70,9 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
     from rich.markup import escape
     from rich.text import Text
 
-    from pipeline.executors.live.replicas import Interrupted, Stopped
-    from pipeline.run import BUG, INTERRUPTED, STOPPED
+    from pipeline.errors import Interrupted, Stopped
+    from pipeline.executors.live.ray_session import INTERRUPTED
+    from pipeline.run import BUG, STOPPED
 
     _check_clash()
     console = Console(stderr=True)

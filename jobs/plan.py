@@ -39,8 +39,8 @@ Exit status: 0 it fits; 3 it does not, or rows cannot be read or are too long; 2
 def _plan(config: Config) -> int:
     from rich.console import Console
 
+    from engines.errors import ConfigError
     from engines.local.memory_estimate import footprint
-    from engines.types import ConfigError
     from pipeline.preflight.dry_run import show
 
     config.check(runs=False)
@@ -58,7 +58,7 @@ def _plan(config: Config) -> int:
 
 
 def _model(config: Config, model: Any) -> list[Line]:
-    from engines.types import ConfigError
+    from engines.errors import ConfigError
     from pipeline.executors.live.placement import placement
 
     engine, hardware, context = config.engine, config.hardware, model.context
@@ -150,9 +150,9 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     from engines.local.memory_estimate import prompts as prompts_of
     from pipeline.dataset.formats import RowParser
     from pipeline.dataset.keys import Keyer
-    from pipeline.executors.live.dispatcher import Interpreter
-    from pipeline.preflight.dry_run import Rows
-    from pipeline.run import list_pieces
+    from pipeline.dataset.plan import list_pieces
+    from pipeline.dataset.reader import Interpreter
+    from pipeline.preflight.dataset_estimate import Rows
 
     dataset = config.dataset
     parser = RowParser(dataset.format, dataset.columns, dataset.template)

@@ -24,13 +24,15 @@ from rich.console import Console
 from rich.text import Text
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
+from engines.errors import ConfigError, nearest
 from engines.text import one_line, visible
-from engines.types import ConfigError, nearest
 from pipeline.monitor.run_state import STATE
 from pipeline.storage.exact_json import loads, plain
-from pipeline.storage.filesystem import TRIES, exists, listing, resolve, steadily
-from pipeline.storage.ledger import SEGMENTS, read_index
+from pipeline.storage.filesystem import exists, listing, resolve
+from pipeline.storage.ledger import SEGMENTS
+from pipeline.storage.ledger_index import read_index
 from pipeline.storage.lock import STALE_S, held
+from pipeline.storage.retry import TRIES, steadily
 
 MANIFEST, BATCHES = "manifest.json", "_batches"
 # Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from engines.types import ConfigError
+from engines.errors import ConfigError
 from jobs.infer import guarded, keys_help, start
 from pipeline.config import Config
 

@@ -15,8 +15,8 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
+from engines.errors import ConfigError, nearest
 from engines.text import visible
-from engines.types import ConfigError, nearest
 from jobs.reading import Arguments, Output, Place, Row, Rows, brief, number, open_output, print_json, say, steady
 from pipeline.storage.ledger import COMPLETION_FIELDS
 

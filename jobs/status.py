@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from engines.base import EngineConfig, Price
+from engines.config import EngineConfig, Price
 from engines.text import visible
 from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
-from pipeline.executors.cost_budget import batch_share
+from pipeline.output.cost import batch_share
 from pipeline.storage.filesystem import exists, listing
-from pipeline.storage.ledger import SEGMENTS, USAGE, split_keys
+from pipeline.storage.ledger import SEGMENTS, USAGE
+from pipeline.storage.ledger_index import split_keys
 
 OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
 WATCH_S = 5.0
@@ -65,7 +66,7 @@ def look(out: Output) -> dict[str, Any]:
         return told | {"state": "complete", **{k: done[k] for k in names}, "last_activity_at": done["finished_at"]}
     told |= _unfinished(out)
     if exists(out.fs, f"{out.root}/{BATCHES}"):
-        from pipeline.executors.batch.runner import Book
+        from pipeline.executors.batch.store import Book
 
         told["batches"] = [
             {"id": batch.id or batch.name, "state": batch.state, "rows": batch.rows}

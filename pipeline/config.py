@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.base import REGISTRY, EngineConfig, fallbacks, key
+from engines.config import EngineConfig, key
+from engines.errors import ConfigError, EngineError, nearest
+from engines.params import GENERATION_FIELDS, GenerationParams, json_schema_of
 from engines.prices import RATES, most_expensive
+from engines.registry import REGISTRY, fallbacks
 from engines.structured import check_schema
-from engines.types import GENERATION_FIELDS, ConfigError, EngineError, GenerationParams, json_schema_of, nearest
 
 # Ray sets it for what `ray job submit` starts.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"

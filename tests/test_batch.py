@@ -21,8 +21,8 @@ import pytest
 from engines import ConfigError, EngineError, load_engine
 from jobs.batch import main as batch_main
 from jobs.compose import compose
-from pipeline.executors.batch.runner import Book
-from pipeline.executors.live.replicas import Stopped
+from pipeline.errors import Stopped
+from pipeline.executors.batch.store import Book
 from pipeline.run import STOPPED, WITH_FAILURES
 from pipeline.storage.filesystem import resolve
 from tests.batch_server import BatchServer, text_of

@@ -16,14 +16,17 @@ from typing import Any
 
 import pytest
 
-from engines.base import REGISTRY, EngineConfig, Price, config_from_keys
+from engines.config import EngineConfig, Price, config_from_keys
+from engines.errors import ConfigError
+from engines.params import GenerationParams
 from engines.prices import priced
-from engines.types import ConfigError, GenerationParams
+from engines.registry import REGISTRY
 from jobs.compose import compose, conf_dir
-from pipeline.executors.cost_budget import FILE, Budget, Seen, read_spent
+from pipeline.errors import Stopped
+from pipeline.executors.cost_budget import FILE, Budget, read_spent
 from pipeline.executors.live.dispatcher import Dispatcher
 from pipeline.executors.live.queue import Ask
-from pipeline.executors.live.replicas import Stopped
+from pipeline.monitor.status import Seen
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import resolve
 from tests.batch_server import BatchServer
@@ -184,8 +187,8 @@ def test_batches_are_cut_and_submitted_within_the_budget(
 
 
 def cost_in(out: Path) -> float:
-    from pipeline.executors.cost_budget import cost_of
-    from pipeline.storage.ledger import read_index
+    from pipeline.output.cost import cost_of
+    from pipeline.storage.ledger_index import read_index
 
     engine = EngineConfig("openai", "m", price=PRICE)
     return sum((cost_of(engine, read_index(*resolve(str(out)))) or {}).values())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.types import ConfigError
+from engines.errors import ConfigError
 from jobs import cli, infer
 from jobs.cli import JOBS
 from jobs.compose import compose

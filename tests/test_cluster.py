@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import read_index
+from pipeline.storage.ledger_index import read_index
 from tests.conftest import ask
 
 PATIENCE_S = 120  # how long to wait for what must come; nothing here measures time

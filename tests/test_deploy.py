@@ -24,7 +24,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from jobs.compose import compose
-from pipeline.run import GRACE_S, WITH_FAILURES, WRONG
+from pipeline.executors.live.live import GRACE_S
+from pipeline.run import WITH_FAILURES, WRONG
 from tests import kuberay
 from tests.test_cluster import PATIENCE_S, Raylets
 from tests.test_cluster import raylets as raylets

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from pipeline.dataset.formats import Parsed
-from pipeline.executors.live.dispatcher import Dispatcher, Status
+from pipeline.executors.live.dispatcher import Dispatcher
 from pipeline.executors.live.queue import Ask, Ready, prefix_of
+from pipeline.monitor.status import Status
 
 
 def dispatcher(rows: int) -> Dispatcher:

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from engines.base import REGISTRY
-from engines.types import ErrorType
+from engines.errors import ErrorType
+from engines.registry import REGISTRY
 from jobs import infer, plan
 from jobs.cli import JOBS
 from jobs.compose import compose

@@ -21,7 +21,8 @@ import pytest
 
 import engines
 from engines import load_engine
-from engines.base import HTTP_ENGINES, REGISTRY, config_from_keys, engine_class
+from engines.config import config_from_keys
+from engines.registry import HTTP_ENGINES, REGISTRY, engine_class
 from jobs import infer
 from jobs.compose import compose
 from tests.batch_server import BatchServer
@@ -187,7 +188,7 @@ def test_an_engine_added_as_the_page_says_runs(tmp_path: Path) -> None:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "engines" / "parrot.py").write_text(module)
     (tmp_path / "conf" / "engine" / "parrot.yaml").write_text(yaml_file)
-    base = tmp_path / "engines" / "base.py"
+    base = tmp_path / "engines" / "registry.py"
     text = base.read_text()
     opening = "REGISTRY: dict[str, tuple[str, str | None, str]] = {\n"
     assert opening in text

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.types import ConfigError, EngineError, GenerationParams
+from engines.errors import ConfigError, EngineError
+from engines.params import GenerationParams
 from pipeline.dataset.formats import OUTPUT_COLUMNS, ArrowRow, Parsed, RowParser, passthrough_names
 from pipeline.dataset.source import list_chunks, read_chunk
 from pipeline.storage.exact_json import loads

@@ -22,16 +22,16 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from engines.errors import ErrorType
 from engines.text import visible
-from engines.types import ErrorType
 from jobs import diff, errors, show, status
 from jobs.compose import command_of, compose
 from jobs.errors import ADVICE, pattern_of
 from jobs.reading import Rows, brief, open_output
 from pipeline.config import without_secrets
-from pipeline.executors.live.dispatcher import Status
-from pipeline.executors.live.replicas import Stopped
+from pipeline.errors import Stopped
 from pipeline.monitor.run_state import STATE, told
+from pipeline.monitor.status import Status
 from pipeline.run import run as run_job
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import resolve

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import read_index
+from pipeline.storage.ledger_index import read_index
 from tests.provider_server import ProviderServer
 from tests.test_cluster import PATIENCE_S, check, end, family, folder, own_ray, title, write
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import EngineConfig
-from engines.types import EngineError, GenerationParams
+from engines.config import EngineConfig
+from engines.errors import EngineError
+from engines.params import GenerationParams
 from pipeline.dataset.formats import Parsed
 from pipeline.dataset.keys import Keyer
 

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import Index, list_segments, read_index
+from pipeline.storage.ledger import list_segments
+from pipeline.storage.ledger_index import Index, read_index
 from tests.conftest import ask
 
 ROWS = 3000

@@ -14,22 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.types import Choice, Completion, Failure, Usage, answer
+from engines.errors import Failure
+from engines.types import Choice, Completion, Usage, answer
 from pipeline.storage import ledger
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import (
-    ANSWER_SCHEMA,
-    Compactor,
-    Record,
-    SeenKeys,
-    _index_of,
-    list_segments,
-    read_index,
-    read_rows,
-    read_segment,
-    split_keys,
-    write_segment,
-)
+from pipeline.storage.ledger import ANSWER_SCHEMA, Compactor, Record, list_segments, read_rows, read_segment, write_segment
+from pipeline.storage.ledger_index import SeenKeys, _index_of, read_index, split_keys
 
 
 def key(n: int) -> bytes:

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engines.types import ConfigError
-from pipeline import run
-from pipeline.executors.live.replicas import Stopped
+from engines.errors import ConfigError
+from pipeline.errors import Stopped
+from pipeline.executors.live import live
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import list_segments, read_index
+from pipeline.storage.ledger import list_segments
+from pipeline.storage.ledger_index import read_index
 from tests.conftest import Infer, ask
 
 Write = Callable[..., Path]
@@ -49,8 +50,8 @@ def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     nodes = ray.nodes()
-    monkeypatch.setattr(run, "SMALL_BYTES", -1)
-    monkeypatch.setattr(run, "FAR_ROWS", -1)
+    monkeypatch.setattr(live, "SMALL_BYTES", -1)
+    monkeypatch.setattr(live, "FAR_ROWS", -1)
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, *nodes])
 
 

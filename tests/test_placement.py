@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from engines import ConfigError
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from jobs.compose import compose
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import Placement, lack, placement, room, spread
@@ -120,7 +120,7 @@ CLUSTER = """
 import json, subprocess, sys, time
 import ray
 from ray.cluster_utils import Cluster
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import end, placement, start
 
@@ -137,7 +137,7 @@ class Where:
 OTHER = '''
 import sys, time
 import ray
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import placement, start
 class Here:

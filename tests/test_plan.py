@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from engines import load_engine
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from engines.local.memory_estimate import Footprint, footprint, prompts, weights_bytes
-from engines.types import GenerationParams
+from engines.params import GenerationParams
 from jobs import plan
 from tests.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401
 from tests.conftest import ask

@@ -20,10 +20,10 @@ import pyte
 import pytest
 from rich.console import Console
 
-from engines.base import EngineConfig, Price
+from engines.config import EngineConfig, Price
 from jobs.infer import command
-from pipeline.executors.live.dispatcher import Pulse, Status
 from pipeline.monitor.progress import RunProgress, flow
+from pipeline.monitor.status import Pulse, Status
 from tests.conftest import Infer, ask
 
 ROOT = Path(__file__).parent.parent

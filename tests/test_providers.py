@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 import engines.remote.concurrency
 import engines.remote.engine
 from engines import Completion, load_engine
-from engines.base import Engine, EngineConfig, to_request
+from engines.base import Engine
+from engines.config import EngineConfig
+from engines.errors import ConfigError
+from engines.params import GenerationParams
 from engines.remote.concurrency import RetryBudget, Slots
 from engines.remote.errors import failure, observed, retry_after
 from engines.remote.rate_limits import SLACK_S, Budget, Call, Grant, Limits
-from engines.types import ConfigError, GenerationParams, Request
+from engines.types import Request, to_request
 from tests.conftest import ask
 from tests.google_account import google_account
 from tests.provider_server import PASSING, STATUSES, ProviderServer

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from engines.types import ConfigError
+from engines.errors import ConfigError
+from pipeline.errors import Interrupted, Stopped
 from pipeline.executors.live.rate_limiter import limiter
-from pipeline.executors.live.replicas import Stopped
-from pipeline.run import Interrupted
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer, by_hash
 
@@ -116,7 +115,7 @@ def test_replicas_share_one_limit_and_outlive_its_actor(infer: Infer, write_json
     overrides = remote(server, "engine.requests_per_minute=600", "hardware.replicas=2")
 
     def kill_once_it_works() -> None:
-        from engines.base import config_from_keys
+        from engines.config import config_from_keys
 
         while len(server.requests) < 20:
             time.sleep(0.05)

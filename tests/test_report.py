@@ -20,8 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from engines.errors import Failure
 from engines.text import visible
-from engines.types import Completion, Failure, Usage
+from engines.types import Completion, Usage
 from pipeline.report.charts import LEFT, latency_over_time, series_of, short, short_seconds, ticks
 from pipeline.report.conversation import ROW_CHARS, shown_row
 from pipeline.report.page import SAMPLE_BYTES, write_report

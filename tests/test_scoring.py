@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines import Engine, GenerationParams, load_engine
+from engines.errors import ConfigError
 from engines.structured import mismatch
-from engines.types import Choice, ConfigError, answer
+from engines.types import Choice, answer
 from jobs.compose import compose
 from pipeline.dataset.formats import Parsed
 from pipeline.dataset.keys import Keyer

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engines import Conversation, EngineConfig, GenerationParams, load_engine
-from engines.types import EngineError
+from engines.errors import EngineError
 from jobs import plan
 from pipeline.dataset.formats import RowParser
 from pipeline.dataset.keys import Keyer

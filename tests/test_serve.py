@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from jobs import serve
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import placement, serve_options

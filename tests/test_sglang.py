@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from engines import ConfigError, Engine, Request, load_engine
-from engines.base import EngineConfig
-from engines.types import GenerationParams
+from engines.config import EngineConfig
+from engines.params import GenerationParams
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import placement
 
@@ -118,7 +118,7 @@ def test_flags_that_do_not_go_are_named(start: Callable[..., Engine], kwargs: di
 
 
 def test_what_the_server_cannot_start_for_is_told(start: Callable[..., Engine]) -> None:
-    from engines.types import EngineError
+    from engines.errors import EngineError
 
     with pytest.raises(EngineError, match="cannot start: ValueError: there is no template of that name") as error:
         start(kwargs={"chat_template": "broken"})

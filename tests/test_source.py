@@ -18,7 +18,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines.types import ConfigError
+from engines.errors import ConfigError
 from pipeline.dataset.source import Chunk, Row, list_chunks, parquet_schema, read_chunk, read_table
 from pipeline.storage.filesystem import exists, resolve, write_atomic
 

@@ -15,11 +15,14 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
-from engines.types import Completion, ConfigError
+from engines.errors import ConfigError
+from engines.types import Completion
 from pipeline.dataset.source import list_chunks
-from pipeline.storage.filesystem import exists, listing, patiently, resolve, store_failed, write_atomic
-from pipeline.storage.ledger import Record, list_segments, read_index, write_segment
+from pipeline.storage.filesystem import exists, listing, resolve, write_atomic
+from pipeline.storage.ledger import Record, list_segments, write_segment
+from pipeline.storage.ledger_index import read_index
 from pipeline.storage.lock import run_lock
+from pipeline.storage.retry import patiently, store_failed
 from tests.conftest import ask
 from tests.s3_server import S3Server
 from tests.store_server import AzureServer, GcsServer

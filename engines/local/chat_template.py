@@ -11,8 +11,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+from engines.errors import ConfigError, invalid
 from engines.text import for_template, load_chat_template
-from engines.types import ConfigError, invalid
 
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from engines.errors import ConfigError
+from engines.params import GenerationParams
 from engines.text import check_kwargs, one_line
-from engines.types import ConfigError, GenerationParams
 
 if TYPE_CHECKING:
-    from engines.local.transformers import _Row
+    from engines.local.transformers_row import _Row
 
 # Of the free memory, after the model: the engine's own batches need some, too.
 _MEMORY_PERCENT = 0.7

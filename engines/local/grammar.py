@@ -26,7 +26,8 @@ from typing import Any
 
 from llama_cpp.llama_grammar import PRIMITIVE_RULES, BuiltinRule, SchemaConverter
 
-from engines.types import EngineError, invalid, json_schema_of
+from engines.errors import EngineError, invalid
+from engines.params import json_schema_of
 
 Ranges = list[tuple[int, int]]  # inclusive ranges of code points, sorted and apart
 

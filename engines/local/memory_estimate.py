@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines.base import SINGLE_MODEL_KINDS, EngineConfig
+from engines.config import SINGLE_MODEL_KINDS, EngineConfig
+from engines.errors import ConfigError
 from engines.local.chat_template import ChatTemplate
+from engines.params import GenerationParams
 from engines.text import one_line
-from engines.types import ConfigError, GenerationParams, Message
+from engines.types import Message
 
 # Their feed-forward layers have two matrices; everybody else's have three.
 # One layer in so many sees everything, where the config does not say so.

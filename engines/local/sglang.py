@@ -22,10 +22,11 @@ from typing import Any
 
 import httpx
 
-from engines.base import SourceOf, packaged
+from engines.config import SourceOf, packaged
+from engines.errors import ConfigError, EngineError
 from engines.remote.engine import RemoteEngine
 from engines.text import one_line
-from engines.types import DEFAULT_MAX_TOKENS, Completion, ConfigError, EngineError, Request
+from engines.types import DEFAULT_MAX_TOKENS, Completion, Request
 
 _ADAPTER = "adapter"  # the server's name for `engine.adapter`
 _LOOK_S = 0.5  # how often to look whether the server is there

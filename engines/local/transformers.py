@@ -36,8 +36,7 @@ import random
 import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +44,17 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from engines.base import Capabilities, Engine
+from engines.base import Engine
+from engines.config import Capabilities
+from engines.errors import ConfigError, EngineError, invalid
 from engines.local.continuous_batching import Continuous
 from engines.local.continuous_batching import check as check_continuous
 from engines.local.continuous_batching import suits as suits_continuous
+from engines.local.transformers_row import _Row
 from engines.local.vision import Vision, has_images, sees, shapes, together
+from engines.params import GenerationParams
 from engines.text import check_kwargs, cut_at_stop, for_template, load_chat_template, one_line, parse_tool_calls
-from engines.types import (
-    DEFAULT_MAX_TOKENS,
-    Choice,
-    Completion,
-    ConfigError,
-    EngineError,
-    FinishReason,
-    GenerationParams,
-    Message,
-    Request,
-    Usage,
-    answer,
-    invalid,
-)
+from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Message, Request, Usage, answer
 
 _DEFAULT_BATCH = 32
 # Rows in the engine where it batches continuously: as many as transformers runs at once.
@@ -82,31 +72,6 @@ _HUB_KWARGS = {"trust_remote_code", "code_revision", "cache_dir", "local_files_o
 # `from_pretrained` takes anything and fails late: these are what it documents.
 _MODEL_KWARGS = {"torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "variant"}
 _MODEL_KWARGS |= {"attn_implementation", "quantization_config", "use_safetensors", "weights_only", "use_kernels"}
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One answer in the making; a request has `n` of them."""
-
-    prompt: list[int]
-    params: GenerationParams
-    limit: int  # tokens it may have
-    stop_ids: frozenset[int]
-    generator: torch.Generator
-    images: dict[str, torch.Tensor] = field(default_factory=dict)  # what the processor made of them, a batch of one
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish: FinishReason = "stop"
-    failed: bool = False  # transformers' continuous batching, at this row
-    future: Future[_Row] = field(default_factory=Future)  # done, too, when whoever asked gave up
-
-    def settle(self, error: BaseException | None = None) -> None:
-        """Hands the outcome to whoever waits for it, if anybody still does."""
-        with contextlib.suppress(InvalidStateError):
-            if error is None:
-                self.future.set_result(self)
-            else:
-                self.future.set_exception(error)
 
 
 class TransformersEngine(Engine):

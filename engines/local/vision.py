@@ -14,12 +14,13 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from engines.errors import invalid
 from engines.media import image_of
 from engines.text import for_template, one_line
-from engines.types import Message, invalid
+from engines.types import Message
 
 if TYPE_CHECKING:
-    from engines.local.transformers import _Row
+    from engines.local.transformers_row import _Row
 
 _FETCH_S = 60.0
 # Models that look at the images anew with each token (Llama 3.2 Vision, the first Idefics) want these kept up.

@@ -32,14 +32,16 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncEngineArgs, AsyncLLM
 
-from engines.base import Capabilities, Engine
+from engines.base import Engine
+from engines.config import Capabilities
+from engines.errors import ConfigError, EngineError, invalid, nearest
 from engines.local import process_guard
 from engines.remote import openai_chat
 from engines.remote.errors import failure
 from engines.remote.provider import Provider
 from engines.remote.sse import Events
 from engines.text import one_line
-from engines.types import DEFAULT_MAX_TOKENS, Completion, ConfigError, EngineError, Request, invalid, nearest
+from engines.types import DEFAULT_MAX_TOKENS, Completion, Request
 
 T = TypeVar("T")
 

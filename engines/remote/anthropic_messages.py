@@ -7,23 +7,12 @@ from typing import Any
 
 import orjson
 
+from engines.errors import EngineError, invalid
 from engines.media import image_of
+from engines.params import json_schema_of
 from engines.remote.openai_chat import bad_response, count, inlined
 from engines.remote.provider import Provider, put
-from engines.types import (
-    Choice,
-    Completion,
-    Delta,
-    EngineError,
-    FinishReason,
-    Message,
-    Request,
-    ToolCall,
-    Usage,
-    answer,
-    invalid,
-    json_schema_of,
-)
+from engines.types import Choice, Completion, Delta, FinishReason, Message, Request, ToolCall, Usage, answer
 
 _PLAIN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
           "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}  # fmt: skip

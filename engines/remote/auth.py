@@ -7,9 +7,9 @@ import os
 import time
 from typing import Any
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
+from engines.errors import ConfigError, EngineError, ErrorType
 from engines.remote.provider import Provider
-from engines.types import ConfigError, EngineError, ErrorType
 
 # A token is renewed so long before it expires: requests under way must still be covered.
 RENEW_BEFORE_S = 300.0

@@ -7,12 +7,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from engines.errors import ConfigError, EngineError, ErrorType
 from engines.remote import bedrock_converse, openai_chat
 from engines.remote.auth import Auth
 from engines.remote.concurrency import Endpoint, Endpoints
 from engines.remote.engine import RemoteEngine
 from engines.remote.errors import failure
-from engines.types import Completion, ConfigError, EngineError, ErrorType, Request
+from engines.types import Completion, Request
 
 
 class BedrockEngine(RemoteEngine):

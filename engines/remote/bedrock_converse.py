@@ -10,23 +10,13 @@ from typing import Any
 
 import orjson
 
+from engines.errors import EngineError, invalid
 from engines.media import image_of
+from engines.params import json_schema_of
 from engines.remote.anthropic_messages import _call_id, call_of, split
 from engines.remote.openai_chat import bad_response, count
 from engines.remote.provider import Provider, put
-from engines.types import (
-    Choice,
-    Completion,
-    EngineError,
-    FinishReason,
-    Message,
-    Request,
-    ToolCall,
-    Usage,
-    answer,
-    invalid,
-    json_schema_of,
-)
+from engines.types import Choice, Completion, FinishReason, Message, Request, ToolCall, Usage, answer
 
 _PLAIN = {"max_tokens": "inferenceConfig.maxTokens", "temperature": "inferenceConfig.temperature",
           "top_p": "inferenceConfig.topP", "stop": "inferenceConfig.stopSequences",

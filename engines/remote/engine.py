@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import orjson
 
-from engines.base import Capabilities, Engine, SourceOf, run_sync
+from engines.base import Engine, run_sync
+from engines.config import Capabilities, SourceOf
+from engines.errors import ConfigError, EngineError, invalid, nearest
 from engines.remote import anthropic_messages, openai_chat
 from engines.remote.auth import Auth
 from engines.remote.concurrency import Endpoint, Endpoints, RetryBudget, Slots
@@ -25,7 +27,7 @@ from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
 from engines.remote.rate_limits import Limits
 from engines.remote.sse import Events
-from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, ConfigError, EngineError, Request, invalid, nearest
+from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
 
 WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import orjson
 
-from engines.types import EngineError, ErrorType
+from engines.errors import EngineError, ErrorType
 
 # Statuses at which the provider says that it has too much to do; only these shrink the number of requests in flight.
 OVERLOAD = frozenset((429, 503, 529))

@@ -20,7 +20,7 @@ import httpx
 from pyreqwest import exceptions
 from pyreqwest.client import Client, ClientBuilder
 
-from engines.types import ConfigError
+from engines.errors import ConfigError
 
 # A longer answer is none: it would fill the memory of a worker with hundreds in flight.
 MAX_BODY_BYTES = 64 << 20

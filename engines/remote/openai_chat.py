@@ -11,21 +11,11 @@ from typing import Any
 
 import orjson
 
+from engines.errors import EngineError, invalid
 from engines.media import image_of
+from engines.params import json_schema_of
 from engines.remote.provider import Provider, inline_refs, put
-from engines.types import (
-    Choice,
-    Completion,
-    Delta,
-    EngineError,
-    FinishReason,
-    Message,
-    Request,
-    ToolCall,
-    Usage,
-    invalid,
-    json_schema_of,
-)
+from engines.types import Choice, Completion, Delta, FinishReason, Message, Request, ToolCall, Usage
 
 _PLAIN = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "seed", "n", "frequency_penalty",

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from engines.base import Capabilities, EngineConfig
-from engines.types import GENERATION_FIELDS, ConfigError, nearest
+from engines.config import Capabilities, EngineConfig
+from engines.errors import ConfigError, nearest
+from engines.params import GENERATION_FIELDS
 
 # wire: openai, anthropic, together or fireworks; rows and bytes: the most in one batch, where less than the provider takes;
 # queued_tokens: the most in all batches at once; price: of the live one.

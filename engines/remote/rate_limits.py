@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 
 DIMENSIONS = ("requests", "input_tokens", "output_tokens")
 

@@ -14,8 +14,10 @@ import jinja2
 import pyarrow as pa
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engines.errors import ConfigError, EngineError, invalid, nearest
+from engines.params import GENERATION_FIELDS
 from engines.text import one_line
-from engines.types import GENERATION_FIELDS, ROLES, ConfigError, EngineError, Message, check_messages, invalid, nearest
+from engines.types import ROLES, Message, check_messages
 from pipeline.storage.exact_json import loads
 
 # What a column can be mapped to; every generation parameter too.

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from engines.base import EngineConfig
-from engines.types import GenerationParams
+from engines.config import EngineConfig
+from engines.params import GenerationParams
 from pipeline.dataset.formats import Parsed
 from pipeline.storage.exact_json import canonical, dumps
 

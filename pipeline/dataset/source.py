@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 from pyarrow import fs as pafs
 
+from engines.errors import ConfigError, nearest
 from engines.text import one_line
-from engines.types import ConfigError, nearest
 from pipeline.dataset.formats import ArrowRow
 from pipeline.storage.exact_json import has_long_number, loads
-from pipeline.storage.filesystem import resolve, split_options, steadily, store_failed
+from pipeline.storage.filesystem import resolve, split_options
+from pipeline.storage.retry import steadily, store_failed
 
 BATCH_ROWS = 2000
 # A batch ends early at this many bytes of input, so that long rows do not pile up.

@@ -11,51 +11,27 @@ in flight, and the next one counts that as spent: nobody knows what became of it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
+from engines.errors import EngineError
+from engines.params import GenerationParams
 from engines.prices import most_expensive
-from engines.types import (
-    BYTES_PER_TOKEN,
-    DEFAULT_MAX_TOKENS,
-    DEFAULT_SCHEMA_RETRIES,
-    FIRST_OUTPUT,
-    EngineError,
-    GenerationParams,
-    Request,
-)
+from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, Request
+from pipeline.monitor.status import Seen
+from pipeline.output.cost import cost_of
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import exists, write_atomic
-from pipeline.storage.ledger import Index
+from pipeline.storage.ledger_index import Index
 
 FILE = "_budget.json"
-# The names of segments made of batches begin so, and what all providers ask for a row in one, as a share of the live price.
-WRITER, BATCH_PRICE = "batch", 0.5
 # Answers after which the estimates are trusted; until then they are raised by a half, and this share may be in flight.
 LEARNT, FIRST_FACTOR, FIRST_SHARE = 20, 1.5, 0.1
 # Above the most that was seen so far.
 MARGIN = 1.1
 # How much more than is in flight is written down at a time, as a share of the budget.
 STEP = 0.02
-
-
-@dataclass(slots=True)
-class Seen:
-    """What answers told about estimates."""
-
-    answers: int = 0
-    tokens_a_byte: float = 0.0  # of a prompt, the most
-    output: int = 0  # tokens, the most of a single answer
-
-    def add(self, other: Seen) -> None:
-        self.answers += other.answers
-        self.tokens_a_byte = max(self.tokens_a_byte, other.tokens_a_byte)
-        self.output = max(self.output, other.output)
 
 
 class Budget:
@@ -135,28 +111,6 @@ def check_model(request: Request, engine: EngineConfig) -> None:
         raise EngineError(
             "budget", f"run.budget_usd counts by the price of engine.model, and this row asks {request.model!r}"
         )
-
-
-def batch_share(engine: EngineConfig) -> float:
-    return float((engine.provider.get("batch") or {}).get("price", BATCH_PRICE))
-
-
-def cost_of(engine: EngineConfig, index: Index, used: npt.NDArray[np.bool_] | None = None) -> dict[str, float] | None:
-    """What input, cached input and output of a ledger's answers cost, or of those that are `used`; None where the price is
-    not known."""
-    price = engine.price
-    if not price.known and engine.provider:
-        return None
-    counted = np.ones(len(index), np.bool_) if used is None else used
-    batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
-    cheap = counted & batched[index.segment] if batched.any() else np.zeros_like(counted)
-    live, halved = (index.tokens.sum(axis=0, dtype=np.int64, where=rows[:, None]) for rows in (counted & ~cheap, cheap))
-    read, cached, written = (live + batch_share(engine) * halved).tolist()
-    return {
-        "input": price.of(read - cached, 0, 0),
-        "cached_input": price.of(cached, cached, 0),
-        "output": price.of(0, 0, written),
-    }
 
 
 def spent_so_far(engine: EngineConfig, index: Index, fs: pafs.FileSystem, root: str) -> float:

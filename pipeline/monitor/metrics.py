@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from pipeline.storage.ledger import Record
 
 TAGS = ("engine", "model")

@@ -17,9 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from engines.text import visible
-from pipeline.executors.live.dispatcher import Status
+from pipeline.monitor.status import Status
 
 # What is told as the rate just now is the mean over so many seconds, looked at so often.
 RECENT_S, SAMPLE_S = 30.0, 0.5

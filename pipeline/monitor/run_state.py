@@ -15,11 +15,12 @@ from typing import Any
 import orjson
 import pyarrow.fs as pafs
 
+from engines.errors import EaglerayError
 from engines.text import one_line
-from engines.types import EaglerayError
 from pipeline.config import Config, without_secrets
-from pipeline.executors.live.dispatcher import Status
-from pipeline.storage.filesystem import patiently, write_atomic
+from pipeline.monitor.status import Status
+from pipeline.storage.filesystem import write_atomic
+from pipeline.storage.retry import patiently
 
 STATE = "_run.json"
 EVERY_S = 10.0

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from engines.base import EngineConfig
-from engines.types import Completion, ConfigError
+from engines.config import EngineConfig
+from engines.errors import ConfigError
+from engines.types import Completion
 
 if TYPE_CHECKING:
     from rich.console import Console

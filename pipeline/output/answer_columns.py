@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from engines.errors import ConfigError, EngineError, nearest
+from engines.params import json_schema_of
 from engines.remote.provider import inline_refs
-from engines.types import ConfigError, EngineError, json_schema_of, nearest
 from pipeline.dataset.column_types import kind_of, type_of
 from pipeline.dataset.formats import OUTPUT_COLUMNS
 from pipeline.storage.exact_json import dumps, loads

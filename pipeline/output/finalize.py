@@ -20,19 +20,21 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engines.types import Completion, Failure, answer
+from engines.errors import Failure
+from engines.types import Completion, answer
 from pipeline.config import OutputConfig
 from pipeline.dataset.column_types import ColumnKinds, common_type, to_array, type_of
 from pipeline.dataset.formats import OUTPUT_COLUMNS, passthrough_names
+from pipeline.dataset.reader import Interpreter, Item, Piece, Summary
 from pipeline.dataset.source import parquet_schema, read_table
-from pipeline.executors.live.dispatcher import Interpreter, Item, Piece, Summary
 from pipeline.output.answer_columns import Score, score_arrays
 from pipeline.output.jsonl_styles import STYLES
 from pipeline.report.conversation import shown_row
 from pipeline.report.stats import Stats
 from pipeline.storage.exact_json import dumps, loads, plain
 from pipeline.storage.filesystem import resolve, write_atomic
-from pipeline.storage.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, FarIndex, Index, completion_columns, read_rows
+from pipeline.storage.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, completion_columns, read_rows
+from pipeline.storage.ledger_index import FarIndex, Index
 
 ROWS_PER_PART = 32_768
 DATA, ERRORS = "data", "errors"

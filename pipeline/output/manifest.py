@@ -16,14 +16,15 @@ import orjson
 import pyarrow.fs as pafs
 
 from pipeline.config import Config, without_secrets
-from pipeline.executors.batch.runner import Book
-from pipeline.executors.cost_budget import cost_of
-from pipeline.executors.live.dispatcher import Piece, Status, Summary
+from pipeline.dataset.reader import Piece, Summary
+from pipeline.executors.batch.store import Book
+from pipeline.monitor.status import Status
+from pipeline.output.cost import cost_of
 from pipeline.output.finalize import DATA, ERRORS, JobResult
 from pipeline.report.page import REPORT
 from pipeline.storage.exact_json import canonical
 from pipeline.storage.filesystem import exists, info_of, listing, resolve
-from pipeline.storage.ledger import Index
+from pipeline.storage.ledger_index import Index
 
 MANIFEST = "manifest.json"
 

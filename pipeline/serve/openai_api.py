@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from engines.types import Choice, Completion, Delta, EngineError, Failure, GenerationParams, Request, Usage, invalid
+from engines.errors import EngineError, Failure, invalid
+from engines.params import GenerationParams
+from engines.types import Choice, Completion, Delta, Request, Usage
 from pipeline.dataset.formats import RowParser
 from pipeline.storage.exact_json import dumps
 

@@ -20,15 +20,18 @@ from rich.text import Text
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from engines.base import EngineConfig, load_engine, secret_variables
+from engines.config import EngineConfig
+from engines.errors import ConfigError, EngineError, Failure, invalid
+from engines.params import GenerationParams
+from engines.registry import load_engine, secret_variables
 from engines.text import one_line
-from engines.types import Completion, ConfigError, Delta, EngineError, Failure, GenerationParams, invalid
+from engines.types import Completion, Delta
 from pipeline.config import Config
+from pipeline.errors import Stopped
 from pipeline.executors.live.placement import Placement, placement, serve_options, spread
 from pipeline.executors.live.rate_limiter import NAMESPACE, limiter, source_of
 from pipeline.executors.live.ray_session import PATIENCE_S, look_for_room, note_signals, running_ray
-from pipeline.executors.live.replicas import Stopped
-from pipeline.executors.live.worker import Secrets, settle_environment
+from pipeline.executors.live.secrets import Secrets, settle_environment
 from pipeline.serve.openai_api import Asked, Chunks, asked, error_body, event, status_of, whole
 from pipeline.storage.exact_json import dumps, loads
 

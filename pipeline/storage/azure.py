@@ -15,9 +15,9 @@ from azure.core.exceptions import AzureError, HttpResponseError, ResourceNotFoun
 from azure.storage.blob import BlobBlock, BlobClient, BlobServiceClient
 from pyarrow import fs as pafs
 
+from engines.errors import ConfigError
 from engines.text import one_line
-from engines.types import ConfigError
-from pipeline.storage.filesystem import patiently
+from pipeline.storage.retry import patiently
 
 # How long a request is tried again here, instead of by the client, which waits for 15 s at first and knows no 429.
 CLIENT_S = 10.0

@@ -10,20 +10,19 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from engines.types import Completion, Usage
 from pipeline.storage.exact_json import dumps
-from pipeline.storage.filesystem import TRIES, listing, patiently, store_failed, write_atomic
+from pipeline.storage.filesystem import listing, write_atomic
+from pipeline.storage.retry import patiently
 
 SEGMENTS = "_segments"
 # So many segments become one, while they have less than so many bytes.
@@ -191,209 +190,3 @@ def _read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> p
 def _read(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
     with fs.open_input_file(path) as file:
         return pq.ParquetFile(file).read(columns=columns)
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """Where the best record of every key lies: successes before failures, then the latest.
-
-    Arrays of one length, sorted by key (`hi`, then `lo`: the first 16 of its 32 bytes); 37 bytes a request.
-    """
-
-    hi: npt.NDArray[np.uint64]
-    lo: npt.NDArray[np.uint64]
-    segment: npt.NDArray[np.int32]
-    row: npt.NDArray[np.int32]
-    failed: npt.NDArray[np.bool_]
-    tokens: npt.NDArray[np.uint32]  # (requests, 3): input, cached input, output
-    paths: list[str]
-    torn: list[str]  # segments that could not be read
-
-    def __len__(self) -> int:
-        return len(self.hi)
-
-    def find(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int64]:
-        """The position of each key, or -1."""
-        hi, lo = split_keys(keys)
-        if not len(self):
-            return np.full(len(hi), -1, np.int64)
-        at = np.minimum(np.searchsorted(self.hi, hi), len(self) - 1)
-        # Two keys that agree in 64 bits but not in 128 stand side by side; step over the first where it happens.
-        while True:
-            step = (self.hi[at] == hi) & (self.lo[at] != lo) & (at + 1 < len(self))
-            step[step] = self.hi[at[step] + 1] == hi[step]
-            if not step.any():
-                break
-            at = at + step
-        found = (self.hi[at] == hi) & (self.lo[at] == lo)
-        return np.where(found, at, -1)
-
-    def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
-        """The position of each key, or -1, and the segment and row of each that is there."""
-        at = self.find(keys)
-        there = at[at >= 0]
-        return at, self.segment[there], self.row[there]
-
-    @classmethod
-    def empty(cls) -> Index:
-        return _index_of([], [])
-
-    def only(self, *, failed_too: bool) -> Index:
-        """What the feed skips: the answered requests and, if asked, also the failed ones."""
-        if failed_too or not self.failed.any():
-            return self
-        at = np.flatnonzero(~self.failed)
-        return Index(
-            self.hi[at],
-            self.lo[at],
-            self.segment[at],
-            self.row[at],
-            self.failed[at],
-            self.tokens[at],
-            self.paths,
-            self.torn,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class FarIndex:
-    """An index that stays where it is, and is asked: 37 bytes a request on every node would be too much."""
-
-    lookup: Any  # the actor
-    paths: list[str]
-
-    def find(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int64]:
-        """As `Index.find`."""
-        return self.locate(keys)[0]
-
-    def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
-        """As `Index.locate`."""
-        import ray
-
-        keys = keys if isinstance(keys, (pa.Array, pa.ChunkedArray)) else pa.array(keys, pa.binary(32))
-        found: Located = ray.get(self.lookup.locate.remote(keys))
-        return found
-
-
-class Lookup:
-    """The actor behind `FarIndex`, on the node of its index."""
-
-    def __init__(self, index: list[Any]) -> None:
-        import ray
-
-        self.index: Index = ray.get(index[0])
-
-    def locate(self, keys: pa.Array) -> Located:
-        return self.index.locate(keys)
-
-
-# Positions in the index or -1; segments and rows of those that are there.
-Located = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]
-_Keys = tuple[
-    npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.uint32]
-]
-
-
-def split_keys(keys: Sequence[bytes] | pa.Array) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The first and the second 8 bytes of 32-byte keys, as numbers that sort like them."""
-    if isinstance(keys, (pa.Array, pa.ChunkedArray)):
-        array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-        data = array.buffers()[1]
-        raw = memoryview(data)[array.offset * 32 : (array.offset + len(array)) * 32] if data is not None else b""
-    else:
-        raw = b"".join(keys)
-    halves = np.frombuffer(raw, dtype=">u8").reshape(-1, 4)
-    return halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64)
-
-
-def read_index(fs: pafs.FileSystem, root: str) -> Index:
-    """Reads the keys of all segments. A segment that cannot be read is passed over and named in `torn`."""
-    for _ in range(TRIES):
-        paths = list_segments(fs, root)
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path), paths)))
-        except FileNotFoundError:  # merged meanwhile, into one that the next listing has
-            continue
-    raise OSError(f"the segments under {root} change faster than they can be read")
-
-
-def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
-    """Holds little more than its result: each column is joined, then put in order, and what it came from is gone."""
-    torn = [path for path, part in zip(paths, parts, strict=True) if part is None]
-    numbers = [number for number, part in enumerate(parts) if part is not None]
-    sizes = [len(part[0]) for part in parts if part is not None]
-    columns: list[Any] = [list(column) for column in zip(*filter(None, parts), strict=True)] or [[]] * 5
-    parts.clear()
-    for at, dtype in enumerate((np.uint64, np.uint64, np.bool_, np.int64, np.uint32)):
-        columns[at] = np.concatenate(columns[at]) if columns[at] else np.empty((0, 3) if at == 4 else 0, dtype)
-    columns.append(np.repeat(np.array(numbers, np.int32), sizes))
-    columns.append(np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]) if sizes else np.empty(0, np.int32))
-    order = _order(*columns[:4])
-    del columns[3]  # when it was done has no more to say
-    for at, column in enumerate(columns):
-        columns[at] = column[order]
-    hi, lo, *_ = columns
-    first = np.ones(len(hi), np.bool_)
-    first[1:] = (hi[1:] != hi[:-1]) | (lo[1:] != lo[:-1])
-    if not first.all():
-        columns = [column[first] for column in columns]
-    hi, lo, failed, tokens, segment, row = columns
-    return Index(hi, lo, segment, row, failed, tokens, paths, torn)
-
-
-def _order(
-    hi: npt.NDArray[np.uint64], lo: npt.NDArray[np.uint64], failed: npt.NDArray[np.bool_], done_at: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """By key, successes before failures, then the latest. Nearly all keys differ in `hi`; only the rest is looked at."""
-    order = np.argsort(hi, kind="stable")
-    equal = np.zeros(len(order) + 1, np.bool_)
-    equal[1:-1] = hi[order[1:]] == hi[order[:-1]]
-    at = np.flatnonzero(equal[1:] | equal[:-1])
-    some = order[at]
-    order[at] = some[np.lexsort((-done_at[some], failed[some], lo[some], hi[some]))]
-    return order
-
-
-def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
-    try:
-        table = patiently(lambda: _read(fs, path, ["key", "error.type", "done_at", "usage"]))
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        if store_failed(error):  # it may be whole; asking its rows again would cost them a second time
-            raise
-        return None
-    hi, lo = split_keys(table["key"].cast(pa.binary(32)))
-    failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))
-    usage = [np.asarray(pc.fill_null(pc.struct_field(table["usage"], f.name), 0)).astype(np.uint32) for f in USAGE]
-    return hi, lo, failed, np.asarray(table["done_at"].cast(pa.int64())), np.stack(usage, axis=1)
-
-
-class SeenKeys:
-    """A compact set of the keys that passed by, 8 bytes each: the hint by which duplicates are held back.
-
-    Two different keys may collide in 64 bits; the one held back is then found missing when the output is put
-    together, and asked in another pass. So a collision costs time, never a row.
-    """
-
-    def __init__(self) -> None:
-        self._runs: list[npt.NDArray[np.uint64]] = []
-
-    def add(self, keys: pa.Array) -> npt.NDArray[np.bool_]:
-        """Adds keys; tells which of them were new, the first of several equal ones counting as new."""
-        hi, _ = split_keys(keys)
-        unique, first = np.unique(hi, return_index=True)
-        new = np.ones(len(unique), np.bool_)
-        for run in self._runs:
-            new &= run[np.minimum(np.searchsorted(run, unique), len(run) - 1)] != unique
-        fresh = unique[new]
-        if len(fresh):
-            # Runs grow geometrically, as in an LSM tree, so that adding stays cheap and the runs stay few.
-            while self._runs and len(self._runs[-1]) <= 2 * len(fresh):
-                fresh = np.concatenate([self._runs.pop(), fresh])
-                fresh.sort(kind="stable")  # two runs in order, so merged rather than sorted
-            self._runs.append(fresh)
-        mask = np.zeros(len(hi), np.bool_)
-        mask[first[new]] = True
-        return mask

@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
+from engines.errors import ConfigError
 from engines.text import one_line
-from engines.types import ConfigError
 from pipeline.storage.filesystem import listing, write_atomic
 from pipeline.storage.ledger import SEGMENTS
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
+from engines.errors import EngineError
 from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, cancelled, expired
 from engines.remote.errors import failure
-from engines.types import EngineError
 
 _BATCHES = "/messages/batches"
 _PAGE = 100

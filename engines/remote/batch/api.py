@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engines.types import Completion, ConfigError, Conversation, EngineError, Failure, GenerationParams, Request
+from engines.errors import ConfigError, EngineError, Failure
+from engines.params import GenerationParams
+from engines.types import Completion, Conversation, Request
 
 if TYPE_CHECKING:
-    from engines.remote.batch.client import BatchStatus, BatchWire
-    from engines.remote.engine import RemoteEngine
+    from engines.remote.batch.client import BatchEngine, BatchStatus, BatchWire
 
 
 class Batches:
@@ -97,7 +98,7 @@ class Batches:
         """Asks for a batch's end. What is answered by then can still be fetched."""
         self._batches()[1].cancel(batch_id)
 
-    def _batches(self: Any) -> tuple[RemoteEngine, BatchWire]:
+    def _batches(self: Any) -> tuple[BatchEngine, BatchWire]:
         from engines.remote.batch.factory import wire_of  # heavier than an engine that never asks for it should be
 
         return wire_of(self)
@@ -108,7 +109,7 @@ class Batches:
         generation: GenerationParams | Mapping[str, Any] | None,
     ) -> Iterator[tuple[str, Request]]:
         """Requests with names made of what they ask; the second of two equal ones has a name of its own."""
-        from engines.base import to_request
+        from engines.types import to_request
 
         base = generation if isinstance(generation, GenerationParams) else GenerationParams.parse(generation or {})
         seen: Counter[str] = Counter()

@@ -7,15 +7,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Protocol
 from urllib.parse import urljoin, urlsplit
 
 import httpx
 import orjson
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from engines.config import EngineConfig
+from engines.errors import EngineError
+from engines.params import GenerationParams
+from engines.remote.auth import Auth
+from engines.remote.concurrency import Endpoints
 from engines.remote.errors import broken, failure
-from engines.types import EngineError
+from engines.remote.provider import Provider
+from engines.types import Completion, Request
 
 # A file of hundreds of MB is on its way for minutes, with the server silent.
 TIMEOUT = httpx.Timeout(connect=10.0, read=600.0, write=600.0, pool=10.0)
@@ -205,6 +211,29 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+class BatchEngine(Protocol):
+    """What a batch API needs of an engine; every remote engine has it."""
+
+    kind: ClassVar[str]
+    config: EngineConfig
+    provider: Provider
+    endpoints: Endpoints
+    headers: dict[str, str]
+    auth: Auth
+
+    def body(self, request: Request) -> dict[str, Any]: ...
+
+    def encode(self, body: dict[str, Any]) -> tuple[Any, int]: ...
+
+    def read(self, answer: dict[str, Any] | EngineError) -> Completion: ...
+
+    def prepared(self, request: Request) -> Request: ...
+
+    def check(self, generation: GenerationParams) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class BatchWire(ABC):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 from typing import Any
 from urllib.parse import urlsplit
 
-from engines.base import HTTP_ENGINES, Engine, packaged
+from engines.config import packaged
+from engines.errors import ConfigError
 from engines.remote.batch.anthropic import AnthropicBatches
-from engines.remote.batch.client import BatchWire, Client
+from engines.remote.batch.client import BatchEngine, BatchWire, Client
 from engines.remote.batch.fireworks import FireworksBatches
 from engines.remote.batch.openai import OpenAIBatches
 from engines.remote.batch.together import TogetherBatches
-from engines.remote.engine import RemoteEngine
 from engines.remote.provider import WIRE_PATHS
-from engines.types import ConfigError
 
 # How long one step is tried again by itself; whoever waits for a batch tries it later, too.
 PATIENCE_S = 30.0
@@ -27,9 +27,10 @@ WIRES: dict[str, type[BatchWire]] = {
 }
 
 
-def wire_of(engine: Engine) -> tuple[RemoteEngine, BatchWire]:
+def wire_of(engine: Any) -> tuple[BatchEngine, BatchWire]:
     """The engine's batch API. Raises `ConfigError`, naming those that have one, where there is none."""
-    if not isinstance(engine, RemoteEngine) or not engine.provider.batch:
+    provider = getattr(engine, "provider", None)  # only remote engines have one
+    if provider is None or not provider.batch:
         raise no_batch_api(engine.config.kind)
     path = WIRE_PATHS[engine.provider.wire]
     base = engine.endpoints.urls[0].removesuffix(path)
@@ -47,11 +48,13 @@ def wire_of(engine: Engine) -> tuple[RemoteEngine, BatchWire]:
 
 def no_batch_api(kind: str) -> ConfigError:
     """What to say of an engine without one."""
-    able = ", ".join(sorted(kind for kind in HTTP_ENGINES if packaged(kind)["provider"].get("batch")))
+    names = [file.name for file in (importlib.resources.files("conf") / "engine").iterdir()]
+    kinds = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    able = ", ".join(kind for kind in kinds if packaged(kind).get("provider", {}).get("batch"))
     return ConfigError(f"engine={kind} has no batch API; these have one: {able}")
 
 
-def encoded(wire: BatchWire, custom_id: str, body: dict[str, Any], engine: RemoteEngine) -> bytes:
+def encoded(wire: BatchWire, custom_id: str, body: dict[str, Any], engine: BatchEngine) -> bytes:
     """One line of a file of requests, its end included."""
     content, _ = engine.encode(wire.line(custom_id, body))
     return bytes(content) + b"\n"

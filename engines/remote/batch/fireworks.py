@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 
+from engines.errors import EngineError
 from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, outcome
-from engines.types import EngineError
 
 _STATES = {
     "JOB_STATE_COMPLETED": BatchState.COMPLETED,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from engines.errors import EngineError
 from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, outcome
-from engines.types import EngineError
 
 _STATES = {
     "completed": BatchState.COMPLETED,

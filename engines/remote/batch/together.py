@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from engines.errors import EngineError
 from engines.remote.batch.client import BatchState, BatchStatus, Requests
 from engines.remote.batch.openai import OpenAIBatches
-from engines.types import EngineError
 
 _STATES = {
     "COMPLETED": BatchState.COMPLETED,

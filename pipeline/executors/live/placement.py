@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engines.base import EngineConfig
-from engines.types import ConfigError
+from engines.config import EngineConfig
+from engines.errors import ConfigError
 from pipeline.config import HardwareConfig
 
 

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 from typing import Any
 
-from engines.base import EngineConfig
+from engines.config import EngineConfig
 from engines.remote.rate_limits import Budgets, Call, Grant, Source, per_minute
 from pipeline.storage.exact_json import canonical
 

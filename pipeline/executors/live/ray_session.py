@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 from tenacity import retry, stop_after_attempt
 
+from engines.errors import ConfigError, EaglerayError
 from engines.text import one_line
-from engines.types import ConfigError, EaglerayError
+from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.placement import Placement, lack, room
-from pipeline.executors.live.replicas import EnginesDied, Stopped
+from pipeline.monitor.console import warn
 from pipeline.monitor.progress import restore_terminal
 
 # The exit status of a run that Ctrl-C or SIGTERM ended.
@@ -143,8 +143,3 @@ def here() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-
-
-def warn(console: Console, text: str) -> None:
-    """Prints a warning; as Text, because a row's own words may be in it and must not be obeyed as markup."""
-    console.print(Text(text, "yellow"))

@@ -7,29 +7,19 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from engines.base import secret_variables
-from engines.types import ConfigError, EaglerayError, EngineError, Outage
-from pipeline.executors.live.dispatcher import Status
+from engines.errors import ConfigError, EngineError, Outage
+from engines.registry import secret_variables
+from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.placement import Placement, end, start
-from pipeline.executors.live.worker import Secrets, WorkerConfig
+from pipeline.executors.live.secrets import Secrets
+from pipeline.executors.live.worker import WorkerConfig
+from pipeline.monitor.status import Status
 from pipeline.monitor.traces import variables
 
 # How long Ray may take to tell whether a replica that cannot be reached died with its node.
 VERDICT_S = 90.0
 # How often Ray is asked which nodes are about to go (a spot notice comes two minutes before, at most).
 NOTICE_S = 2.0
-
-
-class Stopped(EaglerayError):
-    """The run stopped early; all that is done is committed, and the same command resumes (exit status 4)."""
-
-
-class EnginesDied(Stopped):
-    """All that engines do is die; their last words are in Ray's logs."""
-
-
-class Interrupted(EaglerayError):
-    """Ctrl-C or SIGTERM (exit status 130); the same command resumes."""
 
 
 @dataclass(slots=True)

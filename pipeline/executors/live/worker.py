@@ -8,16 +8,23 @@ import logging
 import os
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from engines.base import Engine, EngineConfig, Price, load_engine
+from engines.base import Engine
+from engines.config import EngineConfig, Price
+from engines.errors import EngineError, Failure, Outage
+from engines.params import GenerationParams
+from engines.registry import load_engine
 from engines.text import one_line
-from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
-from pipeline.executors.cost_budget import Seen, check_model, shared_bytes
-from pipeline.executors.live.dispatcher import Lease, Pulse, Status, request_of
+from engines.types import Completion, Request
+from pipeline.executors.cost_budget import check_model, shared_bytes
+from pipeline.executors.live.protocol import Lease
 from pipeline.executors.live.rate_limiter import source_of
+from pipeline.executors.live.requests import request_of
+from pipeline.executors.live.secrets import Secrets, settle_environment
 from pipeline.monitor.metrics import Metrics
+from pipeline.monitor.status import Pulse, Seen, Status
 from pipeline.monitor.traces import RequestSpans, Trace
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import resolve
@@ -39,25 +46,6 @@ class WorkerConfig:
     cpus: float  # 0: the whole machine's
     trace: Trace | None = None
     budget_price: Price | None = None  # the most that tokens may cost; None: there is no budget
-
-
-@dataclass(frozen=True)
-class Secrets:
-    """Environment variables that the driver has and a worker on another node may lack. Sent in a call, which Ray keeps
-    nowhere, never in an actor's constructor or a runtime environment, which its metadata show."""
-
-    values: dict[str, str] = field(repr=False)
-
-
-def settle_environment(secrets: Secrets, cpus: float) -> None:
-    """What an engine is to find in its process's environment."""
-    for name, value in secrets.values.items():
-        os.environ.setdefault(name, value)
-    # Ray pins OpenMP to one thread for actors that reserve no CPU; an engine wants what it was given.
-    if cpus >= 1:
-        os.environ["OMP_NUM_THREADS"] = str(int(cpus))
-    else:
-        os.environ.pop("OMP_NUM_THREADS", None)
 
 
 @dataclass(slots=True)

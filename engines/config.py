@@ -1,0 +1,210 @@
+"""The configuration of an engine: its keys, its price, what it can do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.resources
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from engines.errors import ConfigError, EngineError, invalid, nearest
+from engines.params import GenerationParams
+from engines.types import Request
+
+
+def key(default: Any, help: str) -> Any:
+    """A configuration key, with the sentence that `--help` and the docs show for it."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(slots=True)
+class Price:
+    """US dollars per million tokens. What nobody told is None, never 0; `engines/prices.py` looks up list prices."""
+
+    input: float | None = None
+    cached_input: float | None = None  # None: as `input`
+    output: float | None = None
+    as_of: str | None = None  # the day of the list it is from
+
+    @property
+    def known(self) -> bool:
+        return self.input is not None or self.output is not None
+
+    def of(self, input: float, cached_input: float, output: float) -> float:
+        """What so many tokens cost, where `known`; the cached ones are among the input. A rate nobody told adds nothing."""
+        each, cached_input = self.input or 0.0, min(cached_input, input)  # whatever a provider says
+        cached = self.cached_input if self.cached_input is not None else each
+        return ((input - cached_input) * each + cached_input * cached + output * (self.output or 0.0)) / 1e6
+
+
+@dataclass(slots=True)
+class EngineConfig:
+    """The keys under `engine` in the configuration, and the keywords of every engine class.
+
+    Only `kwargs`, `headers` and `extra_body` are open. Secrets are never here: `api_key_env` names the variable.
+    """
+
+    kind: str = ""
+    model: str | None = key(None, "which model: a path, a hub id or a provider's name for it")
+    adapter: str | None = key(None, "a LoRA adapter: a path or a hub id")
+    revision: str | None = key(None, "the model's revision on the hub")
+    kwargs: dict[str, Any] = key({}, "the engine's own keywords, passed through")
+    base_url: Any = key(None, "where a remote engine listens")
+    api_key_env: str | None = key(None, "the environment variable that holds the key")
+    headers: dict[str, str] = key({}, "further HTTP headers")
+    extra_body: dict[str, Any] = key({}, "further fields of every request's body")
+    max_concurrency: int | None = key(None, "requests in flight in one replica; unset leaves it to the engine")
+    requests_per_minute: float | None = key(None, "limit over the whole cluster")
+    input_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
+    output_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
+    max_retries: int = key(5, "how often a failed request is tried again")
+    timeout_s: float = key(600.0, "how long one request may take")
+    provider: dict[str, Any] = key({}, "what is particular to a remote provider; see engines/remote/provider.py")
+    unsupported: str = key("error", "a parameter the engine does not have: error refuses the row, drop leaves it out")
+    prompt_caching: bool = key(False, "mark system prompt and tools for the provider's prompt cache")
+    connect_timeout_s: float = key(10.0, "how long connecting may take")
+    read_timeout_s: float | None = key(None, "how long a server may be silent within one answer")
+    fallback: Any = key([], "engines that get a row this one failed for good: names, or mappings of the keys here")
+    price: Price = field(
+        default_factory=Price,
+        metadata={"help": "input, cached_input, output: US$ per million tokens; unset: the list price, where it is known"},
+    )
+
+    # The keywords that change what is asked or which numbers answer; the others change only how fast.
+    ANSWER_KWARGS: ClassVar[tuple[str, ...]] = (
+        "chat_template",
+        "chat_template_kwargs",
+        "default_chat_template_kwargs",
+        "filename",
+        "requantize",
+        "lora_scale",
+        "rope_freq_base",
+        "rope_freq_scale",
+        "rope_scaling_type",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_compute_dtype",
+        "seed",
+        "dtype",
+        "torch_dtype",
+        "load_in_4bit",
+        "load_in_8bit",
+        "quantization",
+        "quantization_config",
+        "kv_cache_dtype",
+        "hf_overrides",
+        "tokenizer",
+        "generation_config",
+        "override_generation_config",
+        "reasoning_parser",
+        "tool_call_parser",
+        "gguf_file",
+        "subfolder",
+        "variant",
+        "code_revision",
+        "tokenizer_revision",
+        "tokenizer_mode",
+        "rope_scaling",
+        "rope_theta",
+        "rope_parameters",
+        "mm_processor_kwargs",
+        "json_model_override_args",
+        "bnb_4bit_use_double_quant",
+        "llm_int8_threshold",
+        "llm_int8_skip_modules",
+        "lora_paths",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What of this configuration belongs to a request's identity: never secrets, concurrency, retries or speed."""
+        same = {
+            "engine": self.kind,
+            "model": self.model,
+            "adapter": self.adapter,
+            "revision": self.revision,
+            "wire": self.provider.get("wire"),
+            # More endpoints of one service answer the same: the first names it.
+            "base_url": self.base_url[0] if isinstance(self.base_url, list) and self.base_url else self.base_url,
+            "extra_body": self.extra_body or None,
+            "kwargs": {k: v for k, v in self.kwargs.items() if k in self.ANSWER_KWARGS} or None,
+        }
+        return {name: value for name, value in same.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine cannot do, so that a request is refused before anything is spent on it."""
+
+    unsupported: frozenset[str] = frozenset()  # names of GenerationParams fields
+    response_formats: frozenset[str] = frozenset(("json_object", "json_schema", "regex", "choice", "grammar"))
+    images: bool = False
+    row_model: bool = False  # a row may name another model
+    row_adapter: bool = False  # a row may name another adapter
+
+    def refuse(self, request: Request, config: EngineConfig) -> EngineError | None:
+        """The reason why this request cannot be served, naming the field; None where it can."""
+        if reason := self.lacks(request.generation):
+            return invalid(f"engine={config.kind} does not support {reason[1]} (engine.unsupported=drop leaves it out)")
+        if not self.row_model and request.model not in (None, config.model):
+            return invalid(f"engine={config.kind} serves {config.model!r} only; this row asks for {request.model!r}")
+        if not self.row_adapter and request.adapter not in (None, config.adapter):
+            return invalid(f"engine={config.kind} has no adapter for single rows; this row asks for {request.adapter!r}")
+        if not self.images:
+            for i, message in enumerate(request.messages):
+                content = message.get("content")
+                if isinstance(content, list) and any(part["type"] != "text" for part in content):
+                    return invalid(f"engine={config.kind} takes text only; messages[{i}] has another kind of content")
+        return None
+
+    def lacks(self, generation: GenerationParams) -> tuple[str, str] | None:
+        """The first parameter that is set and not supported: its name, and what to call it. None where all are."""
+        for name in self.unsupported:
+            value = getattr(generation, name)
+            if value is not None and not (name == "n" and value == 1):
+                return name, f"generation.{name}"
+        response_format = generation.response_format
+        if response_format is not None and response_format["type"] not in self.response_formats:
+            return "response_format", f"generation.response_format of type {response_format['type']}"
+        return None
+
+
+# Makes the place where an engine asks for its share of a key's limits.
+SourceOf = Callable[[EngineConfig], Any]
+
+# These hold one model: the model names in an OpenAI batch file's lines do not apply to them.
+SINGLE_MODEL_KINDS = frozenset(("llamacpp", "transformers", "vllm", "sglang_offline"))
+
+
+def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
+    """The packaged keys of an engine with `keys` laid over; an unknown one is refused with the nearest right name."""
+    known = {f.name for f in fields(EngineConfig)} - {"kind"}
+    for name in keys:
+        if name not in known:
+            raise ConfigError(f"engine '{kind}' has no key '{name}'{nearest(name, known)}; engine keywords go in kwargs")
+    values = {**packaged(kind), **keys, "kind": kind}
+    if isinstance(price := values.get("price"), Mapping):
+        rates = {f.name for f in fields(Price)}
+        for name, value in price.items():
+            if name not in rates:
+                raise ConfigError(f"engine '{kind}' has no key 'price.{name}'{nearest(str(name), rates)}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            if name != "as_of" and value is not None and not number:
+                raise ConfigError(f"price.{name} of engine '{kind}' must be a number of at least 0, not {value!r}")
+        values["price"] = Price(**price)
+    return EngineConfig(**values)
+
+
+@functools.cache
+def _packaged(kind: str) -> dict[str, Any]:
+    import yaml
+
+    file = importlib.resources.files("conf") / "engine" / f"{kind}.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def packaged(kind: str) -> dict[str, Any]:
+    """The keys in `conf/engine/<kind>.yaml`; none where there is no such file."""
+    return copy.deepcopy(_packaged(kind))

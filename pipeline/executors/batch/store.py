@@ -1,0 +1,161 @@
+"""The files of provider batches under `_batches/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from engines.remote.batch.client import BatchStatus, Requests
+from pipeline.storage.exact_json import dumps
+from pipeline.storage.filesystem import exists, listing, write_atomic
+
+BATCHES = "_batches"
+
+# Bytes of a request for each token of it, where a limit of queued tokens must be kept.
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(slots=True)
+class Batch:
+    """One batch, as it stands in `_batches/<name>.json`."""
+
+    name: str
+    model: str
+    round: int
+    first: int  # the round in which the run began that this one belongs to
+    settings: dict[str, Any]  # all that shapes its answers
+    rows: int = 0
+    size: int = 0  # bytes
+    estimate: float = 0.0  # US$ that it may cost at most, where there is a budget
+    state: str = "spooled"
+    file: str | None = None  # its id at the provider
+    id: str | None = None  # likewise
+    submitting_at: float = 0.0
+    foreign: list[str] = field(default_factory=list)  # ids of others' batches that were taken for this one
+    cancelled: bool = False  # at the user's word: its rows do not go again by themselves
+    answered: int = 0
+    failed: int = 0  # for good
+    again: int = 0  # without an answer yet
+    ended: str | None = None  # the provider's last word
+    status: BatchStatus | None = None  # as the provider last told; not written down
+
+    @property
+    def open(self) -> bool:
+        return self.state != "fetched"
+
+    @property
+    def tries(self) -> int:
+        """How often its rows have been asked, this time included."""
+        return self.round - self.first + 1
+
+    @property
+    def tokens(self) -> int:
+        return self.size // BYTES_PER_TOKEN
+
+
+@dataclass
+class Book:
+    """All batches of one output directory."""
+
+    fs: pafs.FileSystem
+    root: str
+    batches: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for info in sorted(
+            listing(self.fs, f"{self.root}/{BATCHES}"), key=lambda info: info.path.rsplit("-", 1)[-1]
+        ):  # by number
+            if info.path.endswith(".json"):
+                with self.fs.open_input_stream(info.path) as file:
+                    self.batches.append(Batch(**orjson.loads(file.read())))
+
+    def path(self, batch: Batch, kind: str) -> str:
+        return f"{self.root}/{BATCHES}/{batch.name}.{kind}"
+
+    def save(self, batch: Batch) -> None:
+        values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "status"}
+        write_atomic(self.fs, self.path(batch, "json"), orjson.dumps(values, option=orjson.OPT_INDENT_2))
+
+    def keys(self, batch: Batch) -> pa.Table:
+        with self.fs.open_input_file(self.path(batch, "parquet")) as file:
+            return pq.read_table(file)
+
+    def requests(self, batch: Batch) -> Requests:
+        path = self.path(batch, "jsonl")
+        return Requests(batch.name, batch.model, batch.rows, batch.size, lambda: self._open(path))
+
+    def _open(self, path: str) -> BinaryIO:
+        # Buffered: Arrow's own files have no `readline`, by which lines are gone through.
+        return io.BufferedReader(self.fs.open_input_file(path), 1 << 20)
+
+    def sweep(self) -> None:
+        """Deletes copies of the dataset that whoever was killed left: of no batch, or of one that is done."""
+        needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
+        for info in listing(self.fs, f"{self.root}/{BATCHES}"):
+            if info.is_file and not info.path.endswith(".json") and info.base_name not in needed:
+                self.fs.delete_file(info.path)
+
+    def forget(self, batch: Batch) -> None:
+        """For one that is not at the provider: its rows are asked as if it had never been."""
+        self.batches.remove(batch)
+        self.fs.delete_file(self.path(batch, "json"))
+        self.drop_files(batch)
+
+    def drop_files(self, batch: Batch) -> None:
+        """The requests, a copy of the dataset, once nobody needs them."""
+        for kind in ("jsonl", "parquet"):
+            if exists(self.fs, self.path(batch, kind)):
+                self.fs.delete_file(self.path(batch, kind))
+
+    def told(self) -> list[dict[str, Any]]:
+        """For the manifest: what each came to."""
+        names = ("name", "id", "model", "round", "rows", "answered", "failed", "again", "ended")
+        return [{name: getattr(batch, name) for name in names} for batch in self.batches]
+
+    @property
+    def open(self) -> list[Batch]:
+        return [batch for batch in self.batches if batch.open]
+
+
+class _Spool:
+    """A batch's requests on their way to disk."""
+
+    def __init__(self, book: Book, batch: Batch) -> None:
+        self.book, self.batch = book, batch
+        book.fs.create_dir(f"{book.root}/{BATCHES}", recursive=True)
+        stream = book.fs.open_output_stream(book.path(batch, "jsonl"), compression=None)
+        self.file = io.BufferedWriter(stream, 1 << 20)
+        self.keys: list[bytes] = []
+        self.ids: list[str] = []
+        self.own: list[str | None] = []  # the row's own generation parameters, by which its answer is judged
+
+    def add(self, key: bytes, id: str, line: bytes, own: dict[str, Any] | None) -> None:
+        self.file.write(line)
+        self.keys.append(key)
+        self.ids.append(id)
+        self.own.append(dumps(own).decode() if own else None)
+        self.batch.rows += 1
+        self.batch.size += len(line)
+
+    def close(self) -> Batch:
+        """Makes it durable: the requests, then their keys, then the batch."""
+        self.file.close()
+        if isinstance(self.book.fs, pafs.LocalFileSystem):
+            with Path(self.book.path(self.batch, "jsonl")).open("rb") as file:
+                os.fsync(file.fileno())
+        sink = io.BytesIO()
+        columns = {"key": pa.array(self.keys, pa.binary(32)), "id": pa.array(self.ids)}
+        pq.write_table(pa.table({**columns, "generation": pa.array(self.own, pa.string())}), sink)
+        write_atomic(self.book.fs, self.book.path(self.batch, "parquet"), sink.getvalue())
+        self.book.save(self.batch)
+        self.book.batches.append(self.batch)
+        return self.batch

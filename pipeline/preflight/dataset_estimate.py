@@ -1,0 +1,170 @@
+"""Rows, tokens and cost of a dataset before any request is sent."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import compress
+
+from engines.errors import EngineError
+from engines.local.memory_estimate import Prompts
+from engines.text import for_template
+from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, FIRST_OUTPUT, Message, Request, answer
+from pipeline.config import Config
+from pipeline.dataset.reader import Interpreter, Item, Piece
+from pipeline.output.cost import batch_share
+from pipeline.storage.exact_json import dumps
+from pipeline.storage.ledger_index import Index
+
+SHOWN = 3  # requests, and examples of what is wrong
+
+Line = tuple[str, str, bool]  # title, text, whether it tells a problem
+Check = Callable[[Request], None]  # raises `EngineError` where a request cannot be asked
+
+
+@dataclass(slots=True)
+class Rows:
+    """What the dataset holds. Tokens are those of distinct requests: equal deterministic ones are asked once."""
+
+    config: Config
+    context: int | None = None  # of the model, in tokens, where it is known
+    count: Prompts | None = None  # counts as the model does; without it bytes are taken for tokens
+    check: Check | None = None
+    whole: bool = True  # all rows were read
+    files: int = 0
+    rows: int = 0
+    size: int = 0  # bytes of their columns as JSON, where not all were read
+    answered: int = 0  # the ledger has them
+    keys: set[bytes] = field(default_factory=set)  # 8 bytes of each distinct request's
+    prompts: array[int] = field(default_factory=lambda: array("q"))
+    output: float = 0.0  # tokens all answers may have
+    bounded: bool = True  # by max_tokens
+    invalid: int = 0
+    reasons: list[str] = field(default_factory=list)
+    refused: int = 0  # requests that the engine does not take
+    refusals: list[str] = field(default_factory=list)
+    too_long: int = 0  # prompts that do not fit the context
+    cut: int = 0  # answers that max_tokens allows and the context does not
+    long: list[str] = field(default_factory=list)  # examples of both
+    first: list[tuple[str, Request]] = field(default_factory=list)  # the first that would be asked, by id
+    models: set[str] = field(default_factory=set)  # that rows name themselves
+
+    @property
+    def duplicates(self) -> int:
+        return self.rows - self.invalid - self.answered - len(self.keys)
+
+    @property
+    def bad(self) -> int:
+        return self.invalid + self.refused + self.too_long
+
+    def read(
+        self, pieces: list[Piece], interpreter: Interpreter, known: Index | None = None, most: int = sys.maxsize,
+        seconds: float = math.inf,
+    ) -> Rows:  # fmt: skip
+        """Reads all rows, or those that come first."""
+        self.files = len({piece.chunk.file for piece in pieces})
+        until = time.monotonic() + seconds
+        for items in (items for piece in pieces for items in interpreter.read(piece)):
+            keys = {id(item): item.key for item in items if item.key}
+            answered = set(compress(keys, known.find(list(keys.values())) >= 0)) if known is not None else set()
+            for item in items:
+                if self.rows >= most or (self.rows % 32 == 0 and time.monotonic() > until):
+                    self.whole = False
+                    return self
+                self.rows += 1
+                if most < sys.maxsize:
+                    self.size += len(dumps(item.row.columns)) + 1 if item.row.columns is not None else 0
+                if id(item) in answered:
+                    self.answered += 1
+                else:
+                    self._add(item)
+        return self
+
+    def _add(self, item: Item) -> None:
+        interpreted = self.config.params()
+        failure, tokens, turns, request = item.failure.message if item.failure else "", 0, 0, None
+        try:
+            if parsed := item.parsed:
+                interpreted, key = interpreted.override(parsed.generation), (item.key or b"").hex()
+                request = Request(parsed.messages, interpreted, parsed.model, parsed.adapter, key, turns=parsed.turns)
+                turns = len(request.turns)
+                # Of a script: its last request, without what the model says before.
+                last: list[Message] = [*request.messages]
+                for turn in request.turns:
+                    last += [answer(""), Message(role="user", content=turn)]
+                if self.count:
+                    tokens = self.count.count(last, interpreted)
+                else:  # as a remote engine reserves, before the provider has told better; images are left out
+                    shown = [*map(for_template, last), *(interpreted.tools or ())]
+                    tokens = round(len(dumps(shown)) / BYTES_PER_TOKEN)
+        except EngineError as error:
+            failure = f"{item.id}: {error}"
+        if failure or not item.key or request is None:
+            self.invalid += 1
+            self.reasons += [failure] if len(self.reasons) < SHOWN else []
+            return
+        limit = interpreted.max_tokens
+        context = self.context or math.inf
+        if tokens + (limit or 1) > context:  # without max_tokens an answer gets what is left
+            self.too_long += tokens >= context
+            self.cut += tokens < context
+            room = f" and {limit:,} for the answer" if limit else ""
+            self.long += [f"{item.id}: {tokens:,} tokens{room}"] if len(self.long) < SHOWN else []
+        if item.key[:8] in self.keys:
+            return
+        self.keys.add(item.key[:8])
+        if request.model is not None and len(self.models) < SHOWN:
+            self.models.add(request.model)
+        self.prompts.append(tokens)
+        remote = bool(self.config.engine.provider)
+        most = limit or (FIRST_OUTPUT if remote else DEFAULT_MAX_TOKENS)
+        self.output += (turns + (interpreted.n or 1)) * max(0, min(most, context - tokens))
+        self.bounded &= bool(limit or not remote)
+        if len(self.first) < SHOWN:
+            self.first.append((item.id, request))
+        try:
+            if self.check is not None:
+                self.check(request)
+        except EngineError as error:
+            self.refused += 1
+            self.refusals += [f"{item.id}: {error}"] if len(self.refusals) < SHOWN else []
+
+    # -- in words -----------------------------------------------------------------------------------------------------
+
+    @property
+    def way(self) -> str:
+        return "by the model's tokenizer and template" if self.count else "estimated: 4 bytes of JSON each"
+
+    @property
+    def answers(self) -> str:
+        words = "at most" if self.bounded else "about (nothing bounds all of them; see generation.max_tokens)"
+        return f"{words} {self.output:,.0f}"
+
+    def lengths(self, bad: bool) -> Iterator[Line]:
+        """What does not fit the context."""
+        if self.too_long + self.cut:
+            fit = f"{self.too_long:,} prompts do not fit {self.context:,} tokens"
+            yield "too long", f"{fit}; {self.cut:,} answers may be cut short by it", bad
+            yield from (("", example, bad) for example in self.long)
+
+    def cost(self, factor: float = 1.0) -> str:
+        """What the requests of these rows cost, in words."""
+        engine, batch = self.config.engine, self.config.run.mode == "batch"
+        price, share = engine.price, batch_share(engine) if batch else 1.0
+        if not engine.provider and not price.known:
+            return "none: the engine runs here"
+        if not price.known:
+            return "not known: engine.price.input and engine.price.output tell it"
+        dollars = price.of(sum(self.prompts), 0, self.output) * factor * share
+        words = "at most" if self.bounded and factor == 1 else "about"
+        by = (f"the list price of {price.as_of}" if price.as_of else "engine.price") + " for batches" * batch
+        others = f"; rows name other models ({', '.join(sorted(self.models))})" if self.models - {engine.model} else ""
+        return f"{words} ${_dollars(dollars)} by {by}{others}"
+
+
+def _dollars(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}" if amount >= 0.0001 else f"{amount:.1e}"
