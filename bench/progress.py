@@ -15,7 +15,7 @@ from engines.errors import EaglerayError
 from jobs.compose import compose
 from pipeline import run as run_module
 from pipeline.monitor.progress import RunProgress
-from pipeline.monitor.status import Status
+from pipeline.monitor.status import RunStatus
 
 ROWS, AT = 4000, 0.35
 SVG = Path(__file__).parent.parent / "docs" / "progress.svg"
@@ -24,7 +24,7 @@ SVG = Path(__file__).parent.parent / "docs" / "progress.svg"
 class Kept(RunProgress):
     """Keeps the view as it stands when so much is done."""
 
-    def show(self, status: Status, expected: int = 0) -> None:
+    def show(self, status: RunStatus, expected: int = 0) -> None:
         super().show(status, expected)
         if self.settled >= AT * ROWS and not SVG_OF:
             picture = Console(record=True, width=88, file=io.StringIO(), force_terminal=True)

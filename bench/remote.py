@@ -135,13 +135,13 @@ def leases(workers: int = 4, seconds: float = 5.0) -> dict[str, Any]:
 
     from engines.config import EngineConfig
     from engines.remote.rate_limits import Limits
-    from pipeline.executors.live.rate_limiter import limiter, source_of
+    from pipeline.executors.live.rate_limiter import rate_limit_actor, reserve_through_ray
 
     config = EngineConfig("openai_compatible", base_url="x", requests_per_minute=1e9)
 
     async def work() -> int:
         limits = Limits(config)
-        limits.source = source_of(config)
+        limits.source = reserve_through_ray(config)
         until, taken = time.monotonic() + seconds, 0
 
         async def take() -> None:
@@ -155,7 +155,7 @@ def leases(workers: int = 4, seconds: float = 5.0) -> dict[str, Any]:
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
     try:
-        held = limiter(config)
+        held = rate_limit_actor(config)
         ray.get(held.__ray_ready__.remote())
         run = ray.remote(lambda: asyncio.run(work()))
         taken = ray.get([run.remote() for _ in range(workers)])

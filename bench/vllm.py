@@ -26,7 +26,7 @@ from bench.llamacpp import questions
 from engines.base import Engine
 from engines.registry import load_engine
 from pipeline.dataset.formats import Parsed
-from pipeline.executors.live.queue import Ask, Ready, prefix_of
+from pipeline.executors.live.queue import PendingRequest, PrefixQueue, prefix_of
 from tests.checkpoint import adapter_dir, checkpoint_dir
 
 KWARGS: dict[str, Any] = {
@@ -106,9 +106,10 @@ def order(prompts: int = 12, each: int = 8, repeats: int = 3) -> dict[str, Any]:
             f"Turn {turn}, rules of game {i}. " + "Be brief, fair and kind to all who ask. " * 100 for i in range(prompts)
         ]
         rows = [row(f"What is {n} plus {n}?", system) for n in range(each) for system in systems]
-        ready = Ready()
+        ready = PrefixQueue()
         ready.add(
-            Ask(b"", "", json.dumps(r).encode(), prefix_of(Parsed(r["messages"])) if by_prefix else 0, 0) for r in rows
+            PendingRequest(b"", "", json.dumps(r).encode(), prefix_of(Parsed(r["messages"])) if by_prefix else 0, 0)
+            for r in rows
         )
 
         async def slot(name: str, engine: Engine) -> None:

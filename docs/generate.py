@@ -184,7 +184,7 @@ def batches() -> str:
             without.append(f"`{kind}`")
             continue
         wire = WIRES[declared["wire"]]
-        rows, size = declared.get("rows", wire.most_rows), declared.get("bytes", wire.most_bytes)
+        rows, size = declared.get("rows", wire.max_rows), declared.get("bytes", wire.max_bytes)
         lines.append(f"| `{kind}` | {declared['wire']} | {rows:,} | {size:,} | {declared.get('price', 0.5)} |")
     return "\n".join([*lines, "", f"Without one: {', '.join(without)}."])
 

@@ -17,8 +17,8 @@ from engines.config import Capabilities, EngineConfig, SourceOf, config_from_key
 from engines.errors import ConfigError, EngineError, Failure
 from engines.params import GenerationParams
 from engines.remote.batch.api import Batches
-from engines.structured import ask_in_shape
-from engines.turns import ask_turns
+from engines.structured import generate_validated
+from engines.turns import generate_turns
 from engines.types import Completion, Conversation, Delta, Request, Stream, text_of, to_request
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Engine(Batches, ABC):
     capabilities: ClassVar[Capabilities] = Capabilities()
     max_outage_s: float = 900.0  # how long a remote engine's server may be silent
     # Told that a try failed whose answer may have to be paid; whether there is money for another one.
-    afford: Callable[[Request], Awaitable[bool]] | None = None
+    check_budget: Callable[[Request], Awaitable[bool]] | None = None
     outage: str | None = None  # set where it was for longer: rows then fail for no fault of theirs
 
     def __init__(self, config: EngineConfig | None = None, /, **keys: Any) -> None:
@@ -61,7 +61,7 @@ class Engine(Batches, ABC):
         return None
 
     @property
-    def trouble(self) -> str:
+    def stall_reason(self) -> str:
         """Why nothing goes on at the moment; empty where something does."""
         return ""
 
@@ -70,7 +70,7 @@ class Engine(Batches, ABC):
 
         An answer that is not in the shape asked for is asked for again; `turns` are asked one after the other.
         """
-        return await ask_turns(functools.partial(ask_in_shape, self._answer), request)
+        return await generate_turns(functools.partial(generate_validated, self._answer), request)
 
     async def _answer(self, request: Request) -> Completion:
         """Asks the model once."""

@@ -198,7 +198,7 @@ def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
 
 
 @functools.cache
-def _packaged(kind: str) -> dict[str, Any]:
+def _packaged_keys(kind: str) -> dict[str, Any]:
     import yaml
 
     file = importlib.resources.files("conf") / "engine" / f"{kind}.yaml"
@@ -207,4 +207,4 @@ def _packaged(kind: str) -> dict[str, Any]:
 
 def packaged(kind: str) -> dict[str, Any]:
     """The keys in `conf/engine/<kind>.yaml`; none where there is no such file."""
-    return copy.deepcopy(_packaged(kind))
+    return copy.deepcopy(_packaged_keys(kind))

@@ -24,15 +24,15 @@ class FallbackEngine(Engine):
         super().__setattr__(name, value)
         if name == "afford":
             for engine in self.engines:
-                engine.afford = self.afford
+                engine.check_budget = self.check_budget
 
     @property
     def admitted(self) -> float | None:
         return self.engines[0].admitted
 
     @property
-    def trouble(self) -> str:
-        return self.engines[0].trouble
+    def stall_reason(self) -> str:
+        return self.engines[0].stall_reason
 
     @property
     def concurrency(self) -> int:
@@ -57,7 +57,7 @@ class FallbackEngine(Engine):
         before = Completion(attempts=0)
         for engine in self.engines:
             completion = await engine.generate(request)
-            completion.carry(before)
+            completion.accumulate(before)
             before = completion
             refused = completion.finish_reason == "content_filter"
             # An engine that is broken must be replaced, and not hidden behind what may cost money.

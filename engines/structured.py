@@ -17,13 +17,13 @@ from engines.errors import EngineError, Failure, invalid
 from engines.params import GenerationParams, json_schema_of
 from engines.types import DEFAULT_SCHEMA_RETRIES, Choice, Completion, Message, Request, answer, text_of
 
-Ask = Callable[[Request], Awaitable[Completion]]
+Generate = Callable[[Request], Awaitable[Completion]]
 
 # Characters that an error shows of an answer, and of what is wrong with it.
 SHOWN = 200
 
 
-class Mismatch(EngineError):
+class SchemaMismatch(EngineError):
     """An answer that is not in its shape; retryable while it may be asked for again. `reason` is for the model."""
 
     def __init__(self, reason: str, said: str, retryable: bool) -> None:
@@ -35,21 +35,21 @@ class Mismatch(EngineError):
         self.reason = reason
 
 
-async def ask_in_shape(ask: Ask, request: Request) -> Completion:
+async def generate_validated(generate: Generate, request: Request) -> Completion:
     """Asks, and again with what was wrong, up to `schema_retries` times; then the error is `schema_mismatch`.
 
     Of several choices, each one that is wrong is asked for again by itself. What all tries used is in the completion.
     What a reader has seen already (`stream`) is not asked for again.
     """
-    completion = await ask(request)
+    completion = await generate(request)
     for at in range(len(completion.choices)):
         tries = 0
-        while error := mismatch(completion.choices[at], request.generation, tries):
+        while error := schema_error(completion.choices[at], request.generation, tries):
             tries += 1
             seen = request.stream is not None and request.stream.begun
-            if isinstance(error, Mismatch) and error.retryable and not seen:
-                again = await ask(_corrected(request, completion.choices[at].message, error.reason, f"{at}.{tries}"))
-                again.carry(completion)
+            if isinstance(error, SchemaMismatch) and error.retryable and not seen:
+                again = await generate(_corrected(request, completion.choices[at].message, error.reason, f"{at}.{tries}"))
+                again.accumulate(completion)
                 completion.usage, completion.attempts, completion.latency_s = again.usage, again.attempts, again.latency_s
                 if again.error is None:
                     completion.choices[at] = again.choices[0]
@@ -64,20 +64,20 @@ async def ask_in_shape(ask: Ask, request: Request) -> Completion:
 
 def in_shape(completion: Completion, generation: GenerationParams) -> Completion:
     """The completion, or its error where nobody asks again."""
-    error = first_mismatch(completion, generation, sys.maxsize)
+    error = first_schema_error(completion, generation, sys.maxsize)
     return completion if error is None else _failed(completion, error)
 
 
-def first_mismatch(completion: Completion, generation: GenerationParams, tries: int) -> EngineError | None:
+def first_schema_error(completion: Completion, generation: GenerationParams, tries: int) -> EngineError | None:
     """What is wrong with the first of its choices that is wrong; see `mismatch`."""
-    return next(filter(None, (mismatch(choice, generation, tries) for choice in completion.choices)), None)
+    return next(filter(None, (schema_error(choice, generation, tries) for choice in completion.choices)), None)
 
 
 def _failed(completion: Completion, error: EngineError) -> Completion:
     return dataclasses.replace(completion, choices=[], reasoning=None, error=Failure.of(error))
 
 
-def mismatch(choice: Choice, generation: GenerationParams, tries: int) -> EngineError | None:
+def schema_error(choice: Choice, generation: GenerationParams, tries: int) -> EngineError | None:
     """What is wrong with an answer that was asked for again `tries` times already; None where nothing is.
 
     A call of a tool and a refusal are no answers. One that was cut off would be so again.
@@ -98,7 +98,7 @@ def mismatch(choice: Choice, generation: GenerationParams, tries: int) -> Engine
         limit = f"generation.max_tokens={generation.max_tokens}" if generation.max_tokens else "the limit of its tokens"
         reason = f"it was cut off by {limit}"
     retries = DEFAULT_SCHEMA_RETRIES if generation.schema_retries is None else generation.schema_retries
-    return Mismatch(reason, text, retryable=tries < retries and not cut)
+    return SchemaMismatch(reason, text, retryable=tries < retries and not cut)
 
 
 def _reason(text: str, wanted: Mapping[str, Any]) -> str | None:
@@ -134,7 +134,7 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
-        raise invalid(f"the schema in response_format is none: {_told(error)}") from None
+        raise invalid(f"the schema in response_format is none: {_describe(error)}") from None
     except Exception as error:  # what only looks like one
         raise invalid(f"the schema in response_format is none: {_printable(error)}") from None
 
@@ -153,12 +153,12 @@ def _errors(schema: bytes) -> Callable[[Any], str | None]:
 
     def first(value: Any) -> str | None:
         error = best_match(validator.iter_errors(value))
-        return None if error is None else _told(error)
+        return None if error is None else _describe(error)
 
     return first
 
 
-def _told(error: Any) -> str:
+def _describe(error: Any) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
     return _printable(f"{path.lstrip('.')}: {error.message}" if path else error.message)
 

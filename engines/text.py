@@ -99,7 +99,7 @@ def parse_tool_calls(text: str) -> tuple[str | None, list[ToolCall]]:
 TOOL_CALL = "<tool_call>"
 
 
-def settled(text: str, marks: Iterable[str]) -> int:
+def safe_prefix_length(text: str, marks: Iterable[str]) -> int:
     """How many characters of a growing `text` lie before any of `marks`, whole or perhaps begun at its end."""
     end = len(text)
     for mark in marks:

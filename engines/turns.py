@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from engines.errors import Failure
-from engines.structured import Ask
+from engines.structured import Generate
 from engines.types import Completion, Message, Request
 
 
-async def ask_turns(ask: Ask, request: Request) -> Completion:
+async def generate_turns(generate: Generate, request: Request) -> Completion:
     """Asks the request and then each of its `turns`, after the answers before it; the completion is the last one's.
 
     What was said between is its `dialogue`; an error, which ends the script, names the turn and keeps what came before.
     """
     if not request.turns:
-        return await ask(request)
+        return await generate(request)
     dialogue: list[Message] = []
     before = Completion(attempts=0)
     last = len(request.turns)
@@ -29,8 +29,8 @@ async def ask_turns(ask: Ask, request: Request) -> Completion:
             turns=[],
             stream=request.stream if at == last else None,
         )
-        completion = await ask(turn)
-        completion.carry(before)
+        completion = await generate(turn)
+        completion.accumulate(before)
         completion.dialogue = dialogue
         if completion.error is None and completion.finish_reason == "content_filter" and at < last:
             completion.choices, completion.error = [], Failure("content_filter", "the answer was refused or filtered")

@@ -140,7 +140,7 @@ class Completion:
     error: Failure | None = None
     dialogue: list[Message] = field(default_factory=list)  # between a request's messages and the last of its answers
 
-    def carry(self, before: Completion) -> None:
+    def accumulate(self, before: Completion) -> None:
         """Adds what `before`, asked for the same row, has taken."""
         self.usage.input += before.usage.input
         self.usage.cached_input += before.usage.cached_input

@@ -15,7 +15,7 @@ from pipeline.config import Config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.executors.batch.runner import BatchRun
+    from pipeline.executors.batch.runner import BatchRunner
 
 STEPS = {
     "submit": "read, split, upload and submit; returns at once",
@@ -52,14 +52,14 @@ def _run(step: str, config: Config, again: str) -> int:
 
 
 def _go(step: str, config: Config, console: Console) -> int:
-    from pipeline.executors.batch.store import Book
+    from pipeline.executors.batch.store import BatchStore
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
 
     status = finish(config, console, step)
     if step and status == STOPPED:
         _look("status", config, console)
-        late = [batch for batch in Book(*resolve(str(config.output.path))).open if batch.state != "submitted"]
+        late = [batch for batch in BatchStore(*resolve(str(config.output.path))).open if batch.state != "submitted"]
         if step == "submit" and not late:
             return 0
         if late:
@@ -73,9 +73,9 @@ def _look(step: str, config: Config, console: Console) -> int:
     from rich.markup import escape
 
     from pipeline.dataset.formats import RowParser
-    from pipeline.dataset.keys import Keyer
-    from pipeline.dataset.reader import Interpreter
-    from pipeline.executors.batch.runner import BatchRun
+    from pipeline.dataset.keys import RequestHasher
+    from pipeline.dataset.reader import RowReader
+    from pipeline.executors.batch.runner import BatchRunner
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
     from pipeline.storage.lock import run_lock
@@ -83,16 +83,16 @@ def _look(step: str, config: Config, console: Console) -> int:
     config.check(runs=step != "list")
     fs, root = resolve(str(config.output.path or "."))
     parser = RowParser(config.dataset.format, config.dataset.columns, config.dataset.template)
-    interpreter = Interpreter(parser, Keyer(config.engine, config.params()), config.dataset.max_row_bytes)
+    row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), config.dataset.max_row_bytes)
     with contextlib.ExitStack() as stack:
         if step == "cancel":  # a run that waits would go on with them
             stack.enter_context(run_lock(fs, root))
-        run = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
+        run = stack.enter_context(contextlib.closing(BatchRunner(config, fs, root, row_reader)))
         if step == "list":
             _show_account(run, console)
             return 0
         failed = False
-        for batch in run.book.open:
+        for batch in run.store.open:
             try:
                 if step == "cancel":
                     run.cancel(batch)
@@ -105,20 +105,20 @@ def _look(step: str, config: Config, console: Console) -> int:
     return STOPPED if failed else 0
 
 
-def _show(run: BatchRun, console: Console) -> None:
+def _show(run: BatchRunner, console: Console) -> None:
     from pipeline.executors.batch.runner import done_of
 
     rows = []
-    for batch in run.book.batches:
+    for batch in run.store.batches:
         state = batch.status.status if batch.status else batch.ended or batch.state
         done = batch.answered + batch.failed if batch.ended else done_of(batch.rows, batch.status)
         rows.append((batch.id or batch.name, str(state), f"{done:,}", f"{batch.rows:,}"))
     _table(console, ("batch", "state", "done", "of"), rows)
-    waiting = sum(batch.rows for batch in run.book.open)
-    console.print(f"{waiting:,} rows under way in {len(run.book.open)} batches.", highlight=False)
+    waiting = sum(batch.rows for batch in run.store.open)
+    console.print(f"{waiting:,} rows under way in {len(run.store.open)} batches.", highlight=False)
 
 
-def _show_account(run: BatchRun, console: Console) -> None:
+def _show_account(run: BatchRunner, console: Console) -> None:
     rows = []
     for batch in run.wire.list():
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.created_at)) if batch.created_at else ""

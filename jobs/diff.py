@@ -18,7 +18,7 @@ from rich.text import Text
 
 from engines.errors import ConfigError
 from engines.text import visible
-from jobs.reading import Arguments, Output, Row, Rows, brief, number, open_output, print_json, say, steady
+from jobs.reading import Arguments, Output, StoredRow, StoredRows, brief, number, open_output, print_json, say, steady
 from jobs.show import figures, parsed
 from pipeline.storage.exact_json import loads
 
@@ -29,7 +29,7 @@ WORDS = 1_500
 ROW = np.dtype([("place", "i8", 2), ("id", "i8"), ("index", "i8"), ("answer", "i8"), ("failed", "?"), ("reason", "i4"),
                 ("input", "f8"), ("output", "f8"), ("latency", "f8")])  # fmt: skip
 COLUMNS = ("id", "index", "response", "tool_calls", "error", "usage", "latency_s", "finish_reason")
-Line = tuple[str, ...]
+TableLine = tuple[str, ...]
 Positions = npt.NDArray[np.int64]
 
 
@@ -37,7 +37,7 @@ class Side:
     """One of the two."""
 
     def __init__(self, out: Output) -> None:
-        self.out, self.rows = out, Rows(out)
+        self.out, self.rows = out, StoredRows(out)
         self.reasons: dict[str, int] = {}
         self.table = np.fromiter(self._lines(), ROW)
 
@@ -48,17 +48,17 @@ class Side:
             code = self.reasons.setdefault(reason, len(self.reasons))
             calls = row.get("tool_calls") or None  # JSON text in Parquet
             answer = hash((row.get("response"), str(loads(calls.encode()) if isinstance(calls, str) else calls)))
-            told = (usage.get("input"), usage.get("output"), row.get("latency_s"))
-            unknown = (np.nan if value is None else value for value in told)
+            summary = (usage.get("input"), usage.get("output"), row.get("latency_s"))
+            unknown = (np.nan if value is None else value for value in summary)
             yield place, hash(row["id"]), row.get("index", -1), answer, bool(error), code, *unknown
 
-    def fetch(self, at: Positions) -> list[Row]:
+    def fetch(self, at: Positions) -> list[StoredRow]:
         """Whole rows, in this order."""
         places = [(int(part), int(row)) for part, row in self.table["place"][at]]
         whole = dict(zip(sorted(places), map(parsed, self.rows.fetch(places)), strict=True))
         return [whole[place] for place in places]
 
-    def told(self, at: Positions, both: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    def summary(self, at: Positions, both: npt.NDArray[np.bool_]) -> dict[str, Any]:
         """The figures of the rows at these positions; tokens and times of those that `both` answered."""
         reasons = Counter(self.table["reason"][at].tolist())
         table = self.table[at[both]]
@@ -89,8 +89,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     outs = [open_output(args.OUT_A), open_output(args.OUT_B)]
     a, b = (steady(Side, out) for out in outs)
     by, at_a, at_b = matched(a, b)
-    told, differ = compare(a, b, at_a, at_b)
-    told |= {"matched_by": by, "settings": _settings(*outs)}
+    summary, differ = compare(a, b, at_a, at_b)
+    summary |= {"matched_by": by, "settings": _settings(*outs)}
     chosen = differ[: args.limit]
     if args.id:
         wanted = {hash(id): id for id in args.id}
@@ -99,11 +99,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             raise ConfigError(f"the two have no common row with the id {wanted[missing.pop()]!r}")
     pairs = list(zip(a.fetch(at_a[chosen]), b.fetch(at_b[chosen]), strict=True))
     if args.json:
-        told["shown"] = [{"a": {name: x.get(name) for name in COLUMNS}, "b": {name: y.get(name) for name in COLUMNS}}
+        summary["shown"] = [{"a": {name: x.get(name) for name in COLUMNS}, "b": {name: y.get(name) for name in COLUMNS}}
                          for x, y in pairs]  # fmt: skip
-        print_json(told)
+        print_json(summary)
         return 0
-    _show_summary(told, outs, console)
+    _show_summary(summary, outs, console)
     for x, y in pairs:
         _show_pair(x, y, console)
     if not args.id and len(differ) > len(pairs):
@@ -154,28 +154,28 @@ def compare(a: Side, b: Side, at_a: Positions, at_b: Positions) -> tuple[dict[st
         "failed_in_both": (failed_a & failed_b).sum(), "only_in_a": len(a.table) - len(at_a),
         "only_in_b": len(b.table) - len(at_b),
     }  # fmt: skip
-    told = {"rows": {k: int(v) for k, v in counts.items()}, "a": a.told(at_a, both), "b": b.told(at_b, both)}
-    return told, np.flatnonzero((both & ~equal) | (failed_a != failed_b))
+    summary = {"rows": {k: int(v) for k, v in counts.items()}, "a": a.summary(at_a, both), "b": b.summary(at_b, both)}
+    return summary, np.flatnonzero((both & ~equal) | (failed_a != failed_b))
 
 
 # -- showing ----------------------------------------------------------------------------------------------------------
 
 
-def _show_summary(told: dict[str, Any], outs: list[Output], console: Console) -> None:
-    rows, a, b = told["rows"], told["a"], told["b"]
+def _show_summary(summary: dict[str, Any], outs: list[Output], console: Console) -> None:
+    rows, a, b = summary["rows"], summary["a"], summary["b"]
     for letter, out in zip("AB", outs, strict=True):
         so_far = "" if out.manifest is not None else " (not complete: what is answered so far)"
         lacks = ", output.style=openai_batch: without prompts and times" if out.style == "openai_batch" else ""
         say(console, f"{letter}  {out.path}{so_far}{lacks}", "bold")
-    if told["settings"]:
-        console.print(_grid("set differently", [(k, *map(_value, pair)) for k, pair in told["settings"].items()]))
-    note = "" if told["matched_by"] == "id" else f", matched by {told['matched_by']}"
+    if summary["settings"]:
+        console.print(_grid("set differently", [(k, *map(_value, pair)) for k, pair in summary["settings"].items()]))
+    note = "" if summary["matched_by"] == "id" else f", matched by {summary['matched_by']}"
     say(console, f"\n{rows['both']:,} rows in both{note}", "bold")
     names = ("equal", "differ", "failed_only_in_a", "failed_only_in_b", "failed_in_both", "only_in_a", "only_in_b")
     for name in names:
         if rows[name] or name in names[:2]:
             say(console, f"  {name.replace('_', ' '):<18}{rows[name]:>9,}")
-    lines: list[Line] = []
+    lines: list[TableLine] = []
     for name in ("input_tokens", "output_tokens"):
         lines.append((name.replace("_", " "), *_delta(a[name], b[name], "{:,.0f}")))
     for name in (name for name in a["latency_s"] if name in b["latency_s"]):
@@ -188,7 +188,7 @@ def _show_summary(told: dict[str, Any], outs: list[Output], console: Console) ->
     console.print(_grid(f"of {rows['equal'] + rows['differ']:,} rows answered in both", lines, "right"))
 
 
-def _grid(title: str, lines: list[Line], justify: Any = "left") -> Table:
+def _grid(title: str, lines: list[TableLine], justify: Any = "left") -> Table:
     table = Table(title, box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("A", "B", "B - A")[: len(lines[0]) - 1]:
         table.add_column(column, justify=justify, overflow="fold")
@@ -206,7 +206,7 @@ def _delta(one: float, two: float, form: str) -> tuple[str, str, str]:
     return form.format(one), form.format(two), form.replace("{:", "{:+").format(two - one) + share
 
 
-def _show_pair(one: Row, two: Row, console: Console) -> None:
+def _show_pair(one: StoredRow, two: StoredRow, console: Console) -> None:
     same = "" if one["id"] == two["id"] else f" / {brief(two['id'], 60)}"
     console.print()
     say(console, f"{brief(one['id'], 60)}{same}", "bold")
@@ -224,13 +224,13 @@ def _show_pair(one: Row, two: Row, console: Console) -> None:
     console.print(table)
 
 
-def _asked(row: Row) -> str:
+def _asked(row: StoredRow) -> str:
     """What shaped the answer most: the first message that is a system's, the last that is a user's."""
     texts = {m["role"]: m["content"] for m in row.get("messages") or [] if m.get("role") in ("system", "user")}
     return "\n".join(text if isinstance(text, str) else brief(text) for _, text in sorted(texts.items()))
 
 
-def _answer(row: Row) -> str:
+def _answer(row: StoredRow) -> str:
     if row["error"]:
         return f"({row['error']['type']}: {row['error']['message']})"
     calls = [f"→ {call['function']['name']}({call['function']['arguments']})" for call in row.get("tool_calls") or []]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from engines.text import visible
 from jobs.guide import see_type
-from jobs.reading import Arguments, Output, Rows, brief, number, open_output, print_json, say, steady
+from jobs.reading import Arguments, Output, StoredRows, brief, number, open_output, print_json, say, steady
 
 LIMIT = 5
 EXAMPLES = 3
@@ -102,7 +102,7 @@ def collect(out: Output) -> dict[str, list[Kind]]:
     """type -> its kinds; of both, those with the most rows first."""
     found: dict[str, dict[str, Kind]] = {}
     patterns = 0
-    for _, row in Rows(out, failed=True).scan("id", "error"):
+    for _, row in StoredRows(out, failed=True).scan("id", "error"):
         if not (error := row["error"]):
             continue
         kinds, message = found.setdefault(str(error["type"]), {}), str(error["message"] or "")

@@ -101,8 +101,8 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
     except Exception as error:
         path = _log_traceback()
         console.print(f"[red]This is a bug in Eagleray.[/] The traceback is in {path}.", highlight=False)
-        told = [*traceback.format_exception_only(error)[:1], *getattr(error, "__notes__", ())]  # Ray's logs, say
-        console.print("\n".join(line.strip() for line in told), markup=False, highlight=False)
+        messages = [*traceback.format_exception_only(error)[:1], *getattr(error, "__notes__", ())]  # Ray's logs, say
+        console.print("\n".join(line.strip() for line in messages), markup=False, highlight=False)
         return BUG
 
 

@@ -87,12 +87,12 @@ def _model(config: Config, model: Any) -> list[Line]:
         return max(0, int(left(tensor, stages) // max(1, model.sequence_bytes(context, tensor) / stages)))
 
     many = f"{placed.low:,}" + (f" to {placed.high:,}" if placed.high > placed.low else "")
-    told = "counted in its files" if model.counted else "by the dimensions in its config"
+    source = "counted in its files" if model.counted else "by the dimensions in its config"
     each = [f"; {_size(size / stages)} on each {place}" if tensor * stages > 1 else "" for size in (
         model.weight_bytes / tensor, model.sequence_bytes(context, tensor)
     )]  # fmt: skip
     lines: list[Line] = [
-        ("model", f"{engine.model}: {model.parameters / 1e9:,.3g} billion parameters, {told}", False),
+        ("model", f"{engine.model}: {model.parameters / 1e9:,.3g} billion parameters, {source}", False),
         ("replicas", f"{many}, {tensor * stages} × {place} each", False),
         ("weights", f"{_size(model.weight_bytes)}, {model.numbers}{each[0]}", False),
         (
@@ -149,15 +149,15 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
 
     from engines.local.memory_estimate import prompts as prompts_of
     from pipeline.dataset.formats import RowParser
-    from pipeline.dataset.keys import Keyer
-    from pipeline.dataset.plan import list_pieces
-    from pipeline.dataset.reader import Interpreter
-    from pipeline.preflight.dataset_estimate import Rows
+    from pipeline.dataset.keys import RequestHasher
+    from pipeline.dataset.plan import list_splits
+    from pipeline.dataset.reader import RowReader
+    from pipeline.preflight.dataset_estimate import DatasetEstimate
 
     dataset = config.dataset
     parser = RowParser(dataset.format, dataset.columns, dataset.template)
-    interpreter = Interpreter(parser, Keyer(config.engine, config.params()), dataset.max_row_bytes)
-    found = Rows(config, context, prompts_of(config.engine)).read(list_pieces(config, console), interpreter)
+    row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), dataset.max_row_bytes)
+    found = DatasetEstimate(config, context, prompts_of(config.engine)).read(list_splits(config, console), row_reader)
     asked, prompts = len(found.keys), np.array(found.prompts or [0])
     rows = f"{found.rows:,} in {found.files:,} files: {asked:,} requests to ask, {found.duplicates:,} duplicates"
     lines: list[Line] = [("rows", rows, False)]

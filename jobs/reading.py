@@ -37,7 +37,7 @@ from pipeline.storage.retry import TRIES, steadily
 MANIFEST, BATCHES = "manifest.json", "_batches"
 # Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.
 BUFFER = 4 << 20
-Row = dict[str, Any]
+StoredRow = dict[str, Any]
 Place = tuple[int, int]  # which part, which row of it
 
 
@@ -111,7 +111,7 @@ def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
+class StoredRows:
     """The finished rows of an output: those of data/, in input order, once it is complete; until then, what the ledger
     has, without prompts and places. Read in batches; only what is asked for."""
 
@@ -135,13 +135,13 @@ class Rows:
                 self.paths.append(path)
                 self.best.append(frozenset(mine.tolist()))
 
-    def scan(self, *columns: str) -> Iterator[tuple[Place, Row]]:
+    def scan(self, *columns: str) -> Iterator[tuple[Place, StoredRow]]:
         """Every row with these columns, as far as there are such; all columns if none is named."""
         for part in range(len(self.paths)):
             for at, row in steadily(partial(self._read, part, columns, self.best[part] if self.best else None)):
                 yield (part, at), row
 
-    def fetch(self, places: Iterable[Place]) -> Iterator[Row]:
+    def fetch(self, places: Iterable[Place]) -> Iterator[StoredRow]:
         """Whole rows, in the order of their places."""
         wanted: dict[int, set[int]] = {}
         for part, at in places:
@@ -150,7 +150,7 @@ class Rows:
             for _, row in steadily(partial(self._read, part, (), wanted[part])):
                 yield row
 
-    def _read(self, part: int, columns: Sequence[str], wanted: Collection[int] | None) -> Iterator[tuple[int, Row]]:
+    def _read(self, part: int, columns: Sequence[str], wanted: Collection[int] | None) -> Iterator[tuple[int, StoredRow]]:
         last = max(wanted) if wanted else sys.maxsize
         with self.fs.open_input_file(self.paths[part]) as file:
             if self.paths[part].endswith(".jsonl"):
@@ -171,7 +171,7 @@ class Rows:
                     return
 
 
-def in_our_shape(row: Row, style: str) -> Row:
+def in_our_shape(row: StoredRow, style: str) -> StoredRow:
     """A line of another style as a row of ours, with what that style has of it."""
     if style == "oumi":
         rest = row["metadata"].get("eagleray", {})
@@ -179,7 +179,7 @@ def in_our_shape(row: Row, style: str) -> Row:
     if style != "openai_batch":
         return row
     body, error = row["response"]["body"], row["error"]
-    found: Row = {"id": row["custom_id"], "index": int(row["id"].rpartition("_")[2])}
+    found: StoredRow = {"id": row["custom_id"], "index": int(row["id"].rpartition("_")[2])}
     if error is not None:
         return {**found, "error": {"type": error["code"], "message": error["message"]}}
     first, usage = body["choices"][0], body["usage"]

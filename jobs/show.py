@@ -17,7 +17,19 @@ from rich.text import Text
 
 from engines.errors import ConfigError, nearest
 from engines.text import visible
-from jobs.reading import Arguments, Output, Place, Row, Rows, brief, number, open_output, print_json, say, steady
+from jobs.reading import (
+    Arguments,
+    Output,
+    Place,
+    StoredRow,
+    StoredRows,
+    brief,
+    number,
+    open_output,
+    print_json,
+    say,
+    steady,
+)
 from pipeline.storage.ledger import COMPLETION_FIELDS
 
 LIMIT = 5
@@ -61,8 +73,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _found(out: Output, args: argparse.Namespace) -> Iterator[Row]:
-    rows = Rows(out, failed=args.failed)
+def _found(out: Output, args: argparse.Namespace) -> Iterator[StoredRow]:
+    rows = StoredRows(out, failed=args.failed)
     if args.index is not None:
         return rows.fetch([_at_index(rows, args.index)])
     if args.id:
@@ -71,7 +83,7 @@ def _found(out: Output, args: argparse.Namespace) -> Iterator[Row]:
     return rows.fetch(list(islice(wanted, args.limit)))
 
 
-def _at_index(rows: Rows, index: int) -> Place:
+def _at_index(rows: StoredRows, index: int) -> Place:
     if not rows.complete:
         raise ConfigError("rows have no --index until the run is complete: name an --id")
     ends = [0, *accumulate(rows.sizes)]
@@ -81,7 +93,7 @@ def _at_index(rows: Rows, index: int) -> Place:
     return part, index - ends[part]
 
 
-def _by_id(rows: Rows, ids: list[str]) -> list[Place]:
+def _by_id(rows: StoredRows, ids: list[str]) -> list[Place]:
     wanted, places = set(ids), []
     seen: list[str] = []
     for place, row in rows.scan("id"):
@@ -96,7 +108,7 @@ def _by_id(rows: Rows, ids: list[str]) -> list[Place]:
     raise ConfigError(f"no row has the id {min(wanted)!r}{so_far}{nearest(min(wanted), seen)}")
 
 
-def parsed(row: Row) -> Row:
+def parsed(row: StoredRow) -> StoredRow:
     """The row with what is JSON text in Parquet as values."""
     texts = ("messages", "tool_calls", "choices", "logprobs")
     return {name: json.loads(v) if name in texts and isinstance(v, str) else v for name, v in row.items() if name != "key"}
@@ -105,7 +117,7 @@ def parsed(row: Row) -> Row:
 # -- a row as a chat --------------------------------------------------------------------------------------------------
 
 
-def _show(row: Row, console: Console) -> None:
+def _show(row: StoredRow, console: Console) -> None:
     index = f" · row {row['index']:,}" if row.get("index") is not None else ""
     console.print(Rule(Text(f"{brief(row['id'], 60)}{index}", "bold"), align="left"))
     own = {name: value for name, value in row.items() if name not in OURS and value is not None}
@@ -151,18 +163,18 @@ def _speech(who: str, colour: str, text: str, console: Console, style: str = "")
     console.print(Padding(Text(visible(text), style), (0, 0, 0, 2), expand=False))
 
 
-def figures(row: Row) -> str:
+def figures(row: StoredRow) -> str:
     """Its finish reason, tokens, time, tries, and who answered."""
     usage = row.get("usage") or {}
     cached = f" ({usage['cached_input']:,} cached)" if usage.get("cached_input") else ""
-    told = [
+    parts = [
         row.get("finish_reason"),
         f"{usage['input']:,} tokens in{cached}, {usage['output']:,} out" if usage else None,
         f"{row['latency_s']:.2f} s" if row.get("latency_s") else None,
         f"{row['attempts']} attempts" if (row.get("attempts") or 0) > 1 else None,
         " ".join(filter(None, (row.get("engine"), row.get("model") and brief(row["model"], 60)))),
     ]
-    return " · ".join(text for text in told if text)
+    return " · ".join(text for text in parts if text)
 
 
 if __name__ == "__main__":

@@ -38,19 +38,19 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    told = look(open_output(args.OUT))
+    summary = look(open_output(args.OUT))
     if args.watch and not args.json:
-        with Live(_shown(told), console=console, auto_refresh=False) as live:
-            while told["state"] == "running":
+        with Live(_shown(summary), console=console, auto_refresh=False) as live:
+            while summary["state"] == "running":
                 time.sleep(WATCH_S)
-                told = look(open_output(args.OUT))
-                live.update(_shown(told), refresh=True)
+                summary = look(open_output(args.OUT))
+                live.update(_shown(summary), refresh=True)
     elif args.json:
-        print_json(told)
+        print_json(summary)
     else:
-        console.print(_shown(told), soft_wrap=True)
-    if told["state"] == "complete":
-        return WITH_FAILURES if told["rows"]["failed"] else OK
+        console.print(_shown(summary), soft_wrap=True)
+    if summary["state"] == "complete":
+        return WITH_FAILURES if summary["rows"]["failed"] else OK
     return NOT_COMPLETE
 
 
@@ -60,21 +60,21 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 def look(out: Output) -> dict[str, Any]:
     """Everything there is to tell, as `--json` prints it."""
     engine = out.config.get("engine", {})
-    told: dict[str, Any] = {"output": out.path, "engine": engine.get("kind"), "model": engine.get("model")}
+    summary: dict[str, Any] = {"output": out.path, "engine": engine.get("kind"), "model": engine.get("model")}
     if (done := out.manifest) is not None:
         names = ("rows", "errors", "tokens", "cost_usd", "started_at", "finished_at")
-        return told | {"state": "complete", **{k: done[k] for k in names}, "last_activity_at": done["finished_at"]}
-    told |= _unfinished(out)
+        return summary | {"state": "complete", **{k: done[k] for k in names}, "last_activity_at": done["finished_at"]}
+    summary |= _unfinished(out)
     if exists(out.fs, f"{out.root}/{BATCHES}"):
-        from pipeline.executors.batch.store import Book
+        from pipeline.executors.batch.store import BatchStore
 
-        told["batches"] = [
+        summary["batches"] = [
             {"id": batch.id or batch.name, "state": batch.state, "rows": batch.rows}
-            for batch in steady(Book, out.fs, out.root).open
+            for batch in steady(BatchStore, out.fs, out.root).open
         ]
     if not out.live:
-        told["command"] = out.command()
-    return told
+        summary["command"] = out.command()
+    return summary
 
 
 def _unfinished(out: Output) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _unfinished(out: Output) -> dict[str, Any]:
     failed = counts.get("failed", 0) + counts.get("invalid", 0)
     total = counts.get("read") if fed else None
     state = "running" if out.live else "stopped" if done or failed or run else "empty"
-    told = {
+    summary = {
         "state": state, "phase": run and run["phase"], "why": None,
         "rows": {"total": total, "read": counts.get("read"), "done": done, "failed": failed},
         "errors": errors, "workers": counts.get("workers"), "trouble": counts.get("trouble") or None,
@@ -101,17 +101,17 @@ def _unfinished(out: Output) -> dict[str, Any]:
         "cost_usd": _cost(out.config, counts), "last_activity_at": last,
     }  # fmt: skip
     if run is not None:
-        told |= {name: run[name] for name in ("pid", "host", "started_at")}
+        summary |= {name: run[name] for name in ("pid", "host", "started_at")}
         if not out.live:
-            told["why"] = run["ended"] or "killed, or its machine went away"
-            return told
+            summary["why"] = run["ended"] or "killed, or its machine went away"
+            return summary
         (began, *before), (now, *after) = run["recent"][0], run["recent"][-1]
         span = now - began
         rows, into, out_of = ((b - a) / span if span > 0 else None for a, b in zip(before, after, strict=True))
-        told["lately"] = {"seconds": span, "rows_per_s": rows, "input_tokens_per_s": into, "output_tokens_per_s": out_of}
+        summary["lately"] = {"seconds": span, "rows_per_s": rows, "input_tokens_per_s": into, "output_tokens_per_s": out_of}
         left = total - done - failed if total is not None else None
-        told["seconds_left"] = left / rows if left is not None and rows else None
-    return told
+        summary["seconds_left"] = left / rows if left is not None and rows else None
+    return summary
 
 
 def _cost(config: dict[str, Any], counts: dict[str, Any]) -> float | None:
@@ -157,46 +157,46 @@ def _ledger(out: Output, since: float) -> dict[str, Any]:
 # -- showing ----------------------------------------------------------------------------------------------------------
 
 
-def _shown(told: dict[str, Any]) -> Text:
-    state, rows, tokens, now = told["state"], told["rows"], told["tokens"], time.time()
-    titles = {"running": f"running: {told.get('phase') or 'starting'}", "stopped": "stopped, resumable",
+def _shown(summary: dict[str, Any]) -> Text:
+    state, rows, tokens, now = summary["state"], summary["rows"], summary["tokens"], time.time()
+    titles = {"running": f"running: {summary.get('phase') or 'starting'}", "stopped": "stopped, resumable",
               "empty": "nothing yet", "complete": "complete"}  # fmt: skip
-    lines: list[tuple[str, str | None]] = [("why", told.get("why"))]
-    if told.get("pid"):
-        since = f" since {_clock(told['started_at'])} ({ago(now - told['started_at'])})" if state == "running" else ""
-        lines.append(("run", f"process {told['pid']} on {told['host']}{since}"))
-    lines.append(("engine", " ".join(dict.fromkeys(filter(None, (told["engine"], told["model"]))))))
+    lines: list[tuple[str, str | None]] = [("why", summary.get("why"))]
+    if summary.get("pid"):
+        since = f" since {_clock(summary['started_at'])} ({ago(now - summary['started_at'])})" if state == "running" else ""
+        lines.append(("run", f"process {summary['pid']} on {summary['host']}{since}"))
+    lines.append(("engine", " ".join(dict.fromkeys(filter(None, (summary["engine"], summary["model"]))))))
     if state != "running" or rows["read"]:
-        lines.append(("rows", _rows(told)))
+        lines.append(("rows", _rows(summary)))
     if rows["failed"]:
-        types = sorted(told["errors"].items(), key=lambda item: -item[1])
+        types = sorted(summary["errors"].items(), key=lambda item: -item[1])
         all = f"{rows['failed']:,}: " if len(types) != 1 else ""
         lines.append(("failed", all + ", ".join(f"{count:,} {name}" for name, count in types)))
-    if (lately := told.get("lately")) and lately["rows_per_s"] is not None and told["phase"] == "asking":
+    if (lately := summary.get("lately")) and lately["rows_per_s"] is not None and summary["phase"] == "asking":
         per_s = (lately[f"{name}_tokens_per_s"] for name in ("input", "output"))
         rate = "{:,.1f} rows/s, {:,.0f} tokens/s in, {:,.0f} out".format(lately["rows_per_s"], *per_s)
         lines.append(("lately", f"{rate} (over {ago(lately['seconds'])})"))
-    if state == "running" and told["phase"] == "asking" and not told["workers"] and not told.get("batches"):
+    if state == "running" and summary["phase"] == "asking" and not summary["workers"] and not summary.get("batches"):
         lines.append(("", "no replica works yet: each may be loading its model"))
-    if (left := told.get("seconds_left")) is not None:
+    if (left := summary.get("seconds_left")) is not None:
         lines.append(("left", f"about {ago(left)}"))
-    lines.append(("trouble", told.get("trouble") and f"trying again: {told['trouble']}"))
+    lines.append(("trouble", summary.get("trouble") and f"trying again: {summary['trouble']}"))
     if tokens["input"] or tokens["output"]:
         by = ", by this run" if state != "complete" and rows["total"] else ""
         lines.append(("tokens", f"{tokens['input']:,} in, {tokens['output']:,} out{by}"))
-    if cost := told["cost_usd"]:
+    if cost := summary["cost_usd"]:
         lines.append(("cost", f"${cost:,.4f}" if cost < 1 else f"${cost:,.2f}"))
-    if batches := told.get("batches"):
+    if batches := summary.get("batches"):
         count = sum(batch["rows"] for batch in batches)
         lines.append(("batches", f"{count:,} rows under way in {len(batches)}; eagleray batch status asks the provider"))
-    if last := told["last_activity_at"]:
-        took = f", after {ago(last - told['started_at'])}" if state == "complete" else ""
+    if last := summary["last_activity_at"]:
+        took = f", after {ago(last - summary['started_at'])}" if state == "complete" else ""
         lines.append(("last word" if not took else "finished", f"{_clock(last)}, {ago(now - last)} ago{took}"))
     if state == "complete" and rows["failed"]:
-        lines.append(("see", f"eagleray errors {told['output']}"))
+        lines.append(("see", f"eagleray errors {summary['output']}"))
     elif state in ("stopped", "empty"):
-        lines.append(("go on", told["command"] or "with the same command as before"))
-    text = Text(f"{visible(told['output'])}: ")
+        lines.append(("go on", summary["command"] or "with the same command as before"))
+    text = Text(f"{visible(summary['output'])}: ")
     text.append(titles[state] + (", with failed rows" if state == "complete" and rows["failed"] else ""), STYLES[state])
     for name, line in lines:
         if line:
@@ -204,8 +204,8 @@ def _shown(told: dict[str, Any]) -> Text:
     return text
 
 
-def _rows(told: dict[str, Any]) -> str:
-    rows = told["rows"]
+def _rows(summary: dict[str, Any]) -> str:
+    rows = summary["rows"]
     settled = rows["done"] + rows["failed"]
     if not rows.get("total"):
         read = f", {rows['read']:,} read so far" if rows.get("read") else ""

@@ -198,9 +198,9 @@ class Config:
             except EngineError as error:
                 raise ConfigError(f"generation.response_format: {error}") from None
         if self.output.columns is not None:
-            from pipeline.output.answer_columns import score_columns  # pyarrow
+            from pipeline.output.answer_columns import plan_answer_columns  # pyarrow
 
-            score_columns(self.output.columns, response_format)
+            plan_answer_columns(self.output.columns, response_format)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

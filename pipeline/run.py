@@ -18,19 +18,19 @@ from engines.errors import ConfigError
 from engines.text import one_line
 from pipeline.config import Config
 from pipeline.dataset.formats import RowParser
-from pipeline.dataset.keys import Keyer
-from pipeline.dataset.plan import list_pieces
-from pipeline.dataset.reader import Interpreter
+from pipeline.dataset.keys import RequestHasher
+from pipeline.dataset.plan import list_splits
+from pipeline.dataset.reader import RowReader
 from pipeline.errors import Stopped
-from pipeline.executors.batch.runner import BatchRun
-from pipeline.executors.batch.store import BATCHES, Book
+from pipeline.executors.batch.runner import BatchRunner
+from pipeline.executors.batch.store import BATCHES, BatchStore
 from pipeline.executors.cost_budget import FILE as BUDGET_FILE
-from pipeline.executors.live.live import Answers, _plan, _Steps, _why_stop
+from pipeline.executors.live.live import LedgerSnapshot, LiveExecutor, plan_reading, why_stop
 from pipeline.executors.live.placement import placement
 from pipeline.executors.live.ray_session import look_for_room, note_signals, running_ray
 from pipeline.monitor.console import warn
-from pipeline.monitor.run_state import told
-from pipeline.monitor.status import Status
+from pipeline.monitor.run_state import keep_run_state
+from pipeline.monitor.status import RunStatus
 from pipeline.monitor.traces import run_span
 from pipeline.output.finalize import DATA, ERRORS, JobResult
 from pipeline.output.manifest import MANIFEST, make_manifest, unchanged
@@ -62,13 +62,13 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
     config.check()
     placed = placement(config.hardware, config.engine)
     fs, root = resolve(str(config.output.path))
-    interpreter = Interpreter(
+    row_reader = RowReader(
         RowParser(config.dataset.format, config.dataset.columns, config.dataset.template),
-        Keyer(config.engine, config.params()),
+        RequestHasher(config.engine, config.params()),
         config.dataset.max_row_bytes,
     )
     if config.run.dry_run:
-        rows, wrong = dry_run(config, fs, root, interpreter, list_pieces(config, console), console)
+        rows, wrong = dry_run(config, fs, root, row_reader, list_splits(config, console), console)
         return Outcome(WRONG if wrong else WITH_FAILURES if rows.bad else OK)
     check = look_at_configuration(config, fs, root, console)
     with contextlib.ExitStack() as stack:
@@ -77,36 +77,36 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         started = time.time()
         if not config.run.resume:
             _remove(fs, root)
-        state = stack.enter_context(told(config, fs, root))
-        batches, asked = None, Status()
+        state = stack.enter_context(keep_run_state(config, fs, root))
+        batches, totals = None, RunStatus()
         if config.run.mode == "batch":
-            batches = stack.enter_context(contextlib.closing(BatchRun(config, fs, root, interpreter)))
-            asked = batches.status
+            batches = stack.enter_context(contextlib.closing(BatchRunner(config, fs, root, row_reader)))
+            totals = batches.status
             state.enter("asking")
             state.source = batches.shown
             with note_signals() as interrupts:  # Ray is not needed for a day's waiting
-                found = batches.ask(list_pieces(config, console), console, interrupts, partial(_why_stop, config), step)
+                found = batches.ask(list_splits(config, console), console, interrupts, partial(why_stop, config), step)
             if found is None:
                 state.ended = "batches are under way at the provider"
                 return Outcome(STOPPED)
             summaries = found
         live = batches is None or config.run.batch_fallback == "live"
         with ThreadPoolExecutor(1) as planner:  # beside Ray's own start, which takes seconds
-            planned = planner.submit(_plan, config, console)
+            planned = planner.submit(plan_reading, config, console)
             with contextlib.suppress(TimeoutError):  # of a large input it is told what is known when its turn comes
                 if batches is None:
-                    look_at_rows(config, planned.result(FIRST_S)[0], interpreter, check, console)
+                    look_at_rows(config, planned.result(FIRST_S)[0], row_reader, check, console)
             own = stack.enter_context(running_ray())
             interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
-            pieces, small = planned.result()
+            splits, small = planned.result()
         trace = span.trace if span else None
-        steps = _Steps(config, console, fs, root, interpreter, placed, trace, state, interrupts, pieces, small)
+        steps = LiveExecutor(config, console, fs, root, row_reader, placed, trace, state, interrupts, splits, small)
         if live:
             look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
 
         failed_too = batches is not None or not config.run.retry_failed
-        known = Answers(config, failed_too=failed_too)
+        known = LedgerSnapshot(config, failed_too=failed_too)
         for path in known.index.torn:
             warn(console, f"{path} cannot be read; its rows are asked again.")
         missing = sys.maxsize
@@ -116,20 +116,20 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
                     status, summaries = steps.ask(known)
                 except RayActorError as error:  # the dispatcher died, with its node say; the ledger has all that matters
                     warn(console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
-                    known = Answers(config, failed_too=failed_too)
+                    known = LedgerSnapshot(config, failed_too=failed_too)
                     continue
-                asked.done += status.done
-                asked.failed += status.failed
-                asked.crashes += status.crashes
+                totals.done += status.done
+                totals.failed += status.failed
+                totals.crashes += status.crashes
             elif again and batches is not None:
-                summaries = batches.ask(pieces, console, interrupts, partial(_why_stop, config), "") or summaries
-            answers = known = Answers(config)  # in place of what the feed skipped, which is given up
-            index = answers.index
-            if not asked.done + asked.failed and (manifest := unchanged(config, fs, root, pieces, index)) is not None:
+                summaries = batches.ask(splits, console, interrupts, partial(why_stop, config), "") or summaries
+            snapshot = known = LedgerSnapshot(config)  # in place of what the feed skipped, which is given up
+            index = snapshot.index
+            if not totals.done + totals.failed and (manifest := unchanged(config, fs, root, splits, index)) is not None:
                 console.print("Nothing new to ask: the output is up to date.", highlight=False)
                 return Outcome(_exit_status(manifest), manifest)
             state.enter("putting the output together")
-            result = steps.finalize(summaries, answers)
+            result = steps.finalize(summaries, snapshot)
             if not result.missing:
                 break
             if result.missing >= missing:
@@ -138,7 +138,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             console.print(f"{missing:,} rows have no answer yet; asking them.", highlight=False)
         else:
             raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
-        manifest = make_manifest(config, pieces, fs, summaries, result, index, asked, started)
+        manifest = make_manifest(config, splits, fs, summaries, result, index, totals, started)
         if span is not None:
             span.rows(manifest["rows"])
         _drop_stale(fs, root, result)
@@ -157,7 +157,7 @@ def _exit_status(manifest: dict[str, Any]) -> int:
 
 def _remove(fs: pafs.FileSystem, root: str) -> None:
     """Clears what earlier runs left: the manifest first, so that nobody takes the rest for whole."""
-    if under_way := [batch.id or batch.name for batch in Book(fs, root).open]:
+    if under_way := [batch.id or batch.name for batch in BatchStore(fs, root).open]:
         raise ConfigError(
             f"run.resume=false would forget {len(under_way)} batches under way ({under_way[0]}, …): "
             "wait for them, or end them with eagleray batch cancel"

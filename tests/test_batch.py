@@ -22,7 +22,7 @@ from engines import ConfigError, EngineError, load_engine
 from jobs.batch import main as batch_main
 from jobs.compose import compose
 from pipeline.errors import Stopped
-from pipeline.executors.batch.store import Book
+from pipeline.executors.batch.store import BatchStore
 from pipeline.run import STOPPED, WITH_FAILURES
 from pipeline.storage.filesystem import resolve
 from tests.batch_server import BatchServer, text_of
@@ -395,7 +395,7 @@ def test_the_steps_of_eagleray_batch(
     assert status == 0 and "10 rows under way in 2 batches" in printed and "in_progress" in printed
     assert do("fetch")[0] == STOPPED
     printed = do("list")[1]
-    assert all(batch.id in printed for batch in Book(*resolve(str(out))).batches if batch.id)
+    assert all(batch.id in printed for batch in BatchStore(*resolve(str(out))).batches if batch.id)
     assert do("cancel")[0] == 0
     server.delay_s = 0.2  # for those that are submitted later
     deadline = time.monotonic() + 60

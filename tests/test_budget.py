@@ -23,10 +23,10 @@ from engines.prices import priced
 from engines.registry import REGISTRY
 from jobs.compose import compose, conf_dir
 from pipeline.errors import Stopped
-from pipeline.executors.cost_budget import FILE, Budget, read_spent
+from pipeline.executors.cost_budget import FILE, CostBudget, read_spent
 from pipeline.executors.live.dispatcher import Dispatcher
-from pipeline.executors.live.queue import Ask
-from pipeline.monitor.status import Seen
+from pipeline.executors.live.queue import PendingRequest
+from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import resolve
 from tests.batch_server import BatchServer
@@ -196,17 +196,17 @@ def cost_in(out: Path) -> float:
 
 def test_estimates_grow_with_what_answers_tell() -> None:
     engine = EngineConfig("echo", price=Price(1e6, None, 0.0))  # a dollar a token
-    budget = Budget(1000.0, engine, GenerationParams(max_tokens=10), spent=0.0)
+    budget = CostBudget(1000.0, engine, GenerationParams(max_tokens=10), spent=0.0)
     request = b'{"messages":[]}' + b" " * 385
-    assert budget.most(request) == 150  # 400 bytes are 100 tokens, and half as many to be safe
+    assert budget.max_cost(request) == 150  # 400 bytes are 100 tokens, and half as many to be safe
     assert not budget.fits(1001)
     budget.reserved = 100.0  # a tenth: no more before anything is known
     assert not budget.fits(1)
-    budget.seen.add(Seen(20, 0.5, 10))
-    assert budget.most(request) == pytest.approx(220)
+    budget.seen.add(UsageStats(20, 0.5, 10))
+    assert budget.max_cost(request) == pytest.approx(220)
     assert budget.fits(900)
-    budget.seen.add(Seen(20, 0.1, 10))
-    assert budget.most(request) == pytest.approx(220)
+    budget.seen.add(UsageStats(20, 0.1, 10))
+    assert budget.max_cost(request) == pytest.approx(220)
 
 
 # -- what models cost -------------------------------------------------------------------------------------------------
@@ -309,17 +309,17 @@ def test_the_price_lists_are_in_the_wheel() -> None:
 
 def test_turns_and_further_tries_of_a_shape_are_reserved_too() -> None:
     engine = EngineConfig("echo", price=Price(0.0, None, 1e6))  # a dollar an output token
-    budget = Budget(1e9, engine, GenerationParams(max_tokens=10), spent=0.0)
+    budget = CostBudget(1e9, engine, GenerationParams(max_tokens=10), spent=0.0)
     shape = {"type": "object", "properties": {}}
     plain, script, shaped = (
-        budget.most(dumps({"messages": [], **more}))
+        budget.max_cost(dumps({"messages": [], **more}))
         for more in ({}, {"turns": ["a", "b"]}, {"generation": {"response_format": shape, "schema_retries": 3}})
     )
     assert (plain, script, shaped) == (10, 30, 40)
 
 
 def test_what_was_reserved_and_given_back_is_nothing() -> None:
-    budget = Budget(1.0, EngineConfig("echo", price=Price(1.0, None, 1.0)), GenerationParams(max_tokens=1), spent=0.0)
+    budget = CostBudget(1.0, EngineConfig("echo", price=Price(1.0, None, 1.0)), GenerationParams(max_tokens=1), spent=0.0)
     for cost in (0.01, 0.02, 0.03):
         budget.reserved += cost
     for cost in (0.01, 0.02, 0.03):
@@ -328,11 +328,11 @@ def test_what_was_reserved_and_given_back_is_nothing() -> None:
 
 
 def test_a_dear_suspect_does_not_keep_a_cheap_one_waiting() -> None:
-    budget = Budget(1.0, EngineConfig("echo", price=Price(0.0, None, 1.0)), GenerationParams(), spent=0.0)
+    budget = CostBudget(1.0, EngineConfig("echo", price=Price(0.0, None, 1.0)), GenerationParams(), spent=0.0)
     dispatcher = Dispatcher([], None, [None], False, budget=budget)  # type: ignore[arg-type]
     for name, limit in (("dear", 10_000_000), ("cheap", 10)):
         request = dumps({"messages": [], "generation": {"max_tokens": limit}})
-        dispatcher.suspects.append(Ask(name.encode(), name, request, 0, 0))
+        dispatcher.suspects.append(PendingRequest(name.encode(), name, request, 0, 0))
     lease = dispatcher._suspect({})
     assert lease is not None and lease.ids == ["cheap"] and [row.id for row in dispatcher.suspects] == ["dear"]
     assert dispatcher._suspect({}) is None

@@ -6,8 +6,8 @@ import asyncio
 
 from pipeline.dataset.formats import Parsed
 from pipeline.executors.live.dispatcher import Dispatcher
-from pipeline.executors.live.queue import Ask, Ready, prefix_of
-from pipeline.monitor.status import Status
+from pipeline.executors.live.queue import PendingRequest, PrefixQueue, prefix_of
+from pipeline.monitor.status import RunStatus
 
 
 def dispatcher(rows: int) -> Dispatcher:
@@ -15,7 +15,7 @@ def dispatcher(rows: int) -> Dispatcher:
     made.buffer_rows = 1000
     made.status_.fed = True
     names = [f"r{i}" for i in range(rows)]
-    made.ready.add(Ask(name.encode(), name, b"", 0, 0) for name in names)
+    made.queue.add(PendingRequest(name.encode(), name, b"", 0, 0) for name in names)
     return made
 
 
@@ -48,13 +48,13 @@ def test_rows_that_came_out_are_not_suspected_and_the_second_death_convicts() ->
         busy = await d.pull("w2", 3, 1, [])
         assert busy is not None and busy.ids == ["r0"]  # who holds a row gets no suspect
         alone = await d.pull("w3", 3, 0, [])
-        assert alone is not None and (alone.ids, alone.alone, alone.convicted) == (["r1"], True, None)
+        assert alone is not None and (alone.ids, alone.alone, alone.poison) == (["r1"], True, None)
         await d.leave("w3", "killed")
         guilty = await d.pull("w4", 3, 0, [])
         assert guilty is not None and guilty.ids == ["r1"]
-        assert "died 2 times" in (guilty.convicted or "")
+        assert "died 2 times" in (guilty.poison or "")
         innocent = await d.pull("w5", 3, 0, [])
-        assert innocent is not None and (innocent.ids, innocent.convicted) == (["r2"], None)
+        assert innocent is not None and (innocent.ids, innocent.poison) == (["r2"], None)
         # It answers, but its worker is killed by something else before the answer is durable.
         last = asyncio.create_task(d.pull("w5", 3, 0, [(innocent.number, [0])]))
         await asyncio.sleep(0.05)
@@ -89,9 +89,9 @@ def test_the_run_is_over_when_everything_is_durable() -> None:
         lease = await d.pull("w1", 2, 0, [])
         assert lease is not None
         assert not (await d.status()).finished
-        await d.commit("w1", [(lease.number, [0])], Status(done=1))
+        await d.commit("w1", [(lease.number, [0])], RunStatus(done=1))
         assert not (await d.status()).finished
-        await d.commit("w1", [(lease.number, [1])], Status(failed=1))
+        await d.commit("w1", [(lease.number, [1])], RunStatus(failed=1))
         status = await d.status()
         assert (status.finished, status.done, status.failed) == (True, 1, 1)
         assert await d.pull("w1", 2, 0, []) is None
@@ -99,17 +99,17 @@ def test_the_run_is_over_when_everything_is_durable() -> None:
     asyncio.run(scene())
 
 
-def asks(*rows: tuple[int, int]) -> list[Ask]:
+def asks(*rows: tuple[int, int]) -> list[PendingRequest]:
     """Rows of (prefix, max_tokens), named by their place."""
-    return [Ask(b"", f"{i}", b"", prefix, tokens) for i, (prefix, tokens) in enumerate(rows)]
+    return [PendingRequest(b"", f"{i}", b"", prefix, tokens) for i, (prefix, tokens) in enumerate(rows)]
 
 
-def ids(rows: list[Ask]) -> str:
+def ids(rows: list[PendingRequest]) -> str:
     return "".join(row.id for row in rows)
 
 
 def test_rows_of_a_prefix_go_to_one_worker_and_nobody_waits() -> None:
-    ready = Ready()
+    ready = PrefixQueue()
     ready.add(asks((1, 0), (2, 0), (1, 0), (2, 0), (1, 0), (3, 0), (1, 0)))
     assert ids(ready.take("a", 2)) == "02"
     assert ids(ready.take("b", 1)) == "1"
@@ -122,7 +122,7 @@ def test_rows_of_a_prefix_go_to_one_worker_and_nobody_waits() -> None:
 
 
 def test_rows_given_back_are_the_next_and_a_worker_that_left_owns_nothing() -> None:
-    ready = Ready()
+    ready = PrefixQueue()
     ready.add(asks((1, 0), (2, 0), (2, 0)))
     held = ready.take("a", 1)
     ready.leave("a")
@@ -132,7 +132,7 @@ def test_rows_given_back_are_the_next_and_a_worker_that_left_owns_nothing() -> N
 
 
 def test_at_the_end_the_longest_go_first() -> None:
-    ready = Ready()
+    ready = PrefixQueue()
     ready.add(asks((1, 5), (2, 0), (1, 9), (3, 7), (2, 8)))
     ready.longest_first()
     assert ids(ready.take("a", 5)) == "20413"

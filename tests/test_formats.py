@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engines.errors import ConfigError, EngineError
 from engines.params import GenerationParams
 from pipeline.dataset.formats import OUTPUT_COLUMNS, ArrowRow, Parsed, RowParser, passthrough_names
-from pipeline.dataset.source import list_chunks, read_chunk
+from pipeline.dataset.source import list_file_splits, read_file_split
 from pipeline.storage.exact_json import loads
 
 HI = [{"role": "user", "content": "hi"}]
@@ -369,7 +369,7 @@ def test_message_ids_are_left_out_of_oumi_conversations_only() -> None:
 
 def through_parquet(path: Path, table: pa.Table) -> list[dict[str, Any]]:
     pq.write_table(table, path)
-    return [row.columns or {} for c in list_chunks(str(path)) for batch in read_chunk(c) for row in batch]
+    return [row.columns or {} for c in list_file_splits(str(path)) for batch in read_file_split(c) for row in batch]
 
 
 def test_the_nulls_that_pad_arrow_structs_are_dropped(tmp_path: Path) -> None:

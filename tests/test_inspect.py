@@ -27,11 +27,11 @@ from engines.text import visible
 from jobs import diff, errors, show, status
 from jobs.compose import command_of, compose
 from jobs.errors import ADVICE, pattern_of
-from jobs.reading import Rows, brief, open_output
+from jobs.reading import StoredRows, brief, open_output
 from pipeline.config import without_secrets
 from pipeline.errors import Stopped
-from pipeline.monitor.run_state import STATE, told
-from pipeline.monitor.status import Status
+from pipeline.monitor.run_state import STATE, keep_run_state
+from pipeline.monitor.status import RunStatus
 from pipeline.run import run as run_job
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import resolve
@@ -137,7 +137,7 @@ def test_a_run_is_seen_from_outside_while_it_goes_on_and_after_it_was_killed(
     assert look("status", out) == 4
     assert "stopped, resumable" in look.out and "killed, or its machine went away" in look.out
     told = look.json("status", out)
-    done = sum(1 for _ in Rows(open_output(out)).scan("id"))
+    done = sum(1 for _ in StoredRows(open_output(out)).scan("id"))
     assert told["rows"]["done"] + told["rows"]["failed"] == done + 1  # and the row that is no JSON
     words = loads(dumps(without_secrets(compose([
         "engine=echo", f"dataset.path={data}", f"output.path={out}", "run.flush_s=0.2", "engine.kwargs.latency_s=0.5",
@@ -168,7 +168,7 @@ def test_a_later_run_into_the_same_output_hides_the_old_manifest_until_it_is_don
     data = write_jsonl([ask("a", id="a")])
     infer(data)
     fs, root = resolve(str(infer.out))
-    with run_lock(fs, root), told(compose(["engine=echo", f"output.path={infer.out}"]), fs, root) as state:
+    with run_lock(fs, root), keep_run_state(compose(["engine=echo", f"output.path={infer.out}"]), fs, root) as state:
         state.write()
         assert look("status", infer.out) == 4 and "running: starting" in look.out
         left = (infer.out / STATE).read_bytes()
@@ -183,8 +183,8 @@ def test_a_later_run_into_the_same_output_hides_the_old_manifest_until_it_is_don
 def test_failures_are_in_the_state_as_well(tmp_path: Path) -> None:
     """Of a Counter, which `dataclasses.asdict` takes apart."""
     fs, root = resolve(str(tmp_path))
-    with pytest.raises(Stopped), told(compose(["engine=echo"]), fs, root) as state:
-        state.status = Status(failed=2, errors=Counter({"server": 2}))
+    with pytest.raises(Stopped), keep_run_state(compose(["engine=echo"]), fs, root) as state:
+        state.status = RunStatus(failed=2, errors=Counter({"server": 2}))
         raise Stopped("too bad")
     left = json.loads((tmp_path / STATE).read_text())
     assert left["ended"] == "too bad" and left["status"]["errors"] == {"server": 2}

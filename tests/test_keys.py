@@ -15,7 +15,7 @@ from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.params import GenerationParams
 from pipeline.dataset.formats import Parsed
-from pipeline.dataset.keys import Keyer
+from pipeline.dataset.keys import RequestHasher
 
 ENGINE = EngineConfig(kind="llamacpp", model="m")
 
@@ -26,7 +26,7 @@ def parsed(text: Any = "hi", **more: Any) -> Parsed:
 
 
 def key(engine: EngineConfig = ENGINE, row: Parsed | None = None, place: str = "f:1", **generation: Any) -> bytes:
-    return Keyer(engine, GenerationParams.parse(generation)).key(row or parsed(), place)
+    return RequestHasher(engine, GenerationParams.parse(generation)).key(row or parsed(), place)
 
 
 @pytest.mark.parametrize(
@@ -100,5 +100,5 @@ def test_keys_are_equal_exactly_when_the_messages_are(a: Any, b: Any) -> None:
 
 
 def test_a_keyer_travels_to_other_processes() -> None:
-    keyer = Keyer(ENGINE, GenerationParams(temperature=1.0))
-    assert pickle.loads(pickle.dumps(keyer)).key(parsed(), "x") == keyer.key(parsed(), "x")
+    hasher = RequestHasher(ENGINE, GenerationParams(temperature=1.0))
+    assert pickle.loads(pickle.dumps(hasher)).key(parsed(), "x") == hasher.key(parsed(), "x")

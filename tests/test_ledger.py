@@ -19,7 +19,7 @@ from engines.types import Choice, Completion, Usage, answer
 from pipeline.storage import ledger
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import ANSWER_SCHEMA, Compactor, Record, list_segments, read_rows, read_segment, write_segment
-from pipeline.storage.ledger_index import SeenKeys, _index_of, read_index, split_keys
+from pipeline.storage.ledger_index import DedupFilter, _index_of, read_index, split_keys
 
 
 def key(n: int) -> bytes:
@@ -158,7 +158,7 @@ def test_keys_that_agree_in_their_first_64_bits_are_told_apart(tmp_path: Path) -
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=30), max_size=12))
 def test_seen_keys_agrees_with_a_set(blocks: list[list[int]]) -> None:
-    seen, model = SeenKeys(), set[int]()
+    seen, model = DedupFilter(), set[int]()
     for block in blocks:
         expected = []
         for n in block:

@@ -23,7 +23,7 @@ from rich.console import Console
 from engines.config import EngineConfig, Price
 from jobs.infer import command
 from pipeline.monitor.progress import RunProgress, flow
-from pipeline.monitor.status import Pulse, Status
+from pipeline.monitor.status import ReplicaHeartbeat, RunStatus
 from tests.conftest import Infer, ask
 
 ROOT = Path(__file__).parent.parent
@@ -113,30 +113,32 @@ def test_a_log_gets_a_line_every_so_often(infer: Infer, write_jsonl: Callable[..
 # -- the view, at moments of a run ------------------------------------------------------------------------------------
 
 
-def view(status: Status, width: int, monkeypatch: pytest.MonkeyPatch, expected: int = 0, **more: float) -> str:
+def view(status: RunStatus, width: int, monkeypatch: pytest.MonkeyPatch, expected: int = 0, **more: float) -> str:
     """What is shown 10 s after nothing was done yet."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, legacy_windows=False)
     now = [1000.0]
     monkeypatch.setattr("pipeline.monitor.progress.time.monotonic", lambda: now[0])
     engine = EngineConfig("openai", "gpt-4o-mini", price=Price(1, None, 2))
     progress = RunProgress(console, 10, engine, more.get("budget"))
-    progress.show(Status(replicas={name: Pulse("working") for name in status.replicas}))
+    progress.show(RunStatus(replicas={name: ReplicaHeartbeat("working") for name in status.replicas}))
     now[0] += 10
     progress.show(status, expected)
     console.print(progress.render())
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def working(busy: int, done: int, **more: float) -> Pulse:
-    return Pulse("working", busy, done, **more)  # type: ignore[arg-type]
+def working(busy: int, done: int, **more: float) -> ReplicaHeartbeat:
+    return ReplicaHeartbeat("working", busy, done, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("width", [40, 60, 100, 200])
 def test_no_line_is_wider_than_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pulses = {f"w{i}": working(32, 10 * i, admitted=16.0, most=64, retried=3, throttled=2, waited_s=7.0) for i in range(12)}
-    status = Status(
+    heartbeats = {
+        f"w{i}": working(32, 10 * i, admitted=16.0, most=64, retried=3, throttled=2, waited_s=7.0) for i in range(12)
+    }
+    status = RunStatus(
         read=123_456, done=1000, failed=3, in_flight=384, output_tokens=50_000, cost_usd=1.25, fed=True,
-        replicas=pulses, spent=1.5, trouble="HTTP 503: " + "the server is away " * 9,
+        replicas=heartbeats, spent=1.5, trouble="HTTP 503: " + "the server is away " * 9,
     )  # fmt: skip
     text = view(status, width, monkeypatch, expected=14, budget=20.0)
     assert all(len(line) <= width for line in text.splitlines())
@@ -157,7 +159,7 @@ def test_rates_are_of_late_and_tell_when_it_ends(monkeypatch: pytest.MonkeyPatch
     for second in range(200):  # a row a second, then ten
         now[0] = float(second)
         done = second if second < 100 else 100 + 10 * (second - 100)
-        progress.show(Status(read=2000, done=done, output_tokens=2 * done, fed=True))
+        progress.show(RunStatus(read=2000, done=done, output_tokens=2 * done, fed=True))
     rows, tokens = progress._recent()
     assert (rows, tokens) == (pytest.approx(10), pytest.approx(20))
     assert progress._left() == "0:01:31 left"
@@ -166,12 +168,12 @@ def test_rates_are_of_late_and_tell_when_it_ends(monkeypatch: pytest.MonkeyPatch
 
 def test_a_price_that_is_not_known_is_not_shown_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = RunProgress(Console(file=io.StringIO()), 10, EngineConfig("openai", "m"))
-    progress.show(Status(read=10, done=5, fed=True))
+    progress.show(RunStatus(read=10, done=5, fed=True))
     assert not list(progress._cost())
 
 
 def test_a_servers_words_are_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = view(Status(read=10, trouble="[red]no[/] \x1b[2J"), 80, monkeypatch)
+    text = view(RunStatus(read=10, trouble="[red]no[/] \x1b[2J"), 80, monkeypatch)
     assert "[red]no[/]" in text
     assert "\x1b[2J" not in text
 

@@ -25,9 +25,9 @@ from engines.base import Engine
 from engines.config import EngineConfig
 from engines.errors import ConfigError
 from engines.params import GenerationParams
-from engines.remote.concurrency import RetryBudget, Slots
+from engines.remote.concurrency import AdaptiveSemaphore, RetryBudget
 from engines.remote.errors import failure, observed, retry_after
-from engines.remote.rate_limits import SLACK_S, Budget, Call, Grant, Limits
+from engines.remote.rate_limits import SLACK_S, Limits, RateLimiter, Reservation, ReserveRequest
 from engines.types import Request, to_request
 from tests.conftest import ask
 from tests.google_account import google_account
@@ -190,22 +190,22 @@ def test_overload_halves_what_is_in_flight_and_answers_let_it_grow_back(server: 
     server.fault = lambda text, attempt: "429" if attempt == 1 and text in ("row 3", "row 40") else None
     done = infer(engine, *(f"row {i}" for i in range(60)))
     assert all(completion.error is None for completion in done)
-    assert engine.slots.threshold < 16
+    assert engine.semaphore.threshold < 16
     infer(engine, *(f"more {i}" for i in range(800)))
-    assert engine.slots.limit == 16
+    assert engine.semaphore.limit == 16
 
 
 def test_other_errors_do_not_shrink_it(server: ProviderServer, load: Load) -> None:
     engine: Any = load(max_concurrency=8)
     server.fault = lambda text, attempt: {0: "500", 1: "400", 2: "reset"}.get(int(text) % 10) if attempt == 1 else None
     infer(engine, *map(str, range(100)))
-    assert engine.slots.limit == 8
+    assert engine.semaphore.limit == 8
 
 
-@given(most=st.integers(1, 9), steps=st.lists(st.sampled_from(["take", "answer", "overload"]), max_size=60))
-def test_slots_are_never_more_than_their_limit(most: int, steps: list[str]) -> None:
+@given(maximum=st.integers(1, 9), steps=st.lists(st.sampled_from(["take", "answer", "overload"]), max_size=60))
+def test_slots_are_never_more_than_their_limit(maximum: int, steps: list[str]) -> None:
     async def go() -> None:
-        slots, took = Slots(most), list[asyncio.Task[None]]()
+        slots, took = AdaptiveSemaphore(maximum), list[asyncio.Task[None]]()
         for step in steps:
             if step == "take":
                 took.append(asyncio.create_task(slots.take()))
@@ -217,7 +217,7 @@ def test_slots_are_never_more_than_their_limit(most: int, steps: list[str]) -> N
                 slots.release()
             before = slots.used
             await asyncio.sleep(0)
-            assert 1 <= slots.limit <= most
+            assert 1 <= slots.limit <= maximum
             assert slots.used <= max(before, int(slots.limit))
         for task in took:
             task.cancel()
@@ -246,7 +246,7 @@ def test_rows_wait_out_an_outage(server: ProviderServer, load: Load) -> None:
 
 
 def test_retries_have_a_budget() -> None:
-    budget = RetryBudget(share=0.2, least_per_s=1.0, most=10)
+    budget = RetryBudget(share=0.2, least_per_s=1.0, maximum=10)
     waits = [budget.wait_s() for _ in range(20)]
     assert waits[:5] == [0] * 5
     assert waits[-1] > 10
@@ -309,7 +309,7 @@ def test_drain_gives_back_what_waits(server: ProviderServer, load: Load) -> None
 def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late: list[float], dies: bool) -> None:
     """A client that always wants to send, and is late by anything up to the slack."""
     now = [0.0]
-    budget = Budget({"requests": rate}, clock=lambda: now[0])
+    budget = RateLimiter({"requests": rate}, clock=lambda: now[0])
     sent: list[tuple[float, int]] = []
     step = 0
     while now[0] < 130:
@@ -319,7 +319,7 @@ def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late:
         now[0] += max(grant.wait_s, 0.02) + late[step % len(late)] * (step % 3 == 0)
         step += 1
         if dies and step == 50:
-            budget = Budget({"requests": rate}, clock=lambda: now[0])
+            budget = RateLimiter({"requests": rate}, clock=lambda: now[0])
     for begin, _ in sent:
         assert sum(count for at, count in sent if begin <= at < begin + 60) <= rate + (dies and rate * SLACK_S / 60 + 1)
     if not dies and not any(late):
@@ -328,7 +328,7 @@ def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late:
 
 def test_tokens_are_reserved_and_given_back() -> None:
     now = [0.0]
-    budget = Budget({"output_tokens": 6100}, clock=lambda: now[0])  # 100 a second
+    budget = RateLimiter({"output_tokens": 6100}, clock=lambda: now[0])  # 100 a second
     assert budget.ask([(10, 1000)]).granted == 1
     held = budget.ask([(10, 1000)])
     assert held.granted == 0
@@ -339,20 +339,20 @@ def test_tokens_are_reserved_and_given_back() -> None:
 
 def test_a_lower_limit_in_the_headers_counts_and_a_pause_holds_all() -> None:
     now = [0.0]
-    budget = Budget({"requests": 6000}, clock=lambda: now[0])
+    budget = RateLimiter({"requests": 6000}, clock=lambda: now[0])
     budget.learn({"requests": 60, "input_tokens": 1000})
     budget.learn({"requests": 9000})
     assert {name: rate.per_minute for name, rate in budget.rates.items()} == {"requests": 60, "input_tokens": 1000}
     budget.pause(5)
-    assert budget.ask([(1, 1)]) == Grant(0, 5.0)
+    assert budget.ask([(1, 1)]) == Reservation(0, 5.0)
 
 
 def test_those_who_wait_are_served_in_their_order() -> None:
     async def go() -> list[int]:
         limits, order = Limits(EngineConfig("x")), list[int]()
-        granted = iter([Grant(2), Grant(0, 0.01), Grant(1), Grant(100)])
+        granted = iter([Reservation(2), Reservation(0, 0.01), Reservation(1), Reservation(100)])
 
-        async def source(model: str, call: Call) -> Grant:
+        async def source(model: str, call: ReserveRequest) -> Reservation:
             return next(granted)
 
         async def one(number: int) -> None:

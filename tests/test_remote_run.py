@@ -15,7 +15,7 @@ import ray
 
 from engines.errors import ConfigError
 from pipeline.errors import Interrupted, Stopped
-from pipeline.executors.live.rate_limiter import limiter
+from pipeline.executors.live.rate_limiter import rate_limit_actor
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer, by_hash
 
@@ -120,7 +120,7 @@ def test_replicas_share_one_limit_and_outlive_its_actor(infer: Infer, write_json
         while len(server.requests) < 20:
             time.sleep(0.05)
         config = config_from_keys("openai_compatible", {"base_url": server.url})
-        ray.kill(limiter(config), no_restart=False)
+        ray.kill(rate_limit_actor(config), no_restart=False)
 
     killer = threading.Thread(target=kill_once_it_works)
     killer.start()

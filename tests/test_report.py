@@ -203,7 +203,7 @@ def test_the_sums_do_not_depend_on_how_the_rows_are_cut_into_parts(
                 low, high = (np.quantile(good, q, method=method) for method in ("lower", "higher"))
                 assert low * (1 - NEAR) - 1 <= histogram.quantile(q) <= high * (1 + NEAR) + 1
     assert (cut.latency.counts == whole.latency.counts).all()
-    assert (cut.timeline.stretches == whole.timeline.stretches).all()
+    assert (cut.timeline.active_intervals == whole.timeline.active_intervals).all()
     assert cut.timeline.width_ms == whole.timeline.width_ms
     order = [("bucket", "ascending"), ("latency", "ascending")]
     assert cut.timeline.cells.sort_by(order).equals(whole.timeline.cells.sort_by(order))
@@ -223,10 +223,10 @@ def test_the_sums_do_not_depend_on_how_the_rows_are_cut_into_parts(
 def test_pauses_are_not_counted_as_time_in_which_rows_were_answered() -> None:
     rows = [(1e9 + t, 2.0, 1, False) for t in range(10)] + [(1e9 + 5000 + t, 2.0, 1, False) for t in range(10)]
     stats = stats_of(rows, [3, 15])
-    assert len(stats.timeline.stretches) == 2
+    assert len(stats.timeline.active_intervals) == 2
     assert stats.timeline.seconds == 22
     near = stats_of([(1e9, 1.0, 1, False), (1e9 + PAUSE_MS / 1000 + 0.9, 1.0, 1, False)], [1])
-    assert len(near.timeline.stretches) == 1
+    assert len(near.timeline.active_intervals) == 1
 
 
 @pytest.mark.parametrize("pause_s", [70, 300, 5000])
@@ -234,7 +234,7 @@ def test_no_answer_is_drawn_twice_around_a_pause(pause_s: int) -> None:
     begins = [0, *range(20_000, 20_000 + 9 * pause_s, pause_s)]  # a long stretch, by which columns get wide, and short ones
     times = [*range(0, begins[1] - pause_s, 20), *begins[1:]]
     stats = stats_of([(1e9 + at, 2.0, 1, False) for at in times], [len(times) // 2])
-    assert len(stats.timeline.stretches) == 10
+    assert len(stats.timeline.active_intervals) == 10
     series = series_of(stats.timeline)
     assert sum(column.rows for column in series.columns) == len(times)
     assert sum(column.output for column in series.columns) == len(times)

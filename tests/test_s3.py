@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.source import list_chunks
+from pipeline.dataset.source import list_file_splits
 from pipeline.storage.filesystem import abort_uploads, resolve, write_atomic
 from tests.s3_server import S3Server
 
@@ -43,6 +43,6 @@ def test_a_dataset_of_many_objects_is_listed_in_pages(s3: S3Server) -> None:
     for i in range(1500):
         client.put_object(Bucket="bucket", Key=f"in/{i:05d}.jsonl", Body=b"{}\n")
     s3.asked.clear()
-    chunks = list_chunks(s3.uri("in/*.jsonl"))
+    chunks = list_file_splits(s3.uri("in/*.jsonl"))
     assert [chunk.name for chunk in chunks] == [f"{i:05d}.jsonl" for i in range(1500)]
     assert s3.asked["GET list"] <= 4

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from engines import Engine, GenerationParams, load_engine
 from engines.errors import ConfigError
-from engines.structured import mismatch
+from engines.structured import schema_error
 from engines.types import Choice, answer
 from jobs.compose import compose
 from pipeline.dataset.formats import Parsed
-from pipeline.dataset.keys import Keyer
-from pipeline.output.answer_columns import arrow_type, fitted, score_columns
+from pipeline.dataset.keys import RequestHasher
+from pipeline.output.answer_columns import arrow_type, fitted, plan_answer_columns
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer
@@ -137,7 +137,7 @@ def test_each_choice_is_checked_and_only_a_wrong_one_is_asked_for_again(server: 
     ],
 )
 def test_a_refusal_and_a_call_of_a_tool_are_no_answers_to_judge(choice: Choice, wrong: bool) -> None:
-    assert (mismatch(choice, GenerationParams(response_format=FORMAT), 0) is not None) == wrong
+    assert (schema_error(choice, GenerationParams(response_format=FORMAT), 0) is not None) == wrong
 
 
 def test_trouble_while_asking_again_is_told_as_what_it_is(server: ProviderServer) -> None:
@@ -187,8 +187,8 @@ def test_a_schema_alone_is_a_response_format() -> None:
 
 
 def key(**generation: Any) -> bytes:
-    keyer = Keyer(load_engine("echo").config, GenerationParams.parse(generation))
-    return keyer.key(Parsed([{"role": "user", "content": "x"}]), "f:1")
+    hasher = RequestHasher(load_engine("echo").config, GenerationParams.parse(generation))
+    return hasher.key(Parsed([{"role": "user", "content": "x"}]), "f:1")
 
 
 def test_schema_retries_are_no_part_of_what_is_asked_but_the_order_of_properties_is() -> None:
@@ -276,11 +276,11 @@ def test_pydantics_schemas_are_understood_and_one_that_refers_to_itself_is_text(
               "$defs": {"Detail": detail}}  # fmt: skip
     wanted = {"why": "detail.reason"}
     detail["properties"].pop("more")  # type: ignore[attr-defined]
-    [score] = score_columns(wanted, {"type": "json_schema", "json_schema": {"schema": schema}})
+    [score] = plan_answer_columns(wanted, {"type": "json_schema", "json_schema": {"schema": schema}})
     assert (score.name, score.path, score.type) == ("why", ("detail", "reason"), pa.string())
     endless = {"type": "object", "properties": {"n": {"type": "integer"}, "tree": {"$ref": "#/$defs/Tree"}},
                "$defs": {"Tree": tree}}  # fmt: skip
-    found = score_columns("schema", {"type": "json_schema", "json_schema": {"schema": endless}})
+    found = plan_answer_columns("schema", {"type": "json_schema", "json_schema": {"schema": endless}})
     assert [(score.name, score.type) for score in found] == [("n", pa.int64()), ("tree", None)]
 
 

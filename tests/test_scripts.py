@@ -16,7 +16,7 @@ from engines import Conversation, EngineConfig, GenerationParams, load_engine
 from engines.errors import EngineError
 from jobs import plan
 from pipeline.dataset.formats import RowParser
-from pipeline.dataset.keys import Keyer
+from pipeline.dataset.keys import RequestHasher
 from pipeline.storage.ledger import SEGMENT_SCHEMA, read_segment
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
@@ -121,10 +121,10 @@ def test_messages_with_several_of_the_user_stay_one_request(infer: Infer, write_
 
 
 def test_every_turn_is_part_of_the_identity() -> None:
-    keyer = Keyer(EngineConfig(kind="echo"), GenerationParams())
+    hasher = RequestHasher(EngineConfig(kind="echo"), GenerationParams())
 
     def key(row: dict[str, Any]) -> bytes:
-        return keyer.key(RowParser().parse(row), "f:1")
+        return hasher.key(RowParser().parse(row), "f:1")
 
     assert key({"turns": ["a", "b"]}) != key({"turns": ["a", "c"]}) != key({"turns": ["a"]})
     assert key({"turns": ["a"]}) == key({"prompt": "a"})

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engines.errors import ConfigError
-from pipeline.dataset.source import Chunk, Row, list_chunks, parquet_schema, read_chunk, read_table
+from pipeline.dataset.source import FileSplit, RawRow, list_file_splits, parquet_schema, read_file_split, read_table
 from pipeline.storage.filesystem import exists, resolve, write_atomic
 
 
@@ -29,11 +29,11 @@ def write(path: Path, data: bytes | str) -> Path:
     return path
 
 
-def rows(path: object, *, chunk_bytes: int = 64 << 20, **options: int) -> list[Row]:
+def rows(path: object, *, chunk_bytes: int = 64 << 20, **options: int) -> list[RawRow]:
     return [
         row
-        for chunk in list_chunks(path, chunk_bytes=chunk_bytes)
-        for batch in read_chunk(chunk, **options)
+        for file_split in list_file_splits(path, chunk_bytes=chunk_bytes)
+        for batch in read_file_split(file_split, **options)
         for row in batch
     ]
 
@@ -56,7 +56,7 @@ def one_error(tmp_path: Path, line: bytes, **options: int) -> str:
 
 
 def names(path: object) -> list[str]:
-    return [chunk.name for chunk in list_chunks(path)]
+    return [file_split.name for file_split in list_file_splits(path)]
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_a_directory_is_searched_recursively_in_order_without_hidden_files(tree:
 
 
 def test_a_trailing_slash_changes_nothing(tree: Path) -> None:
-    assert list_chunks(f"{tree}/") == list_chunks(str(tree))
+    assert list_file_splits(f"{tree}/") == list_file_splits(str(tree))
 
 
 def test_a_dataset_below_a_hidden_directory_is_read(tmp_path: Path) -> None:
@@ -138,28 +138,28 @@ def test_a_name_with_spaces_and_percent_signs_is_taken_as_it_is(tmp_path: Path) 
 
 def test_a_wrong_path_names_the_nearest_right_one(tree: Path) -> None:
     with pytest.raises(ConfigError, match=r"no file or directory '.*/aa\.jsonl' \(did you mean 'a\.jsonl'\?\)"):
-        list_chunks(f"{tree}/aa.jsonl")
+        list_file_splits(f"{tree}/aa.jsonl")
     with pytest.raises(ConfigError, match=r"nothing matches '.*/\*\.parquet' \(known: .*a\.jsonl"):
-        list_chunks(f"{tree}/*.parquet")
+        list_file_splits(f"{tree}/*.parquet")
     with pytest.raises(ConfigError, match=r"there is no file or directory"):
-        list_chunks([f"{tree}/a.jsonl", f"{tree}/nowhere/at/all.jsonl"])
+        list_file_splits([f"{tree}/a.jsonl", f"{tree}/nowhere/at/all.jsonl"])
 
 
 def test_a_directory_without_data_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path / "table.csv", "a,b\n")
     with pytest.raises(ConfigError, match=r"no \.jsonl or \.parquet file in '.*' \(known: table\.csv\)"):
-        list_chunks(str(tmp_path))
+        list_file_splits(str(tmp_path))
 
 
 @pytest.mark.parametrize("path", ["", [], [""]])
 def test_an_empty_path_is_refused(path: object) -> None:
     with pytest.raises(ConfigError, match=r"dataset\.path is empty"):
-        list_chunks(path)
+        list_file_splits(path)
 
 
 def test_an_unknown_scheme_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"nothing here reads 'nosuch://' paths"):
-        list_chunks("nosuch://bucket/x")
+        list_file_splits("nosuch://bucket/x")
 
 
 def test_a_scheme_whose_package_is_missing_says_which() -> None:
@@ -183,13 +183,13 @@ def test_files_elsewhere_are_found_through_fsspec() -> None:
     assert names(f"memory:/{root}/*/2.jsonl") == ["b/2.jsonl"]
     assert good(f"memory:/{root}/**/*.jsonl", chunk_bytes=8)[3] == {"from": "b/2.jsonl"}
     with pytest.raises(ConfigError, match=r"did you mean '1\.jsonl'"):
-        list_chunks(f"memory:/{root}/a/1.json")
+        list_file_splits(f"memory:/{root}/a/1.json")
 
 
 def test_chunks_are_small_to_send() -> None:
-    chunk = Chunk("s3://bucket/a/very/long/path/part-00000.jsonl", "part-00000.jsonl", "jsonl", 0, 1 << 40, 12)
-    assert pickle.loads(pickle.dumps(chunk)) == chunk
-    assert len(pickle.dumps([chunk] * 2)) < 500
+    file_split = FileSplit("s3://bucket/a/very/long/path/part-00000.jsonl", "part-00000.jsonl", "jsonl", 0, 1 << 40, 12)
+    assert pickle.loads(pickle.dumps(file_split)) == file_split
+    assert len(pickle.dumps([file_split] * 2)) < 500
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------------
@@ -264,13 +264,13 @@ def test_a_file_that_cannot_be_read_is_one_error_row_or_refused(
 ) -> None:
     bad = str(write(tmp_path / name, data))
     fine = str(write(tmp_path / "fine.jsonl", '{"a": 1}\n'))
-    chunk, other = list_chunks([bad, fine])
-    assert (chunk.kind, chunk.name, other.kind) == ("bad", name, "jsonl")
-    assert chunk.reason.startswith(reason)
-    assert list(read_chunk(chunk)) == [[Row(0, None, f"the file is {chunk.reason}")]]
+    file_split, other = list_file_splits([bad, fine])
+    assert (file_split.kind, file_split.name, other.kind) == ("bad", name, "jsonl")
+    assert file_split.reason.startswith(reason)
+    assert list(read_file_split(file_split)) == [[RawRow(0, None, f"the file is {file_split.reason}")]]
     for fails in ({"path": bad}, {"path": [fine, bad], "on_bad_input": "fail"}):
         with pytest.raises(ConfigError) as caught:
-            list_chunks(**fails)
+            list_file_splits(**fails)
         assert str(caught.value).startswith(f"{bad} is {reason}")
 
 
@@ -281,7 +281,7 @@ def test_empty_files_have_no_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": pa.array([], pa.int64())}), tmp_path / "d.parquet")
     write(tmp_path / "e.jsonl.gz", gzip.compress(b""))
     assert rows(str(tmp_path)) == []
-    assert {chunk.kind for chunk in list_chunks(str(tmp_path))} == {"jsonl", "parquet"}
+    assert {file_split.kind for file_split in list_file_splits(str(tmp_path))} == {"jsonl", "parquet"}
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -376,8 +376,8 @@ def test_a_line_over_the_limit_is_one_error_row_that_is_not_held_whole(tmp_path:
 @pytest.mark.parametrize("newline", [b"", b"\n"])
 def test_the_limit_is_exact_at_the_end_of_a_file_too(tmp_path: Path, newline: bytes) -> None:
     path = str(write(tmp_path / "in.jsonl", b'{"a": 1}' + newline))
-    assert rows(path, max_row_bytes=8) == [Row(0, {"a": 1}, None)]
-    assert rows(path, max_row_bytes=7) == [Row(0, None, "the line has 8 bytes, the limit is 7", b'{"a": 1}')]
+    assert rows(path, max_row_bytes=8) == [RawRow(0, {"a": 1}, None)]
+    assert rows(path, max_row_bytes=7) == [RawRow(0, None, "the line has 8 bytes, the limit is 7", b'{"a": 1}')]
 
 
 def test_the_last_line_of_an_oversized_file_without_a_newline_is_reported(tmp_path: Path) -> None:
@@ -395,20 +395,24 @@ def test_an_oversized_line_in_a_compressed_file_is_reported_too(tmp_path: Path) 
 
 def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     small = str(write(tmp_path / "small.jsonl", '{"a": 1}\n' * 4500))
-    assert [len(batch) for chunk in list_chunks(small) for batch in read_chunk(chunk)] == [2000, 2000, 500]
+    assert [len(batch) for file_split in list_file_splits(small) for batch in read_file_split(file_split)] == [
+        2000,
+        2000,
+        500,
+    ]
     large = str(write(tmp_path / "large.jsonl", (json.dumps({"a": "x" * (1 << 20)}) + "\n") * 40))
-    assert [len(batch) for chunk in list_chunks(large) for batch in read_chunk(chunk)] == [16, 16, 8]
+    assert [len(batch) for file_split in list_file_splits(large) for batch in read_file_split(file_split)] == [16, 16, 8]
 
 
 def test_a_file_that_vanishes_or_shrinks_after_listing_is_an_error_row(tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", '{"a": 1}\n{"a": 2}\n')
-    (chunk,) = list_chunks(str(path))
+    (file_split,) = list_file_splits(str(path))
     path.write_text('{"a": 1}\n')
-    first, last = (row for batch in read_chunk(chunk) for row in batch)
+    first, last = (row for batch in read_file_split(file_split) for row in batch)
     assert (first.columns, last.row) == ({"a": 1}, 1)
     assert last.error == "the file cannot be read: it ends at byte 9 of 18: rows from this line on are missing"
     path.unlink()
-    ((row,),) = read_chunk(chunk)
+    ((row,),) = read_file_split(file_split)
     assert row.row == 0 and row.error.startswith("the file cannot be read: ")
 
 
@@ -433,10 +437,10 @@ def test_cutting_a_file_anywhere_gives_the_same_rows(
 ) -> None:
     path = str(write(tmp_path / "in.jsonl", b'{"first": 1}\n' + b"\n".join(lines) + end))
     whole = rows(path, max_row_bytes=200)
-    chunks = list_chunks(path, chunk_bytes=chunk_bytes)
-    assert [row for c in chunks for b in read_chunk(c, max_row_bytes=200, batch_rows=3) for row in b] == whole
-    assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
-    assert all(chunk.stop > chunk.start for chunk in chunks)
+    file_splits = list_file_splits(path, chunk_bytes=chunk_bytes)
+    assert [row for c in file_splits for b in read_file_split(c, max_row_bytes=200, batch_rows=3) for row in b] == whole
+    assert [file_split.start for file_split in file_splits[1:]] == [file_split.stop for file_split in file_splits[:-1]]
+    assert all(file_split.stop > file_split.start for file_split in file_splits)
 
 
 @pytest.mark.parametrize("block", [4, 7, 64, 1000])
@@ -529,9 +533,9 @@ def test_parquet_values_keep_their_types(tmp_path: Path) -> None:
         "day": datetime.date(2024, 1, 1),
     }
     assert set(second.values()) == {None}
-    (chunk,) = list_chunks(path)
-    (batch,) = read_table(chunk)
-    assert batch.schema.types == parquet_schema(chunk).types
+    (file_split,) = list_file_splits(path)
+    (batch,) = read_table(file_split)
+    assert batch.schema.types == parquet_schema(file_split).types
     assert batch.schema.field("when").type == pa.timestamp("ns")
 
 
@@ -550,9 +554,9 @@ def test_a_row_with_a_value_python_cannot_hold_is_an_error(tmp_path: Path) -> No
 def test_row_groups_are_grouped_and_rows_numbered_through_the_file(tmp_path: Path) -> None:
     path = str(tmp_path / "in.parquet")
     pq.write_table(pa.table({"i": list(range(1000))}), path, row_group_size=100)
-    assert [(c.start, c.stop, c.first_row) for c in list_chunks(path)] == [(0, 10, 0)]
-    chunks = list_chunks(path, chunk_bytes=1)
-    assert [(c.start, c.stop, c.first_row) for c in chunks] == [(i, i + 1, 100 * i) for i in range(10)]
+    assert [(c.start, c.stop, c.first_row) for c in list_file_splits(path)] == [(0, 10, 0)]
+    file_splits = list_file_splits(path, chunk_bytes=1)
+    assert [(c.start, c.stop, c.first_row) for c in file_splits] == [(i, i + 1, 100 * i) for i in range(10)]
     for size in (1, 2000, 3000):
         found = rows(path, chunk_bytes=size, batch_rows=30)
         assert [row.row for row in found] == [row.columns["i"] for row in found] == list(range(1000))
@@ -561,9 +565,9 @@ def test_row_groups_are_grouped_and_rows_numbered_through_the_file(tmp_path: Pat
 def test_tables_and_rows_come_in_the_same_batches(tmp_path: Path) -> None:
     path = str(tmp_path / "in.parquet")
     pq.write_table(pa.table({"s": ["x" * 100_000] * 500}), path, row_group_size=300, use_dictionary=False)
-    (chunk,) = list_chunks(path)
-    sizes = [len(batch) for batch in read_chunk(chunk)]
-    assert sizes == [batch.num_rows for batch in read_table(chunk)]
+    (file_split,) = list_file_splits(path)
+    sizes = [len(batch) for batch in read_file_split(file_split)]
+    assert sizes == [batch.num_rows for batch in read_table(file_split)]
     assert sum(sizes) == 500 and max(sizes) < 200  # 16 MB, not 2000 rows
 
 
@@ -576,32 +580,32 @@ def test_a_damaged_row_group_is_one_error_and_the_others_are_read(tmp_path: Path
     start = column.data_page_offset
     data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(bytes(data))
-    (chunk,) = list_chunks(str(path))
-    found = [row for batch in read_chunk(chunk) for row in batch]
+    (file_split,) = list_file_splits(str(path))
+    found = [row for batch in read_file_split(file_split) for row in batch]
     errors = [row for row in found if row.error]
     assert [(row.row, row.columns) for row in errors] == [(1000, None)]
     assert errors[0].error.startswith("the Parquet file is damaged (")
     assert errors[0].error.endswith("): its rows 1,000 to 1,999 are missing")
     assert [row.row for row in found if not row.error] == [*range(1000), *range(2000, 3000)]
-    assert [batch.num_rows for batch in read_table(chunk)] == [len(batch) for batch in read_chunk(chunk)]
-    assert [batch.num_rows for batch in read_table(chunk)].count(1) == 1
+    assert [batch.num_rows for batch in read_table(file_split)] == [len(batch) for batch in read_file_split(file_split)]
+    assert [batch.num_rows for batch in read_table(file_split)].count(1) == 1
 
 
 def test_a_parquet_file_that_vanishes_is_an_error_row(tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     pq.write_table(pa.table({"i": [1]}), path)
-    (chunk,) = list_chunks(str(path))
+    (file_split,) = list_file_splits(str(path))
     path.unlink()
-    ((row,),) = read_chunk(chunk)
+    ((row,),) = read_file_split(file_split)
     assert row.error.startswith("the Parquet file cannot be read (")
-    assert [batch.num_rows for batch in read_table(chunk)] == [1]
+    assert [batch.num_rows for batch in read_table(file_split)] == [1]
 
 
 def test_a_file_with_two_columns_of_one_name_is_not_read(tmp_path: Path) -> None:
     path = str(tmp_path / "in.parquet")
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
     with pytest.raises(ConfigError, match="is a Parquet file with two columns of one name"):
-        list_chunks(path)
+        list_file_splits(path)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 
 from engines.errors import ConfigError
 from engines.types import Completion
-from pipeline.dataset.source import list_chunks
+from pipeline.dataset.source import list_file_splits
 from pipeline.storage.filesystem import exists, listing, resolve, write_atomic
 from pipeline.storage.ledger import Record, list_segments, write_segment
 from pipeline.storage.ledger_index import read_index
@@ -177,7 +177,10 @@ def test_files_and_directories_are_told_apart(store: Store) -> None:
         there["_segments"] = "Directory"
     assert there == {"_segments": "Directory", "empty": "File", "two words.jsonl": "File"}
     assert listing(fs, root + "/none") == [] and not exists(fs, root + "/none")
-    assert [chunk.name for chunk in list_chunks(store.uri("a/out*/*.jsonl"))] == ["out-1/x.jsonl", "out/two words.jsonl"]
+    assert [chunk.name for chunk in list_file_splits(store.uri("a/out*/*.jsonl"))] == [
+        "out-1/x.jsonl",
+        "out/two words.jsonl",
+    ]
     with fs.open_input_file(root + "/two words.jsonl") as file:
         assert file.size() == 9 and file.read() == b"{}\n" * 3 and file.read_at(2, 3) == b"{}"
     fs.delete_file(root + "/_segments/y.jsonl")

@@ -14,8 +14,8 @@ from engines.base import Engine
 from engines.errors import EngineError
 from engines.params import GenerationParams
 from engines.remote import anthropic_messages, openai_chat
-from engines.remote.sse import Events
-from engines.text import settled
+from engines.remote.sse import SSEParser
+from engines.text import safe_prefix_length
 from engines.types import Delta, to_request
 from tests.conftest import ask
 from tests.provider_server import ProviderServer
@@ -47,7 +47,7 @@ def joined(pieces: list[Delta], index: int = 0) -> str:
      ("aaab", ["aab!"], 1), ("a<tool", ["<tool_call>"], 1)],
 )  # fmt: skip
 def test_what_may_become_a_stop_text_is_held_back(text: str, marks: list[str], end: int) -> None:
-    assert settled(text, marks) == end
+    assert safe_prefix_length(text, marks) == end
 
 
 # -- llama.cpp ----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_who_stops_reading_stops_the_engine(llama: Engine) -> None:
         items = llama.stream(to_request(ask(STORY), GenerationParams(max_tokens=400)))
         assert isinstance(await anext(items), Delta)
         await items.aclose()
-        while any(slot.running for slot in llama.slots):  # type: ignore[attr-defined]
+        while any(slot.running for slot in llama.semaphore):  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(read_a_little(), 60))
@@ -193,7 +193,7 @@ class Told:
 
 def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
     told = Told()
-    events = Events(openai_chat.Joined(), told)  # type: ignore[arg-type]
+    events = SSEParser(openai_chat.ChatAccumulator(), told)  # type: ignore[arg-type]
     start = {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x"'}}
     deltas: list[dict[str, Any]] = [
         {"reasoning_content": "Hm"}, {"reasoning_content": "m."}, {"tool_calls": [start]},
@@ -217,7 +217,7 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
 
 def test_anthropics_calls_and_thoughts_are_joined() -> None:
     told = Told()
-    events = Events(anthropic_messages.Joined(), told)  # type: ignore[arg-type]
+    events = SSEParser(anthropic_messages.MessagesAccumulator(), told)  # type: ignore[arg-type]
     found: list[dict[str, Any]] = [
         {"type": "message_start", "message": {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}},
         {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
@@ -242,7 +242,7 @@ def test_anthropics_calls_and_thoughts_are_joined() -> None:
 @pytest.mark.parametrize("line", [b"data: {", b"data: []", b'data: {"choices": [1]}', b'data: {"choices": [{"delta": 1}]}'])
 def test_what_is_no_event_is_a_bad_response(line: bytes) -> None:
     with pytest.raises(EngineError, match="an event cannot be read"):
-        Events(openai_chat.Joined(), Told()).feed(line + b"\n")  # type: ignore[arg-type]
+        SSEParser(openai_chat.ChatAccumulator(), Told()).feed(line + b"\n")  # type: ignore[arg-type]
 
 
 def orjson_of(value: Any) -> bytes:
@@ -252,7 +252,7 @@ def orjson_of(value: Any) -> bytes:
 
 
 def test_a_call_with_an_absurd_number_takes_no_memory() -> None:
-    joined = openai_chat.Joined()
+    joined = openai_chat.ChatAccumulator()
     piece = {"index": 4_000_000_000, "function": {"name": "x", "arguments": "{}"}}
     list(joined.add({"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]}))
     (choice,) = joined.payload()["choices"]

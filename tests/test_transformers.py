@@ -228,7 +228,7 @@ def test_draws_follow_the_distribution_that_the_settings_leave(engine: Transform
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     from engines.local.transformers import _choose
-    from engines.local.transformers_row import _Row
+    from engines.local.transformers_row import GenerationRow
 
     torch.manual_seed(0)
     vocab = 1000
@@ -250,7 +250,7 @@ def test_draws_follow_the_distribution_that_the_settings_leave(engine: Transform
     for settings, warpers in cases:
         params = GenerationParams(temperature=0.8, **settings)
         generators = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-        rows = [_Row([0], params, 1, frozenset(), generator) for generator in generators]
+        rows = [GenerationRow([0], params, 1, frozenset(), generator) for generator in generators]
         chosen = _choose(rows, logits.expand(draws, -1))
         expected = logits / 0.8
         for warper in warpers:

@@ -21,7 +21,7 @@ from engines.params import GenerationParams
 from engines.text import check_kwargs, one_line
 
 if TYPE_CHECKING:
-    from engines.local.transformers_row import _Row
+    from engines.local.transformers_row import GenerationRow
 
 # Of the free memory, after the model: the engine's own batches need some, too.
 _MEMORY_PERCENT = 0.7
@@ -55,16 +55,16 @@ def suits(model: Any) -> bool:
 class Continuous:
     """Takes rows and settles them; gives `back` those that the library fails at. Used from one thread."""
 
-    def __init__(self, model: Any, options: dict[str, Any], back: Callable[[_Row], None]) -> None:
+    def __init__(self, model: Any, options: dict[str, Any], back: Callable[[GenerationRow], None]) -> None:
         self.model, self.options, self.back = model, options, back
         self.manager: Any = None
         self.settings: _Settings | None = None
         self.broken = False
         self.number = 0
         self.lock = threading.Lock()  # around `rows`, which the results' thread empties
-        self.rows: dict[str, _Row] = {}
+        self.rows: dict[str, GenerationRow] = {}
 
-    def take(self, row: _Row) -> bool:
+    def take(self, row: GenerationRow) -> bool:
         """Whether the row is in good hands now."""
         settings = _settings(row.params)
         if self.broken or settings is None or (self.settings is not None and settings != self.settings):
@@ -151,7 +151,7 @@ class Continuous:
         for row in left:
             self.back(row)
 
-    def _finish(self, row: _Row, output: Any) -> None:
+    def _finish(self, row: GenerationRow, output: Any) -> None:
         if output.error is not None:
             return self.back(row)
         row.tokens += output.generated_tokens

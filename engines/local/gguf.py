@@ -197,7 +197,7 @@ class Log:
 log = Log()
 
 
-class Vocabulary:
+class Tokenizer:
     """The tokens and the chat template of a loaded model (llama.cpp's pointer, which stays its owner's)."""
 
     def __init__(self, model: Any) -> None:
@@ -243,7 +243,7 @@ class Vocabulary:
         return piece
 
 
-class Header:
+class GGUFMetadata:
     """What a GGUF file says of itself, read without its weights."""
 
     def __init__(self, path: Path) -> None:
@@ -256,7 +256,7 @@ class Header:
         self.model = model  # for as long as this process runs: it is small, and one
         self.parameters = int(L.llama_model_n_params(model))
         self.bytes = int(L.llama_model_size(model))
-        self.vocabulary = Vocabulary(model)
+        self.vocabulary = Tokenizer(model)
 
     def get(self, name: str) -> str | None:
         """A value of the metadata as text, such as `general.architecture`; `*.block_count` is that of the architecture.

@@ -60,7 +60,7 @@ import numpy as np
 from engines.local.gguf import (
     CONTEXT_KWARGS,
     MODEL_KWARGS,
-    Vocabulary,
+    Tokenizer,
     check_gguf_kwargs,
     context_of,
     log,
@@ -77,8 +77,8 @@ import llama_cpp as L
 from engines.base import Engine
 from engines.errors import ConfigError, EngineError, invalid
 from engines.local.chat_template import ChatTemplate
-from engines.local.llamacpp_sampling import _Batch, _Candidates, _Sampler
-from engines.text import TOOL_CALL, parse_tool_calls, settled
+from engines.local.llamacpp_sampling import Candidates, Sampler, TokenBatch
+from engines.text import TOOL_CALL, parse_tool_calls, safe_prefix_length
 from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Delta, FinishReason, Request, Stream, Usage, answer
 
 # Each takes `n_ctx` tokens of cache; a CPU gains little from more.
@@ -97,7 +97,7 @@ class _Sequence:
 
     prompt: list[int]
     limit: int  # tokens it may generate
-    sampler: _Sampler
+    sampler: Sampler
     stop: list[str]
     stop_ids: frozenset[int]
     logprobs: int | None
@@ -128,9 +128,9 @@ class _Sequence:
             self.text = self.text[: min(places)]
         return bool(places)
 
-    def tell(self, stream: Stream) -> None:
+    def send(self, stream: Stream) -> None:
         """Passes on what nothing that may follow can take back. The end of the text comes with the answer itself."""
-        end = settled(self.text, self.marks)
+        end = safe_prefix_length(self.text, self.marks)
         if end > self.sent:
             stream.put(Delta(self.text[self.sent : end], index=self.index))
             self.sent = end
@@ -165,7 +165,7 @@ class LlamaCppEngine(Engine):
     model: Any
     context: Any
     adapter: Any
-    vocabulary: Vocabulary
+    vocabulary: Tokenizer
     vocab: Any
     memory: Any
     n_vocab: int
@@ -177,9 +177,9 @@ class LlamaCppEngine(Engine):
     unified: bool
     slots: list[_Slot]
     filling: list[_Slot]  # those whose prompt is not evaluated yet, in the order of their admission
-    filler: int  # a token that keeps another company
-    batch: _Batch
-    candidates: _Candidates
+    padding_token: int  # a token that keeps another company
+    batch: TokenBatch
+    candidates: Candidates
     turn: int
 
     def _load(self) -> None:
@@ -241,10 +241,10 @@ class LlamaCppEngine(Engine):
         self.model = L.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise ConfigError(f"engine.model: {path} cannot be loaded{log.reason()}")
-        self.vocabulary = Vocabulary(self.model)
+        self.vocabulary = Tokenizer(self.model)
         self.vocab = self.vocabulary.vocab
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
-        self.filler = max(0, L.llama_vocab_bos(self.vocab))
+        self.padding_token = max(0, L.llama_vocab_bos(self.vocab))
         self.eog = frozenset(t for t in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, t))
 
     def _load_context(self, path: Path, kwargs: dict[str, Any]) -> None:
@@ -283,8 +283,8 @@ class LlamaCppEngine(Engine):
         windowed = L.llama_model_n_swa(self.model) > 0 and not params.swa_full
         recurrent = L.llama_model_is_recurrent(self.model) or L.llama_model_is_hybrid(self.model)
         self.prefixes = not (windowed or recurrent)
-        self.batch = _Batch(self.n_batch)
-        self.candidates = _Candidates(self.n_vocab)
+        self.batch = TokenBatch(self.n_batch)
+        self.candidates = Candidates(self.n_vocab)
 
     def _load_adapter(self, kwargs: dict[str, Any]) -> None:
         if not self.config.adapter:
@@ -324,7 +324,7 @@ class LlamaCppEngine(Engine):
             _Sequence(
                 prompt,
                 limit,
-                _Sampler(self.vocab, self.n_vocab, g, prompt, seed + i, limit),
+                Sampler(self.vocab, self.n_vocab, g, prompt, seed + i, limit),
                 g.stop or [],
                 frozenset(g.stop_token_ids or ()),
                 g.logprobs,
@@ -479,24 +479,24 @@ class LlamaCppEngine(Engine):
         batch.n = 0
         running = [slot.running is not None and slot.running.last >= 0 for slot in self.slots]
         outputs: list[tuple[int, _Slot]] = []
-        company: list[_Slot] = []
+        padding: list[_Slot] = []
         for i, slot in enumerate(self.slots):
             sequence = slot.running
             if sequence is not None and running[i]:
                 outputs.append((batch.n, slot))
                 batch.add([sequence.last], len(slot.tokens), slot.id, True)
                 slot.tokens.append(sequence.last)
-            elif self.prefixes and self._is_company(i, running) and len(slot.tokens) < self.n_ctx:
-                company.append(slot)
-                batch.add([self.filler], len(slot.tokens), slot.id, True)
+            elif self.prefixes and self._is_padding(i, running) and len(slot.tokens) < self.n_ctx:
+                padding.append(slot)
+                batch.add([self.padding_token], len(slot.tokens), slot.id, True)
         if outputs:
             self._decode()
-            for slot in company:
+            for slot in padding:
                 L.llama_memory_seq_rm(self.memory, slot.id, len(slot.tokens), -1)
             self._sample(outputs)
 
     @staticmethod
-    def _is_company(i: int, running: list[bool]) -> bool:
+    def _is_padding(i: int, running: list[bool]) -> bool:
         """Whether the slot before, or at the end the one after, has no neighbour of its own."""
         padded = [False, False, *running, False, False]
         j = i + 2
@@ -581,7 +581,7 @@ class LlamaCppEngine(Engine):
             with contextlib.suppress(Exception):  # cancelled meanwhile
                 sequence.future.set_result(sequence)
         elif sequence.stream is not None:
-            sequence.tell(sequence.stream)
+            sequence.send(sequence.stream)
 
     def _release(self, slot: _Slot) -> None:
         if slot.running is not None:

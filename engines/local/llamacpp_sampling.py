@@ -18,7 +18,7 @@ from engines.local.grammar import to_gbnf
 from engines.params import GenerationParams
 
 
-class _Sampler:
+class Sampler:
     """How one answer's tokens are picked. Owned by the loop thread once its sequence is admitted."""
 
     def __init__(self, vocab: Any, n_vocab: int, g: GenerationParams, prompt: list[int], seed: int, limit: int) -> None:
@@ -76,7 +76,7 @@ class _Sampler:
     __del__ = free
 
 
-class _Candidates:
+class Candidates:
     """llama.cpp's array of (id, logit, probability), over one buffer that is filled anew for each use."""
 
     def __init__(self, n_vocab: int) -> None:
@@ -99,7 +99,7 @@ class _Candidates:
         chosen = self.buffer[at]
         return int(chosen["id"]), float(chosen["logit"])
 
-    def pick(self, sampler: _Sampler, row: Any) -> int:
+    def pick(self, sampler: Sampler, row: Any) -> int:
         """One token of a sampler with a grammar.
 
         The grammar looks at one token before it looks at all of them (7 ms for 49,152): most picks are allowed.
@@ -121,7 +121,7 @@ class _Candidates:
         return token
 
 
-class _Batch:
+class TokenBatch:
     """A `llama_batch` over numpy arrays: filling it is a slice assignment, not a Python loop over ctypes."""
 
     def __init__(self, size: int) -> None:

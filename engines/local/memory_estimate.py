@@ -111,18 +111,18 @@ def _is_gguf(config: EngineConfig) -> bool:
 
 
 def _header(config: EngineConfig) -> Any:
-    from engines.local.gguf import Header, resolve_model
+    from engines.local.gguf import GGUFMetadata, resolve_model
 
-    return Header(resolve_model(config, config.kwargs.get("filename")))
+    return GGUFMetadata(resolve_model(config, config.kwargs.get("filename")))
 
 
 def _of_gguf(config: EngineConfig) -> Footprint:
     from engines.local.gguf import check_gguf_kwargs, context_of, requantize_to
 
-    header, kwargs = _header(config), config.kwargs
+    metadata, kwargs = _header(config), config.kwargs
 
     def number(name: str, default: float = 0) -> float:
-        value = json.loads(header.get(f"*.{name}") or str(default))
+        value = json.loads(metadata.get(f"*.{name}") or str(default))
         return sum(value) / len(value) if isinstance(value, list) else value  # a list has one for each layer
 
     heads = int(number("attention.head_count", 1))
@@ -134,13 +134,13 @@ def _of_gguf(config: EngineConfig) -> Footprint:
     trained, kind = int(number("context_length")), requantize_to(config)
     own = config.kind == "llamacpp"  # vLLM takes GGUF files too
     return Footprint(
-        header.parameters,
+        metadata.parameters,
         heads,
         max(1, math.ceil(kv_heads)),
         context_of(check_gguf_kwargs(kwargs), trained) if own else kwargs.get("max_model_len") or trained,
         number("block_count") * kv_heads * kv_bits / 8,
-        weight_bytes=weights_bytes(header.parameters, _ggml_bits(kind)) if kind else header.bytes,
-        numbers=kind or f"{header.bytes * 8 / header.parameters:.1f} bits a parameter",
+        weight_bytes=weights_bytes(metadata.parameters, _ggml_bits(kind)) if kind else metadata.bytes,
+        numbers=kind or f"{metadata.bytes * 8 / metadata.parameters:.1f} bits a parameter",
         counted=True,
     )
 
@@ -197,12 +197,12 @@ def _quantised(about: Any) -> int | None:
     if not isinstance(about, Mapping):
         return None
     groups = about.get("config_groups") or {}  # compressed-tensors' way
-    told = [about.get("bits"), *(group["weights"].get("num_bits") for group in groups.values() if group.get("weights"))]
-    told += [bits for bits in (4, 8) if about.get(f"load_in_{bits}bit")]
+    widths = [about.get("bits"), *(group["weights"].get("num_bits") for group in groups.values() if group.get("weights"))]
+    widths += [bits for bits in (4, 8) if about.get(f"load_in_{bits}bit")]
     method = about.get("quant_method") or about.get("quantization")
     if isinstance(method, str):  # fp8, mxfp4, …; awq, gptq and bitsandbytes mostly have 4
-        told.append(8 if "8" in method else 4)
-    return next((bits for bits in told if isinstance(bits, int)), None)
+        widths.append(8 if "8" in method else 4)
+    return next((bits for bits in widths if isinstance(bits, int)), None)
 
 
 def _shape(about: Mapping[str, Any], path: Path) -> tuple[Footprint, int]:
@@ -312,9 +312,9 @@ def _stored(folder: Path, config: EngineConfig) -> Counter[str] | None:
             return Counter(get_safetensors_metadata(str(config.model), revision=config.revision).parameter_count)
         for file in files:
             with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            header.pop("__metadata__", None)
-            for tensor in header.values():
+                metadata = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            metadata.pop("__metadata__", None)
+            for tensor in metadata.values():
                 counts[tensor["dtype"]] += math.prod(tensor["shape"])
     except Exception:  # no network, no such file, a pointer of Git LFS, …: the dimensions tell as well, nearly
         return None

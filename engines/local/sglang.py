@@ -103,8 +103,8 @@ class SGLangOfflineEngine(RemoteEngine):
 
     def _reason(self) -> str:
         lines = Path(self.log.name).read_text(errors="replace").splitlines() or ["it said nothing"]
-        told = [line for line in lines if re.search(r"(Error|Exception|error): ", line)]
-        return one_line(Exception((told or lines)[-1]))
+        errors = [line for line in lines if re.search(r"(Error|Exception|error): ", line)]
+        return one_line(Exception((errors or lines)[-1]))
 
     def _watch(self) -> None:
         self.server.wait()

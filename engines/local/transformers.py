@@ -50,7 +50,7 @@ from engines.errors import ConfigError, EngineError, invalid
 from engines.local.continuous_batching import Continuous
 from engines.local.continuous_batching import check as check_continuous
 from engines.local.continuous_batching import suits as suits_continuous
-from engines.local.transformers_row import _Row
+from engines.local.transformers_row import GenerationRow
 from engines.local.vision import Vision, has_images, sees, shapes, together
 from engines.params import GenerationParams
 from engines.text import check_kwargs, cut_at_stop, for_template, load_chat_template, one_line, parse_tool_calls
@@ -88,8 +88,8 @@ class TransformersEngine(Engine):
         transformers.utils.logging.disable_progress_bar()
         self._load_model(_place("engine.model", self.config.model))
         self.device: torch.device = self.model.device
-        self.inbox: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()  # None: look whether the engine is closed
-        self.waiting: list[_Row] = []  # out of the inbox, in no batch yet; the thread's own
+        self.inbox: queue.SimpleQueue[GenerationRow | None] = queue.SimpleQueue()  # None: look whether the engine is closed
+        self.waiting: list[GenerationRow] = []  # out of the inbox, in no batch yet; the thread's own
         self.closed = False
         self.thread = threading.Thread(target=self._work, name="eagleray-transformers", daemon=True)
         self.thread.start()
@@ -182,7 +182,7 @@ class TransformersEngine(Engine):
         usage = Usage(input=len(rows[0].prompt), output=sum(len(row.tokens) for row in rows))
         return Completion([self._choice(row) for row in rows], usage)
 
-    def _rows(self, request: Request) -> list[_Row]:
+    def _rows(self, request: Request) -> list[GenerationRow]:
         """The request, tokenised and checked before anything is spent on it, as one row for each of its answers."""
         params = request.generation
         if params.repetition_penalty == 0:
@@ -201,7 +201,7 @@ class TransformersEngine(Engine):
         stop_ids = self.eos | stop_tokens | frozenset(params.stop_token_ids or ())
         seed = random.getrandbits(62) if params.seed is None else params.seed
         generators = [torch.Generator(self.device).manual_seed((seed + i) % 2**63) for i in range(params.n or 1)]
-        return [_Row(prompt, params, limit, stop_ids, generator, images) for generator in generators]
+        return [GenerationRow(prompt, params, limit, stop_ids, generator, images) for generator in generators]
 
     def _prompt(self, messages: list[Message], params: GenerationParams) -> tuple[list[int], dict[str, torch.Tensor]]:
         if params.tool_choice not in (None, "auto", "none"):
@@ -232,7 +232,7 @@ class TransformersEngine(Engine):
             raise invalid("the chat template makes an empty prompt of these messages")
         return prompt, images
 
-    def _choice(self, row: _Row) -> Choice:
+    def _choice(self, row: GenerationRow) -> Choice:
         text = cut_at_stop(self._text(row.tokens), row.params.stop or ())
         if row.finish == "length":
             text = text.rstrip("\ufffd")  # cut within a character
@@ -258,7 +258,7 @@ class TransformersEngine(Engine):
     # --- what follows runs in the engine's own thread
 
     def _work(self) -> None:
-        rows: list[_Row] = []
+        rows: list[GenerationRow] = []
         while not self.closed:
             rows = self._next_batch()
             try:
@@ -282,12 +282,12 @@ class TransformersEngine(Engine):
                 if row is not None and (row.failed or not self.continuous or not self.continuous.take(row)):
                     self.waiting.append(row)
 
-    def _hand_back(self, row: _Row) -> None:
+    def _hand_back(self, row: GenerationRow) -> None:
         """For a row that transformers' continuous batching fails at; from any thread."""
         row.failed = True
         self.inbox.put(row)
 
-    def _next_batch(self) -> list[_Row]:
+    def _next_batch(self) -> list[GenerationRow]:
         """The oldest waiting row, so that nobody starves, and those near to it in length and alike in their images.
 
         Cut from all that wait, sorted by length: taking the nearest ones would leave both ends for the last batch.
@@ -306,7 +306,7 @@ class TransformersEngine(Engine):
         self.waiting = [row for row in self.waiting if row not in batch]
         return batch
 
-    def _run(self, rows: list[_Row]) -> None:
+    def _run(self, rows: list[GenerationRow]) -> None:
         """Decodes `rows`, in halves where the device has no memory for all of them; what they have so far they keep."""
         rows = [row for row in rows if not row.future.done()]
         if not rows:
@@ -328,7 +328,7 @@ class TransformersEngine(Engine):
             self._run(rows[: len(rows) // 2])
             self._run(rows[len(rows) // 2 :])
 
-    def _decode(self, rows: list[_Row]) -> None:
+    def _decode(self, rows: list[GenerationRow]) -> None:
         texts = [torch.tensor(row.prompt + row.tokens, device=self.device) for row in rows]
         ids = pad_sequence(texts, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
@@ -363,7 +363,7 @@ class TransformersEngine(Engine):
                 ids, mask, positions = ids[index], mask[index], positions[..., index, :]
                 cache.reorder_cache(index)  # like `batch_select_indices`, but every kind of cache layer has it
 
-    def _advance(self, row: _Row, token: int, logits: torch.Tensor) -> None:
+    def _advance(self, row: GenerationRow, token: int, logits: torch.Tensor) -> None:
         """One token more for `row`; settles it where this was the last. `logits` are those the model gave."""
         if token in row.stop_ids:
             return row.settle()
@@ -376,7 +376,7 @@ class TransformersEngine(Engine):
             row.finish = "length"
             row.settle()
 
-    def _stopped(self, row: _Row) -> bool:
+    def _stopped(self, row: GenerationRow) -> bool:
         """Whether a stop text is complete. A token is one byte or more, so the last tokens tell."""
         stops = row.params.stop
         if not stops:
@@ -401,7 +401,7 @@ class TransformersEngine(Engine):
         return {**entry(token, logprobs[token].item()), "top_logprobs": top}
 
 
-def _choose(rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
+def _choose(rows: list[GenerationRow], logits: torch.Tensor) -> torch.Tensor:
     """One token for each row, by its own settings and random numbers. Rows of equal settings are filtered together."""
     scores = logits.clone()
     sampled: dict[tuple[Any, ...], list[int]] = {}
@@ -421,7 +421,7 @@ def _choose(rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
     return chosen
 
 
-def _penalise(row: _Row, scores: torch.Tensor) -> None:
+def _penalise(row: GenerationRow, scores: torch.Tensor) -> None:
     """Changes one row's scores by its bias and penalties. Repetition counts the prompt in, as in transformers; the
     other two count the answer only, as OpenAI does."""
     p = row.params

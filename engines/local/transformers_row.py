@@ -14,7 +14,7 @@ from engines.types import FinishReason
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
+class GenerationRow:
     """One answer in the making; a request has `n` of them."""
 
     prompt: list[int]
@@ -27,7 +27,7 @@ class _Row:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: FinishReason = "stop"
     failed: bool = False  # transformers' continuous batching, at this row
-    future: Future[_Row] = field(default_factory=Future)  # done, too, when whoever asked gave up
+    future: Future[GenerationRow] = field(default_factory=Future)  # done, too, when whoever asked gave up
 
     def settle(self, error: BaseException | None = None) -> None:
         """Hands the outcome to whoever waits for it, if anybody still does."""

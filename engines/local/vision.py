@@ -20,7 +20,7 @@ from engines.text import for_template, one_line
 from engines.types import Message
 
 if TYPE_CHECKING:
-    from engines.local.transformers_row import _Row
+    from engines.local.transformers_row import GenerationRow
 
 _FETCH_S = 60.0
 # Models that look at the images anew with each token (Llama 3.2 Vision, the first Idefics) want these kept up.
@@ -70,14 +70,14 @@ class Vision:
         return found["input_ids"][0].tolist(), inputs
 
 
-def shapes(row: _Row) -> tuple[Any, ...]:
+def shapes(row: GenerationRow) -> tuple[Any, ...]:
     """What rows of one batch have in common: each processor's own way to pad images of other shapes is not for us."""
     return tuple(
         (name, None if _per_token(row, value) else tuple(value.shape[1:])) for name, value in sorted(row.images.items())
     )
 
 
-def together(rows: Sequence[_Row], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def together(rows: Sequence[GenerationRow], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The images' inputs of a batch: what goes with the tokens padded at the left like them, the rest one after another."""
     batch = {}
     for name, first in rows[0].images.items():
@@ -91,7 +91,7 @@ def together(rows: Sequence[_Row], device: torch.device, dtype: torch.dtype) -> 
     return batch
 
 
-def _per_token(row: _Row, value: torch.Tensor) -> bool:
+def _per_token(row: GenerationRow, value: torch.Tensor) -> bool:
     return tuple(value.shape) == (1, len(row.prompt))
 
 

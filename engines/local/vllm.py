@@ -39,7 +39,7 @@ from engines.local import process_guard
 from engines.remote import openai_chat
 from engines.remote.errors import failure
 from engines.remote.provider import Provider
-from engines.remote.sse import Events
+from engines.remote.sse import SSEParser
 from engines.text import one_line
 from engines.types import DEFAULT_MAX_TOKENS, Completion, Request
 
@@ -53,7 +53,7 @@ PROVIDER = Provider(
 )
 
 
-class _Turns:
+class AdapterGate:
     """Keeps rows with an adapter and rows without one from being in the engine together.
 
     On CPU vLLM gives the latter the last adapter's weights, without a word (vllm-project/vllm, pull request 48421).
@@ -157,7 +157,7 @@ class VLLMEngine(Engine):
         self.max_model_len = vllm_config.model_config.max_model_len
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.lora = vllm_config.lora_config is not None
-        self.turns = _Turns() if self.lora and current_platform.is_cpu() else None
+        self.turns = AdapterGate() if self.lora and current_platform.is_cpu() else None
         if self.config.adapter is not None:
             try:
                 await self._adapter(self.config.adapter)
@@ -192,10 +192,10 @@ class VLLMEngine(Engine):
         try:
             answer = await self.state.openai_serving_chat.create_chat_completion(ChatCompletionRequest.model_validate(body))
             if request.stream is not None and not isinstance(answer, ErrorResponse):
-                events = Events(openai_chat.Joined(), request.stream)
+                parser = SSEParser(openai_chat.ChatAccumulator(), request.stream)
                 async for event in answer:
-                    events.feed(event.encode())
-                answer = events.payload()
+                    parser.feed(event.encode())
+                answer = parser.payload()
                 if error := answer.get("error"):
                     answer = ErrorResponse(error=error)
         except EngineError:

@@ -183,7 +183,7 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
     )
 
 
-class Joined:
+class MessagesAccumulator:
     """A streamed answer's events, joined to what a plain answer is (see `engines.remote.sse`)."""
 
     def __init__(self) -> None:

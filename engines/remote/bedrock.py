@@ -10,7 +10,7 @@ from typing import Any
 from engines.errors import ConfigError, EngineError, ErrorType
 from engines.remote import bedrock_converse, openai_chat
 from engines.remote.auth import Auth
-from engines.remote.concurrency import Endpoint, Endpoints
+from engines.remote.concurrency import Endpoint, EndpointPool
 from engines.remote.engine import RemoteEngine
 from engines.remote.errors import failure
 from engines.types import Completion, Request
@@ -46,7 +46,7 @@ class BedrockEngine(RemoteEngine):
             self.client: Any = session.client("bedrock-runtime", endpoint_url=urls[0], config=settings)
         except BotoCoreError as error:
             raise ConfigError(f"engine=bedrock: {' '.join(str(error).split())}") from None
-        self.endpoints = Endpoints([self.client.meta.endpoint_url])
+        self.endpoints = EndpointPool([self.client.meta.endpoint_url])
         self.headers: dict[str, str] = {}
         self.threads = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="bedrock")
 

@@ -13,17 +13,17 @@ FAILURES_TO_OPEN = 10
 PROBE_FIRST_S, PROBE_MOST_S = 1.0, 30.0
 
 
-class Slots:
+class AdaptiveSemaphore:
     """Requests in flight: between 1 and `most`, additive increase, multiplicative decrease.
 
     Only overload (429, 503, 529) shrinks it, at most once for the requests that were in flight together. It grows by
     one for each answer up to half of where it last shrank, then by one for each round of answers (RFC 5681).
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.limit = float(most)
-        self.threshold = float(most)
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.limit = float(maximum)
+        self.threshold = float(maximum)
         self.used = 0
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.shrunk_at = 0.0
@@ -53,8 +53,8 @@ class Slots:
                 turn.set_result(None)
 
     def answered(self) -> None:
-        if self.limit < self.most:
-            self.limit = min(self.most, self.limit + (1.0 if self.limit < self.threshold else 1.0 / self.limit))
+        if self.limit < self.maximum:
+            self.limit = min(self.maximum, self.limit + (1.0 if self.limit < self.threshold else 1.0 / self.limit))
             self._admit()
 
     def overloaded(self, sent_at: float) -> None:
@@ -84,7 +84,7 @@ class Endpoint:
 
 
 @dataclass
-class Endpoints:
+class EndpointPool:
     """All endpoints of one engine: the least busy healthy one is picked; a sick one is probed every so often."""
 
     urls: list[str]
@@ -150,17 +150,17 @@ class Endpoints:
 class RetryBudget:
     """Retries are a share of the requests that are answered, so that a sick server is not hammered."""
 
-    def __init__(self, share: float = 0.2, least_per_s: float = 1.0, most: float = 100.0) -> None:
-        self.share, self.least_per_s, self.most = share, least_per_s, most
-        self.tokens, self.at = most / 2, time.monotonic()
+    def __init__(self, share: float = 0.2, least_per_s: float = 1.0, maximum: float = 100.0) -> None:
+        self.share, self.least_per_s, self.maximum = share, least_per_s, maximum
+        self.tokens, self.at = maximum / 2, time.monotonic()
 
     def answered(self) -> None:
-        self.tokens = min(self.most, self.tokens + self.share)
+        self.tokens = min(self.maximum, self.tokens + self.share)
 
     def wait_s(self) -> float:
         """Takes one retry; how long until it may be made."""
         now = time.monotonic()
-        self.tokens = min(self.most, self.tokens + (now - self.at) * self.least_per_s)
+        self.tokens = min(self.maximum, self.tokens + (now - self.at) * self.least_per_s)
         self.at = now
         self.tokens -= 1
         return max(0.0, -self.tokens / self.least_per_s)

@@ -21,15 +21,19 @@ from engines.config import Capabilities, SourceOf
 from engines.errors import ConfigError, EngineError, invalid, nearest
 from engines.remote import anthropic_messages, openai_chat
 from engines.remote.auth import Auth
-from engines.remote.concurrency import Endpoint, Endpoints, RetryBudget, Slots
+from engines.remote.concurrency import AdaptiveSemaphore, Endpoint, EndpointPool, RetryBudget
 from engines.remote.errors import OVERLOAD, broken, failure, observed
 from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
 from engines.remote.rate_limits import Limits
-from engines.remote.sse import Events
+from engines.remote.sse import SSEParser, StreamAccumulator
 from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
 
 WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
+ACCUMULATORS: dict[str, type[StreamAccumulator]] = {
+    "chat": openai_chat.ChatAccumulator,
+    "messages": anthropic_messages.MessagesAccumulator,
+}
 
 # Full jitter: a wait is drawn between 0 and twice as much each time, up to the most.
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
@@ -66,7 +70,7 @@ class RemoteEngine(Engine):
         config = self.config
         self.wire = WIRES[self.provider.wire]
         self.auth = Auth.of(config, self.provider)
-        self.endpoints = Endpoints(endpoints(config, self.provider))
+        self.endpoints = EndpointPool(endpoints(config, self.provider))
         self.headers = {"content-type": "application/json", **self.provider.headers, **config.headers}
         self.transport = Transport(
             timeout_s=config.timeout_s,
@@ -81,9 +85,9 @@ class RemoteEngine(Engine):
         loop = asyncio.get_running_loop()
         if loop is not self.loop:
             self.loop = loop
-            self.slots, self.stopping = Slots(self.max_concurrency), asyncio.Event()
+            self.semaphore, self.stopping = AdaptiveSemaphore(self.max_concurrency), asyncio.Event()
             self.endpoints.changed, self.auth.lock = asyncio.Event(), asyncio.Lock()
-            self.limits.lines.clear()
+            self.limits.queues.clear()
 
     @property
     def max_concurrency(self) -> int:
@@ -109,10 +113,10 @@ class RemoteEngine(Engine):
 
     @property
     def admitted(self) -> float | None:
-        return self.slots.limit if self.loop is not None else None
+        return self.semaphore.limit if self.loop is not None else None
 
     @property
-    def trouble(self) -> str:
+    def stall_reason(self) -> str:
         sick = next((endpoint for endpoint in self.endpoints.all if endpoint.open), None)
         return sick.last_error if sick and self.endpoints.down_s else ""
 
@@ -123,7 +127,7 @@ class RemoteEngine(Engine):
     def drain(self) -> None:
         if self.loop is not None:
             self.stopping.set()
-            self.limits.dismiss(cancelled())
+            self.limits.fail_waiting(cancelled())
 
     def close(self) -> None:
         if hasattr(self, "transport"):
@@ -175,8 +179,8 @@ class RemoteEngine(Engine):
             except EngineError as error:
                 error.attempts = tries
                 affordable = True
-                if self.afford is not None and (error.paid or error.type in ("timeout", "bad_response")):
-                    affordable = await self.afford(request)
+                if self.check_budget is not None and (error.paid or error.type in ("timeout", "bad_response")):
+                    affordable = await self.check_budget(request)
                 if not error.retryable or (request.stream is not None and request.stream.begun):
                     raise
                 if not affordable:
@@ -230,10 +234,10 @@ class RemoteEngine(Engine):
             raise
         finally:
             endpoint.outstanding -= 1
-            self.slots.release()
+            self.semaphore.release()
         completion.latency_s = time.monotonic() - sent
         self.endpoints.answered(endpoint)
-        self.slots.answered()
+        self.semaphore.answered()
         self.retries.answered()
         if self.limits.counts_tokens and (used := completion.usage).input:
             self.limits.settle(model, cost[0] - used.input, cost[1] - used.output)
@@ -244,11 +248,11 @@ class RemoteEngine(Engine):
     async def _admitted(self) -> Endpoint:
         """A slot, and where to send. While there is nowhere, no slot is held."""
         while True:
-            await self.slots.take()
+            await self.semaphore.take()
             endpoint = self.endpoints.pick()
             if endpoint is not None:
                 return endpoint
-            self.slots.release()
+            self.semaphore.release()
             if self.stopping.is_set():
                 raise cancelled()
             if self.endpoints.down_s > self.max_outage_s:
@@ -261,9 +265,9 @@ class RemoteEngine(Engine):
             return
         if error.status in OVERLOAD:
             self.counts["throttled"] += 1
-            self.slots.overloaded(sent)
+            self.semaphore.overloaded(sent)
             if error.retry_after:
-                self.limits.tell(model, min(error.retry_after, MOST_PAUSE_S), {})
+                self.limits.observe(model, min(error.retry_after, MOST_PAUSE_S), {})
         if error.retryable:
             self.endpoints.failed(endpoint, str(error), error.retry_after)
         else:  # the server works; it is the row that it does not want
@@ -272,27 +276,27 @@ class RemoteEngine(Engine):
 
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         """Sends and reads. Raises `EngineError`."""
-        events = Events(self.wire.Joined(), request.stream) if request.stream is not None else None
+        parser = SSEParser(ACCUMULATORS[self.provider.wire](), request.stream) if request.stream is not None else None
         try:
             sent = {**headers, **await self.auth.headers()}
-            reply = await self.transport.send("POST", endpoint.url, sent, content, events.feed if events else None)
+            reply = await self.transport.send("POST", endpoint.url, sent, content, parser.feed if parser else None)
         except httpx.HTTPError as error:
             lost = self._clean(broken(error))
             lost.paid = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
             raise lost from None
         except EngineError as error:  # an event that is none
             raise self._clean(error) from None
-        if (told := observed(reply.headers)) is not None:
-            self.limits.tell(request.model or self.config.model or "", told.pause_s, told.limits)
+        if (seen_limits := observed(reply.headers)) is not None:
+            self.limits.observe(request.model or self.config.model or "", seen_limits.pause_s, seen_limits.limits)
         if not 200 <= reply.status < 300:
             refused = failure(reply.status, reply.content, reply.headers)
             if reply.status == 401 and self.auth.refused():
                 refused.retryable = True
             raise self._clean(refused)
         payload: Any = None
-        if events is not None and events.fed:
+        if parser is not None and parser.fed:
             try:
-                payload = events.payload()
+                payload = parser.payload()
             except EngineError as error:
                 raise self._clean(error) from None
         else:

@@ -135,7 +135,7 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
     return Completion(choices, _usage(payload.get("usage")), model if isinstance(model, str) else None, reasoning=reasoning)
 
 
-class Joined:
+class ChatAccumulator:
     """A streamed answer's chunks, joined to what a plain answer is (see `engines.remote.sse`)."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ PORTION_S = 0.02
 
 
 @dataclass(slots=True)
-class Grant:
+class Reservation:
     granted: int  # of those that asked, the first so many may be sent
     wait_s: float = 0.0  # before it is worth asking for the next
     free_s: float = 0.0  # nothing is limited: send without asking for so long
@@ -59,7 +59,7 @@ class Rate:
         self.due -= units * self.interval
 
 
-class Budget:
+class RateLimiter:
     """What may be sent with one key to one model. Not thread-safe; `now` is a monotonic clock in seconds."""
 
     def __init__(self, per_minute: dict[str, float | None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -70,7 +70,7 @@ class Budget:
         }
         self.paused_until = 0.0
 
-    def ask(self, costs: list[tuple[float, float]], back: tuple[float, float] = (0.0, 0.0)) -> Grant:
+    def reserve(self, costs: list[tuple[float, float]], back: tuple[float, float] = (0.0, 0.0)) -> Reservation:
         """Reserves for the first of `costs` (input and output tokens of each request) as far as the limits allow.
 
         `back` are the input and output tokens reserved earlier and not used.
@@ -80,16 +80,16 @@ class Budget:
                 self.rates[name].give_back(units)
         now = self.clock()
         if now < self.paused_until:
-            return Grant(0, self.paused_until - now)
+            return Reservation(0, self.paused_until - now)
         if not self.rates:
-            return Grant(len(costs), free_s=FREE_S)
+            return Reservation(len(costs), free_s=FREE_S)
         for at, cost in enumerate(costs):
             wait = max(rate.wait(now) for rate in self.rates.values())
             if wait > 0:
-                return Grant(at, wait)
+                return Reservation(at, wait)
             for name, rate in self.rates.items():
                 rate.take(1.0 if name == "requests" else cost[DIMENSIONS.index(name) - 1], now)
-        return Grant(len(costs))
+        return Reservation(len(costs))
 
     def pause(self, seconds: float) -> None:
         """Nothing more for so long: the provider asked for it."""
@@ -113,29 +113,29 @@ def per_minute(config: EngineConfig) -> dict[str, float | None]:
     }
 
 
-class Budgets:
+class RateLimiters:
     """The budgets of one key, by model."""
 
     def __init__(self, limits: dict[str, float | None]) -> None:
         self.limits = limits
-        self.by_model: dict[str, Budget] = {}
+        self.by_model: dict[str, RateLimiter] = {}
 
-    def _of(self, model: str) -> Budget:
+    def _of(self, model: str) -> RateLimiter:
         if model not in self.by_model:
-            self.by_model[model] = Budget(self.limits)
+            self.by_model[model] = RateLimiter(self.limits)
         return self.by_model[model]
 
-    def call(self, model: str, call: Call) -> Grant:
-        budget = self._of(model)
-        if call.pause_s:
-            budget.pause(call.pause_s)
-        if call.learned:
-            budget.learn(call.learned)
-        return budget.ask(call.costs, call.back)
+    def reserve(self, model: str, request: ReserveRequest) -> Reservation:
+        limiter = self._of(model)
+        if request.pause_s:
+            limiter.pause(request.pause_s)
+        if request.learned:
+            limiter.learn(request.learned)
+        return limiter.reserve(request.costs, request.back)
 
 
 @dataclass(slots=True)
-class Call:
+class ReserveRequest:
     """One question of a worker to the budget."""
 
     costs: list[tuple[float, float]] = field(default_factory=list)
@@ -144,17 +144,17 @@ class Call:
     learned: dict[str, float] = field(default_factory=dict)
 
 
-Source = Callable[[str, Call], Awaitable[Grant]]
+Reserve = Callable[[str, ReserveRequest], Awaitable[Reservation]]
 
 
-class _Line:
+class WaitQueue:
     """Those who wait to send to one model, first come first served."""
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[tuple[float, float], asyncio.Future[None]]] = deque()
-        self.next = Call()
+        self.next = ReserveRequest()
         self.free_until = 0.0
-        self.asker: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self.news = asyncio.Event()
 
 
@@ -164,71 +164,71 @@ class Limits:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.counts_tokens = bool(config.input_tokens_per_minute or config.output_tokens_per_minute)
-        own = Budgets(per_minute(config))
+        own = RateLimiters(per_minute(config))
 
-        async def local(model: str, call: Call) -> Grant:
-            return own.call(model, call)
+        async def local(model: str, request: ReserveRequest) -> Reservation:
+            return own.reserve(model, request)
 
-        self.source: Source = local
-        self.lines: dict[str, _Line] = {}
+        self.source: Reserve = local
+        self.queues: dict[str, WaitQueue] = {}
 
     async def take(self, model: str, cost: tuple[float, float]) -> None:
         """Waits until a request of so many input and output tokens may be sent."""
-        line = self.lines.get(model)
-        if line is None:
-            line = self.lines[model] = _Line()
-        if not line.waiting and time.monotonic() < line.free_until and not line.news.is_set():
+        queue = self.queues.get(model)
+        if queue is None:
+            queue = self.queues[model] = WaitQueue()
+        if not queue.waiting and time.monotonic() < queue.free_until and not queue.news.is_set():
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.waiting.append((cost, turn))
-        if line.asker is None or line.asker.done():
-            line.asker = asyncio.create_task(self._serve(model, line))
+        queue.waiting.append((cost, turn))
+        if queue.task is None or queue.task.done():
+            queue.task = asyncio.create_task(self._serve(model, queue))
         await turn
 
-    async def _serve(self, model: str, line: _Line) -> None:
+    async def _serve(self, model: str, queue: WaitQueue) -> None:
         """Asks for those who wait, one portion at a time, until nobody does."""
         try:
-            while line.waiting:
-                call, line.next = line.next, Call()
-                line.news.clear()
-                call.costs = [cost for cost, _ in list(line.waiting)[:PORTION]]
-                grant = await self.source(model, call)
-                for _ in range(min(grant.granted, len(line.waiting))):
-                    _, turn = line.waiting.popleft()
+            while queue.waiting:
+                request, queue.next = queue.next, ReserveRequest()
+                queue.news.clear()
+                request.costs = [cost for cost, _ in list(queue.waiting)[:PORTION]]
+                reservation = await self.source(model, request)
+                for _ in range(min(reservation.granted, len(queue.waiting))):
+                    _, turn = queue.waiting.popleft()
                     if not turn.done():
                         turn.set_result(None)
-                if grant.free_s:
-                    line.free_until = time.monotonic() + grant.free_s
-                elif grant.wait_s > 0 and line.waiting:
+                if reservation.free_s:
+                    queue.free_until = time.monotonic() + reservation.free_s
+                elif reservation.wait_s > 0 and queue.waiting:
                     try:
-                        await asyncio.wait_for(line.news.wait(), min(max(grant.wait_s, PORTION_S), 1.0))
+                        await asyncio.wait_for(queue.news.wait(), min(max(reservation.wait_s, PORTION_S), 1.0))
                     except TimeoutError:
                         pass
         except Exception as error:
-            self.dismiss(error)
+            self.fail_waiting(error)
 
-    def dismiss(self, error: Exception) -> None:
+    def fail_waiting(self, error: Exception) -> None:
         """Ends the waiting of all who wait, with this error."""
-        for line in self.lines.values():
-            while line.waiting:
-                _, turn = line.waiting.popleft()
+        for queue in self.queues.values():
+            while queue.waiting:
+                _, turn = queue.waiting.popleft()
                 if not turn.done():
                     turn.set_exception(error)
 
     def settle(self, model: str, input: float, output: float) -> None:
         """So many reserved tokens were not used (negative: more were); told with the next question."""
-        if line := self.lines.get(model):
-            back = line.next.back
-            line.next.back = (back[0] + input, back[1] + output)
+        if queue := self.queues.get(model):
+            back = queue.next.back
+            queue.next.back = (back[0] + input, back[1] + output)
 
-    def tell(self, model: str, pause_s: float, learned: dict[str, float]) -> None:
+    def observe(self, model: str, pause_s: float, learned: dict[str, float]) -> None:
         """What a response said about the limits; the next request waits for the answer to it."""
-        line = self.lines.get(model)
-        if line is None:
+        queue = self.queues.get(model)
+        if queue is None:
             return
-        known = all(line.next.learned.get(name) == limit for name, limit in learned.items())
-        line.next.pause_s = max(line.next.pause_s, pause_s)
-        line.next.learned.update(learned)
+        known = all(queue.next.learned.get(name) == limit for name, limit in learned.items())
+        queue.next.pause_s = max(queue.next.pause_s, pause_s)
+        queue.next.learned.update(learned)
         self.counts_tokens |= "input_tokens" in learned or "output_tokens" in learned
         if pause_s or not known:
-            line.news.set()
+            queue.news.set()

@@ -11,7 +11,7 @@ from engines.remote.openai_chat import bad_response
 from engines.types import Delta, Stream
 
 
-class Joined(Protocol):
+class StreamAccumulator(Protocol):
     """A wire's half: `add` takes an event and tells the text in it, `payload` is then what a plain answer would be."""
 
     @property
@@ -22,11 +22,11 @@ class Joined(Protocol):
     def payload(self) -> dict[str, Any]: ...
 
 
-class Events:
+class SSEParser:
     """Raises `EngineError("bad_response")` for what is no event, and for an answer that breaks off."""
 
-    def __init__(self, joined: Joined, stream: Stream) -> None:
-        self.joined, self.stream = joined, stream
+    def __init__(self, accumulator: StreamAccumulator, stream: Stream) -> None:
+        self.accumulator, self.stream = accumulator, stream
         self.rest = b""
         self.error: dict[str, Any] | None = None
         self.fed = self.ended = False
@@ -46,7 +46,7 @@ class Events:
                 if event.get("error"):
                     self.error = event
                     continue
-                for delta in self.joined.add(event):
+                for delta in self.accumulator.add(event):
                     self.stream.put(delta)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise bad_response("an event cannot be read", data[:200]) from None
@@ -55,6 +55,6 @@ class Events:
         """The whole answer, or the error that came in its place."""
         if self.error is not None:
             return self.error
-        if not (self.joined.finished or self.ended):
+        if not (self.accumulator.finished or self.ended):
             raise bad_response("the answer broke off", self.rest[:200])
-        return self.joined.payload()
+        return self.accumulator.payload()

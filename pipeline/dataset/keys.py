@@ -19,7 +19,7 @@ from pipeline.storage.exact_json import canonical, dumps
 KEY_BYTES = 32
 
 
-class Keyer:
+class RequestHasher:
     """Keys for the rows of one run: the part that all rows share is hashed once."""
 
     def __init__(self, engine: EngineConfig, generation: GenerationParams) -> None:
@@ -30,7 +30,7 @@ class Keyer:
         self._plain_sampled = is_sampled(generation)
 
     def __reduce__(self) -> tuple[Any, ...]:  # hash objects do not pickle
-        return Keyer, (self.engine, self.generation)
+        return RequestHasher, (self.engine, self.generation)
 
     def key(self, parsed: Parsed, place: str) -> bytes:
         """The key of one row; `place` is its file and row number. Raises `EngineError` for a bad override."""

@@ -9,24 +9,24 @@ from engines.config import SINGLE_MODEL_KINDS
 from engines.errors import EngineError, Failure, invalid
 from pipeline.dataset.column_types import ColumnKinds
 from pipeline.dataset.formats import Parsed, RowParser
-from pipeline.dataset.keys import Keyer
-from pipeline.dataset.source import Chunk, Row, read_chunk
+from pipeline.dataset.keys import RequestHasher
+from pipeline.dataset.source import FileSplit, RawRow, read_file_split
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ReadSplit:
     """What one read task reads: a chunk, or its first `limit` rows."""
 
     number: int
-    chunk: Chunk
+    file_split: FileSplit
     limit: int | None = None
 
 
 @dataclass(slots=True)
-class Item:
+class ParsedRow:
     """One input row, understood: either a key and its parsed conversation, or the reason why it cannot be asked."""
 
-    row: Row
+    row: RawRow
     id: str
     key: bytes | None = None
     parsed: Parsed | None = None
@@ -34,46 +34,46 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Interpreter:
+class RowReader:
     """Reads rows the same way in the feed and in finalize; small, and sent to every task."""
 
     parser: RowParser
-    keyer: Keyer
+    hasher: RequestHasher
     max_row_bytes: int
 
-    def read(self, piece: Piece) -> Iterator[list[Item]]:
+    def read(self, split: ReadSplit) -> Iterator[list[ParsedRow]]:
         """The items of a piece in order, in batches."""
-        left = piece.limit
-        for rows in read_chunk(piece.chunk, max_row_bytes=self.max_row_bytes):
+        left = split.limit
+        for rows in read_file_split(split.file_split, max_row_bytes=self.max_row_bytes):
             if left is not None:
                 rows = rows[:left]
                 left -= len(rows)
             if rows:
-                yield [self._item(piece.chunk, row) for row in rows]
+                yield [self._parsed_row(split.file_split, row) for row in rows]
             if left == 0:
                 return
 
-    def _item(self, chunk: Chunk, row: Row) -> Item:
-        place = f"{chunk.name}:{row.row + 1}"
+    def _parsed_row(self, file_split: FileSplit, row: RawRow) -> ParsedRow:
+        place = f"{file_split.name}:{row.row + 1}"
         if row.columns is None:
-            return Item(row, place, failure=_misread(place, row.error or "unreadable"))
+            return ParsedRow(row, place, failure=_invalid_row(place, row.error or "unreadable"))
         try:
             parsed = self.parser.parse(row.columns)
-            if parsed.model and "body" in row.columns and self.keyer.engine.kind in SINGLE_MODEL_KINDS:
+            if parsed.model and "body" in row.columns and self.hasher.engine.kind in SINGLE_MODEL_KINDS:
                 # Every line of an OpenAI batch file names a model; an engine that holds one model answers as that one.
                 parsed.model = None
-            key = self.keyer.key(parsed, place)
+            key = self.hasher.key(parsed, place)
         except EngineError as error:
-            return Item(row, place, failure=_misread(place, str(error)))
-        return Item(row, parsed.id if parsed.id is not None else place, key, parsed)
+            return ParsedRow(row, place, failure=_invalid_row(place, str(error)))
+        return ParsedRow(row, parsed.id if parsed.id is not None else place, key, parsed)
 
 
-def _misread(place: str, reason: str) -> Failure:
+def _invalid_row(place: str, reason: str) -> Failure:
     return Failure.of(invalid(f"{place}: {reason}"))
 
 
 @dataclass(slots=True)
-class Summary:
+class SplitSummary:
     """What reading one piece found."""
 
     rows: int = 0

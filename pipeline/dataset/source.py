@@ -45,7 +45,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class FileSplit:
     """A unit of reading: a whole file, lines of a plain JSONL file, or row groups of a Parquet file."""
 
     file: str  # what `resolve` takes
@@ -58,7 +58,7 @@ class Chunk:
 
 
 @dataclass(slots=True)
-class Row:
+class RawRow:
     """One row: its columns, or why there are none."""
 
     row: int
@@ -70,9 +70,9 @@ class Row:
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def list_chunks(
+def list_file_splits(
     path: str | os.PathLike[str] | Sequence[str], *, chunk_bytes: int = 64 << 20, on_bad_input: str = "quarantine"
-) -> list[Chunk]:
+) -> list[FileSplit]:
     """All chunks of a file, directory, glob, or list of them, in a fixed order: as listed, then sorted by path.
 
     A directory is searched recursively for .jsonl, .ndjson, .json, .parquet and .pq (.gz, .zst); what begins with "."
@@ -93,13 +93,13 @@ def list_chunks(
         common = os.path.commonprefix(list(files)).rpartition("/")[0]  # noqa: RUF071 -- URIs and paths may be mixed
         files = {uri: uri[len(common) :].lstrip("/") for uri in files}
     with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
-        found = list(pool.map(lambda uri: _chunks_of(uri, files[uri], chunk_bytes), files))
-    chunks = list(itertools.chain.from_iterable(found))
-    bad = [chunk for chunk in chunks if chunk.kind == "bad"]
+        found = list(pool.map(lambda uri: _file_splits_of(uri, files[uri], chunk_bytes), files))
+    file_splits = list(itertools.chain.from_iterable(found))
+    bad = [file_split for file_split in file_splits if file_split.kind == "bad"]
     if bad and (on_bad_input == "fail" or len(bad) == len(files)):
         more = f" (and {len(bad) - 1} more that cannot be read)" if len(bad) > 1 else ""
         raise ConfigError(f"{bad[0].file} is {bad[0].reason}{more}")
-    return chunks
+    return file_splits
 
 
 def _find(path: str) -> dict[str, str]:
@@ -163,7 +163,7 @@ def _matching(fs: pafs.FileSystem, root: str, pattern: str) -> list[str]:
 # --- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def _chunks_of(uri: str, name: str, chunk_bytes: int) -> list[Chunk]:
+def _file_splits_of(uri: str, name: str, chunk_bytes: int) -> list[FileSplit]:
     """The chunks of one file; a single one of kind "bad" where it cannot be read."""
     lower = name.lower()
     reason = ""
@@ -175,19 +175,21 @@ def _chunks_of(uri: str, name: str, chunk_bytes: int) -> list[Chunk]:
             if head == b"PAR1" or lower.endswith((".parquet", ".pq")):
                 return _row_groups(uri, name, pq.ParquetFile(stream), chunk_bytes)
             if _GZIP.match(head) or _ZSTD.match(head):
-                return [Chunk(uri, name, "jsonl", 0, -1, 0)]
+                return [FileSplit(uri, name, "jsonl", 0, -1, 0)]
             if lower.endswith((".gz", ".zst", ".zstd")):
                 reason = f"not a {'gzip' if lower.endswith('.gz') else 'zstd'} file: it begins with {head!r}"
             elif lower.endswith(".json") and head[:1] == b"[":
                 reason = "one JSON array over many lines, not JSON lines: convert it with jq -c '.[]'"
             else:
                 starts = _line_starts(stream, chunk_bytes)
-                return [Chunk(uri, name, "jsonl", at, stop, line) for (at, line), (stop, _) in itertools.pairwise(starts)]
+                return [
+                    FileSplit(uri, name, "jsonl", at, stop, line) for (at, line), (stop, _) in itertools.pairwise(starts)
+                ]
     except (OSError, ValueError, pa.ArrowException) as error:
         if store_failed(error):
             raise ConfigError(f"cannot read {uri}: {one_line(error)}") from None
         reason = f"not {'a Parquet file' if isinstance(error, pa.ArrowInvalid) else 'readable'}: {one_line(error)}"
-    return [Chunk(uri, name, "bad", 0, 0, 0, reason)]
+    return [FileSplit(uri, name, "bad", 0, 0, 0, reason)]
 
 
 def _line_starts(stream: pa.NativeFile, chunk_bytes: int) -> list[tuple[int, int]]:
@@ -204,56 +206,58 @@ def _line_starts(stream: pa.NativeFile, chunk_bytes: int) -> list[tuple[int, int
     return [*starts, (size, lines)]
 
 
-def _row_groups(uri: str, name: str, file: pq.ParquetFile, chunk_bytes: int) -> list[Chunk]:
+def _row_groups(uri: str, name: str, file: pq.ParquetFile, chunk_bytes: int) -> list[FileSplit]:
     names = file.schema_arrow.names
     if len(set(names)) < len(names):
-        return [Chunk(uri, name, "bad", 0, 0, 0, "a Parquet file with two columns of one name")]
-    chunks: list[Chunk] = []
+        return [FileSplit(uri, name, "bad", 0, 0, 0, "a Parquet file with two columns of one name")]
+    file_splits: list[FileSplit] = []
     first = row = rows = size = 0
     for group in range(file.metadata.num_row_groups):
         size += file.metadata.row_group(group).total_byte_size
         rows += file.metadata.row_group(group).num_rows
         if size >= chunk_bytes or group + 1 == file.metadata.num_row_groups:
-            chunks.append(Chunk(uri, name, "parquet", first, group + 1, row))
+            file_splits.append(FileSplit(uri, name, "parquet", first, group + 1, row))
             first, row, rows, size = group + 1, row + rows, 0, 0
-    return chunks or [Chunk(uri, name, "parquet", 0, 0, 0)]
+    return file_splits or [FileSplit(uri, name, "parquet", 0, 0, 0)]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_chunk(chunk: Chunk, *, max_row_bytes: int = 32 << 20, batch_rows: int = BATCH_ROWS) -> Iterator[list[Row]]:
+def read_file_split(
+    file_split: FileSplit, *, max_row_bytes: int = 32 << 20, batch_rows: int = BATCH_ROWS
+) -> Iterator[list[RawRow]]:
     """The rows of a chunk in order, in batches; memory is bounded by a batch and one line of `max_row_bytes`.
 
     Blank lines are counted and skipped. What cannot be read is a row with an error: nothing in a file raises, only a
     store that stays away does (`store_failed`). The batches of a Parquet chunk are those of `read_table`, row for row.
     """
-    return steadily(lambda: _read_chunk(chunk, max_row_bytes, batch_rows))
+    return steadily(lambda: _read_file_split(file_split, max_row_bytes, batch_rows))
 
 
-def _read_chunk(chunk: Chunk, max_row_bytes: int, batch_rows: int) -> Iterator[list[Row]]:
-    if chunk.kind == "bad":
-        yield [Row(chunk.first_row, None, f"the file is {chunk.reason}")]
-    elif chunk.kind == "parquet":
-        for first_row, batch, error in _parquet_batches(chunk, batch_rows):
-            yield [Row(first_row, None, error)] if error else _rows_of(first_row, batch)
+def _read_file_split(file_split: FileSplit, max_row_bytes: int, batch_rows: int) -> Iterator[list[RawRow]]:
+    if file_split.kind == "bad":
+        yield [RawRow(file_split.first_row, None, f"the file is {file_split.reason}")]
+    elif file_split.kind == "parquet":
+        for first_row, batch, error in _parquet_batches(file_split, batch_rows):
+            yield [RawRow(first_row, None, error)] if error else _rows_of(first_row, batch)
     else:
-        yield from _read_lines(chunk, max_row_bytes, batch_rows)
+        yield from _read_lines(file_split, max_row_bytes, batch_rows)
 
 
-def _read_lines(chunk: Chunk, limit: int, batch_rows: int) -> Iterator[list[Row]]:
-    number = chunk.first_row
-    batch: list[Row] = []
+def _read_lines(file_split: FileSplit, limit: int, batch_rows: int) -> Iterator[list[RawRow]]:
+    number = file_split.first_row
+    batch: list[RawRow] = []
     size = 0
     try:
-        for lines, passed, long_number in _lines(chunk, limit):
+        for lines, passed, long_number in _lines(file_split, limit):
             for line in lines:
                 if number == 0:
                     line = line.removeprefix(_BOM)
                 if len(line) > limit:
                     length = len(line) + (passed if line is lines[-1] else 0)
                     reason = f"the line has {length:,} bytes, the limit is {limit:,}"
-                    batch.append(Row(number, None, reason, line[:RAW_BYTES]))
+                    batch.append(RawRow(number, None, reason, line[:RAW_BYTES]))
                     size += RAW_BYTES
                 elif line and not line.isspace():
                     batch.append(_parse_line(number, line, long_number))
@@ -266,25 +270,25 @@ def _read_lines(chunk: Chunk, limit: int, batch_rows: int) -> Iterator[list[Row]
         if store_failed(error):
             raise
         reason = f"the file cannot be read: {one_line(error)}: rows from this line on are missing"
-        batch.append(Row(number, None, reason))
+        batch.append(RawRow(number, None, reason))
     if batch:
         yield batch
 
 
-def _lines(chunk: Chunk, limit: int) -> Iterator[tuple[list[bytes], int, bool]]:
+def _lines(file_split: FileSplit, limit: int) -> Iterator[tuple[list[bytes], int, bool]]:
     """The lines that end in each block, how much of the last was passed over, and whether one has a long number.
 
     A line over the limit is not held whole. Raises where the file ends too early or is damaged.
     """
-    at, rest, block = chunk.start, b"", b"begin"
-    stop = chunk.stop if chunk.stop >= 0 else sys.maxsize
-    fs, path = resolve(chunk.file)
+    at, rest, block = file_split.start, b"", b"begin"
+    stop = file_split.stop if file_split.stop >= 0 else sys.maxsize
+    fs, path = resolve(file_split.file)
     with fs.open_input_file(path) as file:
-        stream = _text_of(file, chunk)
+        stream = _text_of(file, file_split)
         while block:
             block = stream.read1(min(BLOCK, stop - at))
-            if not block and at < chunk.stop:
-                raise EOFError(f"it ends at byte {at:,} of {chunk.stop:,}")
+            if not block and at < file_split.stop:
+                raise EOFError(f"it ends at byte {at:,} of {file_split.stop:,}")
             at += len(block)
             text = rest + (block or b"\n")
             *lines, rest = text.split(b"\n")
@@ -299,10 +303,10 @@ def _lines(chunk: Chunk, limit: int) -> Iterator[tuple[list[bytes], int, bool]]:
             yield lines, passed, has_long_number(text)
 
 
-def _text_of(file: pa.NativeFile, chunk: Chunk) -> Any:
+def _text_of(file: pa.NativeFile, file_split: FileSplit) -> Any:
     """The chunk's text, decompressed where need be; beyond `stop` it goes on."""
-    head = file.read(4) if chunk.stop < 0 else b""
-    file.seek(chunk.start)
+    head = file.read(4) if file_split.stop < 0 else b""
+    file.seek(file_split.start)
     stream = pa.BufferedInputStream(file, REMOTE_BLOCK)
     if _GZIP.match(head):
         return gzip.GzipFile(fileobj=stream)
@@ -311,45 +315,45 @@ def _text_of(file: pa.NativeFile, chunk: Chunk) -> Any:
     return io.BufferedReader(stream, BLOCK)
 
 
-def _parse_line(number: int, text: bytes, long_number: bool) -> Row:
+def _parse_line(number: int, text: bytes, long_number: bool) -> RawRow:
     try:
         value = loads(text, long_number)
     except ValueError as error:
-        return Row(number, None, str(error), text[:RAW_BYTES])
+        return RawRow(number, None, str(error), text[:RAW_BYTES])
     if type(value) is not dict:
         kind = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
-        return Row(number, None, f"not an object but {kind}", text[:RAW_BYTES])
-    return Row(number, value)
+        return RawRow(number, None, f"not an object but {kind}", text[:RAW_BYTES])
+    return RawRow(number, value)
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def parquet_schema(chunk: Chunk) -> pa.Schema:
+def parquet_schema(file_split: FileSplit) -> pa.Schema:
     """The columns of a Parquet chunk's batches. Raises what pyarrow does where the file is gone."""
-    fs, path = resolve(chunk.file)
+    fs, path = resolve(file_split.file)
     with fs.open_input_file(path) as stream:
         return pq.ParquetFile(stream).schema_arrow.remove_metadata()
 
 
-def read_table(chunk: Chunk, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """The batches of a Parquet chunk with their own types, one for each batch of `read_chunk`.
+def read_table(file_split: FileSplit, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    """The batches of a Parquet chunk with their own types, one for each batch of `read_file_split`.
 
     Rows that cannot be read are one row of nulls, as they are one row with an error there.
     """
-    return (batch for _, batch, _ in steadily(lambda: _parquet_batches(chunk, batch_rows)))
+    return (batch for _, batch, _ in steadily(lambda: _parquet_batches(file_split, batch_rows)))
 
 
-def _parquet_batches(chunk: Chunk, batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch, str]]:
+def _parquet_batches(file_split: FileSplit, batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch, str]]:
     """(row number, batch, ""), or (row number, one row of nulls, why the rows from there on are missing)."""
-    row = chunk.first_row
+    row = file_split.first_row
     schema = pa.schema([])
     try:
-        fs, path = resolve(chunk.file)
+        fs, path = resolve(file_split.file)
         with fs.open_input_file(path) as stream:
             file = pq.ParquetFile(stream)
             schema = file.schema_arrow
-            for group in range(chunk.start, chunk.stop):
+            for group in range(file_split.start, file_split.stop):
                 about = file.metadata.row_group(group)
                 end = row + about.num_rows
                 row_bytes = about.total_byte_size // max(1, about.num_rows)
@@ -374,11 +378,11 @@ def _one_null_row(schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_struct_array(pa.nulls(1, pa.struct(schema)))
 
 
-def _rows_of(first_row: int, batch: pa.RecordBatch) -> list[Row]:
+def _rows_of(first_row: int, batch: pa.RecordBatch) -> list[RawRow]:
     """Rows as Python values. A row with a value that Python cannot hold (a year 10000, broken UTF-8) has an error."""
     try:
-        return [Row(number, ArrowRow(columns)) for number, columns in enumerate(batch.to_pylist(), first_row)]
+        return [RawRow(number, ArrowRow(columns)) for number, columns in enumerate(batch.to_pylist(), first_row)]
     except Exception as error:  # pyarrow has no one error for it
         if batch.num_rows == 1:
-            return [Row(first_row, None, f"{type(error).__name__}: {one_line(error)}")]
+            return [RawRow(first_row, None, f"{type(error).__name__}: {one_line(error)}")]
         return [row for at in range(batch.num_rows) for row in _rows_of(first_row + at, batch.slice(at, 1))]

@@ -19,7 +19,7 @@ from engines.errors import EngineError
 from engines.params import GenerationParams
 from engines.prices import most_expensive
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, Request
-from pipeline.monitor.status import Seen
+from pipeline.monitor.status import UsageStats
 from pipeline.output.cost import cost_of
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import exists, write_atomic
@@ -34,7 +34,7 @@ MARGIN = 1.1
 STEP = 0.02
 
 
-class Budget:
+class CostBudget:
     """The book-keeping; whoever admits rows asks `fits` and adds to `reserved` and `spent`. US dollars throughout."""
 
     def __init__(
@@ -52,13 +52,13 @@ class Budget:
         self.bound = bound or (None if engine.provider or engine.kind == "echo" else DEFAULT_MAX_TOKENS)
         self.spent, self.reserved, self.written = spent, 0.0, spent
         self.overhead = shared_bytes(params)
-        self.seen = Seen()
+        self.seen = UsageStats()
 
     @property
     def learnt(self) -> bool:
         return self.seen.answers >= LEARNT
 
-    def most(self, request: bytes) -> float:
+    def max_cost(self, request: bytes) -> float:
         """The most that this request is expected to cost: all turns, each asked again for its shape if allowed."""
         values = loads(request)
         params = self.params.override(values.get("generation") or {})  # parsed before, so it is valid
@@ -85,7 +85,7 @@ class Budget:
         """Whether what is in flight may take it past the limit."""
         return self.spent + self.reserved > self.limit
 
-    def told(self, left: str) -> str:
+    def summary(self, left: str) -> str:
         """Why a run stops that has this much left."""
         return (
             f"run.budget_usd={self.limit:g} has no room for another row: ${self.spent:.4g} is spent, {left}; "

@@ -53,9 +53,9 @@ class Metrics:
             self.found[name] = Histogram(name, about, SECONDS, TAGS)
         for metric in self.found.values():
             metric.set_default_tags(self.tags)
-        self.told: Counter[str] = Counter()  # of what the engine counts
+        self.reported: Counter[str] = Counter()  # of what the engine counts
 
-    def tell(
+    def record(
         self, records: Sequence[Record], waits: Sequence[float], engine: Mapping[str, float], in_flight: int, at_hand: int
     ) -> None:
         """What has happened since the last call; `engine` are the engine's own counts since its start."""
@@ -69,8 +69,8 @@ class Metrics:
         self._add("eagleray_cost_usd", self.price.of(**sums))
         self._add("eagleray_retries", sum(max(0, record.completion.attempts - 1) for record in records))
         for name in ("throttled", "limiter_wait_seconds"):
-            self._add(f"eagleray_{name}", engine.get(name, 0.0) - self.told[name])
-        self.told.update({name: engine.get(name, 0.0) - self.told[name] for name in engine})
+            self._add(f"eagleray_{name}", engine.get(name, 0.0) - self.reported[name])
+        self.reported.update({name: engine.get(name, 0.0) - self.reported[name] for name in engine})
         self.found["eagleray_rows_in_flight"].set(in_flight)
         self.found["eagleray_rows_at_hand"].set(at_hand)
         for record in records:

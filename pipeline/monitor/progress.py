@@ -19,7 +19,7 @@ from rich.text import Text
 
 from engines.config import EngineConfig
 from engines.text import visible
-from pipeline.monitor.status import Status
+from pipeline.monitor.status import RunStatus
 
 # What is told as the rate just now is the mean over so many seconds, looked at so often.
 RECENT_S, SAMPLE_S = 30.0, 0.5
@@ -55,7 +55,7 @@ class RunProgress:
         self.console, self.every_s, self.budget_usd = console, every_s, budget_usd
         self.priced = engine is not None and engine.price.known
         self.title = " ".join(filter(None, (engine.kind, engine.model))) if engine else ""
-        self.status = Status()
+        self.status = RunStatus()
         self.expected = 0  # replicas that were asked for
         self.started = self.shown = time.monotonic()
         self.samples: deque[Sample] = deque([Sample(self.started)])
@@ -72,11 +72,11 @@ class RunProgress:
         if self.live is not None:
             self.live.stop()
 
-    def show(self, status: Status, expected: int = 0) -> None:
+    def show(self, status: RunStatus, expected: int = 0) -> None:
         self.status, self.expected = status, expected
         now = time.monotonic()
         if now - self.samples[-1].at >= SAMPLE_S:
-            replicas = {name: pulse.done for name, pulse in status.replicas.items()}
+            replicas = {name: heartbeat.done for name, heartbeat in status.replicas.items()}
             self.samples.append(Sample(now, status.done + status.failed, status.output_tokens, replicas))
             # Two that are older than all that count are not needed, and neither is the time before the first answer.
             while len(self.samples) > 2 and (self.samples[1].at < now - RECENT_S or not self.samples[1].rows):
@@ -154,12 +154,12 @@ class RunProgress:
 
     def _load(self) -> list[str]:
         """Concurrency, limits and retries, over all replicas."""
-        pulses = [*self.status.replicas.values(), self.status.gone]
+        heartbeats = [*self.status.replicas.values(), self.status.gone]
         cells = []
-        if admitted := [pulse.admitted for pulse in pulses if pulse.admitted is not None]:
-            cells.append(f"{sum(admitted):,.0f} of {sum(pulse.most for pulse in pulses):,} at once")
+        if admitted := [heartbeat.admitted for heartbeat in heartbeats if heartbeat.admitted is not None]:
+            cells.append(f"{sum(admitted):,.0f} of {sum(heartbeat.most for heartbeat in heartbeats):,} at once")
         for name, text in (("retried", "{:,} retries"), ("throttled", "{:,} × 429"), ("waited_s", "{:,.0f} s for limits")):
-            total = sum(getattr(pulse, name) for pulse in pulses)
+            total = sum(getattr(heartbeat, name) for heartbeat in heartbeats)
             cells += [text.format(total)] if total >= 1 else []
         return cells
 
@@ -168,12 +168,14 @@ class RunProgress:
         found = sorted(self.status.replicas.items(), key=lambda item: (item[1].state == "loading", -item[1].busy, item[0]))
         shown = found if len(found) <= SHOWN + 1 else found[:SHOWN]
         rows = [
-            (f"  {name}", pulse.state, f"{pulse.busy:,} in flight", f"{self._rate([name]):,.1f} rows/s")
-            for name, pulse in shown
+            (f"  {name}", heartbeat.state, f"{heartbeat.busy:,} in flight", f"{self._rate([name]):,.1f} rows/s")
+            for name, heartbeat in shown
         ]
         if rest := found[len(shown) :]:
-            states = ", ".join(f"{count:,} {state}" for state, count in Counter(pulse.state for _, pulse in rest).items())
-            busy = sum(pulse.busy for _, pulse in rest)
+            states = ", ".join(
+                f"{count:,} {state}" for state, count in Counter(heartbeat.state for _, heartbeat in rest).items()
+            )
+            busy = sum(heartbeat.busy for _, heartbeat in rest)
             rate = self._rate([name for name, _ in rest])
             rows.append((f"  {len(rest):,} more", states, f"{busy:,} in flight", f"{rate:,.1f} rows/s"))
         if (waiting := self.expected - len(found)) > 0:

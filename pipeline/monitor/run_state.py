@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 from engines.errors import EaglerayError
 from engines.text import one_line
 from pipeline.config import Config, without_secrets
-from pipeline.monitor.status import Status
+from pipeline.monitor.status import RunStatus
 from pipeline.storage.filesystem import write_atomic
 from pipeline.storage.retry import patiently
 
@@ -35,8 +35,8 @@ class RunState:
     fs: pafs.FileSystem
     path: str
     config: dict[str, Any]
-    status: Status = field(default_factory=Status)
-    source: Callable[[], Status] | None = None  # where there is one, it is asked instead
+    status: RunStatus = field(default_factory=RunStatus)
+    source: Callable[[], RunStatus] | None = None  # where there is one, it is asked instead
     phase: str = "starting"
     began: float = field(default_factory=time.time)  # `status` counts from here on; what came before is in `answered`
     started: float = field(default_factory=time.time)
@@ -47,7 +47,7 @@ class RunState:
         """The run has come to `phase`."""
         self.phase = phase
         if phase == "asking":  # counts begin anew
-            self.began, self.status = time.time(), Status()
+            self.began, self.status = time.time(), RunStatus()
             self.recent = deque([(self.began, 0, 0, 0)], SAMPLES)
 
     def write(self) -> None:
@@ -55,17 +55,17 @@ class RunState:
         with suppress(Exception):  # a counter that grew while it was copied, a store that is away: no run ends for this
             status, now = self.source() if self.source else self.status, time.time()
             self.recent.append((now, status.done + status.failed, status.input_tokens, status.output_tokens))
-            told = {
+            values = {
                 "phase": self.phase, "ended": self.ended, "pid": os.getpid(), "host": socket.gethostname(),
                 "started_at": self.started, "began_at": self.began, "beat_at": now,
                 "status": {f.name: getattr(status, f.name) for f in fields(status)},  # asdict makes nonsense of a Counter
                 "recent": list(self.recent), "config": self.config,
             }  # fmt: skip
-            write_atomic(self.fs, self.path, orjson.dumps(told))
+            write_atomic(self.fs, self.path, orjson.dumps(values))
 
 
 @contextmanager
-def told(config: Config, fs: pafs.FileSystem, root: str) -> Iterator[RunState]:
+def keep_run_state(config: Config, fs: pafs.FileSystem, root: str) -> Iterator[RunState]:
     """Keeps `_run.json` while a run goes on. A run that reaches its end removes it: then the manifest says everything.
     One that stops leaves it with the reason; one that is killed leaves it as it was."""
     state = RunState(fs, f"{root}/{STATE}", without_secrets(config))

@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Seen:
+class UsageStats:
     """What answers told about estimates."""
 
     answers: int = 0
     tokens_a_byte: float = 0.0  # of a prompt, the most
     output: int = 0  # tokens, the most of a single answer
 
-    def add(self, other: Seen) -> None:
+    def add(self, other: UsageStats) -> None:
         self.answers += other.answers
         self.tokens_a_byte = max(self.tokens_a_byte, other.tokens_a_byte)
         self.output = max(self.output, other.output)
 
 
 @dataclass(slots=True)
-class Pulse:
+class ReplicaHeartbeat:
     """How a replica fares, as it tells with the calls it makes anyway."""
 
     state: str = "loading"  # then "working", and "leaving" when it takes no more rows
@@ -36,7 +36,7 @@ class Pulse:
 
 
 @dataclass(slots=True)
-class Status:
+class RunStatus:
     """How the run stands; rows."""
 
     read: int = 0
@@ -51,9 +51,9 @@ class Status:
     input_tokens: int = 0
     output_tokens: int = 0
     cost_usd: float = 0.0  # of this run, where the price is known
-    seen: Seen = field(default_factory=Seen)
-    replicas: dict[str, Pulse] = field(default_factory=dict)  # by name
-    gone: Pulse = field(default_factory=Pulse)  # sums over the replicas that have left
+    seen: UsageStats = field(default_factory=UsageStats)
+    replicas: dict[str, ReplicaHeartbeat] = field(default_factory=dict)  # by name
+    gone: ReplicaHeartbeat = field(default_factory=ReplicaHeartbeat)  # sums over the replicas that have left
     spent: float = 0.0  # of the budget, by all runs
     broke: bool = False  # the budget has no room for any row that is left
     left: int = 0  # rows at hand that nobody has

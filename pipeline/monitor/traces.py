@@ -134,7 +134,7 @@ class RequestSpans:
         """A request that has ended just now, all its tries together."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
-        told: dict[str, Any] = {
+        attributes: dict[str, Any] = {
             **self.engine,
             "eagleray.engine": completion.engine or self.kind,
             "eagleray.key": key.hex(),
@@ -142,17 +142,19 @@ class RequestSpans:
             "eagleray.attempts": completion.attempts,
         }
         if completion.model:
-            told["gen_ai.response.model"] = completion.model
+            attributes["gen_ai.response.model"] = completion.model
         if completion.error is None:
-            told["gen_ai.response.finish_reasons"] = [choice.finish_reason for choice in completion.choices]
-            told["gen_ai.usage.input_tokens"] = completion.usage.input
-            told["gen_ai.usage.cache_read.input_tokens"] = completion.usage.cached_input
-            told["gen_ai.usage.output_tokens"] = completion.usage.output
+            attributes["gen_ai.response.finish_reasons"] = [choice.finish_reason for choice in completion.choices]
+            attributes["gen_ai.usage.input_tokens"] = completion.usage.input
+            attributes["gen_ai.usage.cache_read.input_tokens"] = completion.usage.cached_input
+            attributes["gen_ai.usage.output_tokens"] = completion.usage.output
         else:  # not its message, which may quote the row
-            told["error.type"] = completion.error.type
+            attributes["error.type"] = completion.error.type
             if completion.error.status is not None:
-                told["http.response.status_code"] = completion.error.status
-        span = self.tracer.start_span(self.name, self.parent, kind=SpanKind.CLIENT, attributes=told, start_time=began_ns)
+                attributes["http.response.status_code"] = completion.error.status
+        span = self.tracer.start_span(
+            self.name, self.parent, kind=SpanKind.CLIENT, attributes=attributes, start_time=began_ns
+        )
         if completion.error is not None:
             span.set_status(Status(StatusCode.ERROR))
         span.end(time.time_ns())
@@ -163,5 +165,5 @@ class RequestSpans:
 
 
 def _engine(engine: EngineConfig) -> dict[str, Any]:
-    told = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": engine.kind, "eagleray.engine": engine.kind}
-    return told | ({"gen_ai.request.model": engine.model} if engine.model else {})
+    attributes = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": engine.kind, "eagleray.engine": engine.kind}
+    return attributes | ({"gen_ai.request.model": engine.model} if engine.model else {})

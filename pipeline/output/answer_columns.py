@@ -19,7 +19,7 @@ _SIMPLE = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(),
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class AnswerColumn:
     """One column out of the answers; `type` None stands for JSON text."""
 
     name: str
@@ -27,7 +27,7 @@ class Score:
     type: pa.DataType | None
 
 
-def score_columns(wanted: Any, response_format: Mapping[str, Any] | None) -> list[Score]:
+def plan_answer_columns(wanted: Any, response_format: Mapping[str, Any] | None) -> list[AnswerColumn]:
     """What `output.columns` asks for. Raises `ConfigError`."""
     if wanted is None:
         return []
@@ -51,7 +51,7 @@ def score_columns(wanted: Any, response_format: Mapping[str, Any] | None) -> lis
         raise ConfigError(
             f"output.columns must be schema, a list of properties or a mapping of names to properties, not {wanted!r}"
         )
-    found: list[Score] = []
+    found: list[AnswerColumn] = []
     for name, path in paths.items():
         if not isinstance(path, str) or not isinstance(name, str):
             raise ConfigError(f"output.columns: {path!r} is not the name of a property of the schema")
@@ -61,9 +61,9 @@ def score_columns(wanted: Any, response_format: Mapping[str, Any] | None) -> lis
             if part not in known:
                 raise ConfigError(f"output.columns: the schema has no property '{part}' ({path}){nearest(part, known)}")
             node = known[part]
-        while name in OUTPUT_COLUMNS or any(score.name == name for score in found):
+        while name in OUTPUT_COLUMNS or any(answer_column.name == name for answer_column in found):
             name = f"response_{name}"
-        found.append(Score(name, parts, arrow_type(node)))
+        found.append(AnswerColumn(name, parts, arrow_type(node)))
     return found
 
 
@@ -117,9 +117,9 @@ def arrow_type(schema: Any) -> pa.DataType | None:
     return _SIMPLE.get(kinds) if isinstance(kinds, str) else None
 
 
-def score_arrays(scores: Sequence[Score], texts: Sequence[str | None]) -> dict[str, pa.Array]:
+def answer_arrays(answer_columns: Sequence[AnswerColumn], texts: Sequence[str | None]) -> dict[str, pa.Array]:
     """The columns out of answers; null where there is no answer (None), or none of that type at that place."""
-    values: list[list[Any]] = [[] for _ in scores]
+    values: list[list[Any]] = [[] for _ in answer_columns]
     for text in texts:
         answer: Any = None
         if text is not None:
@@ -127,12 +127,15 @@ def score_arrays(scores: Sequence[Score], texts: Sequence[str | None]) -> dict[s
                 answer = loads(text.encode())
             except ValueError:  # of a row with a format of its own, say
                 pass
-        for score, column in zip(scores, values, strict=True):
+        for answer_column, column in zip(answer_columns, values, strict=True):
             value = answer
-            for part in score.path:
+            for part in answer_column.path:
                 value = value.get(part) if isinstance(value, dict) else None
-            column.append(fitted(value, score.type))
-    return {score.name: pa.array(column, score.type or pa.string()) for score, column in zip(scores, values, strict=True)}
+            column.append(fitted(value, answer_column.type))
+    return {
+        answer_column.name: pa.array(column, answer_column.type or pa.string())
+        for answer_column, column in zip(answer_columns, values, strict=True)
+    }
 
 
 def fitted(value: Any, type: pa.DataType | None) -> Any:

@@ -25,16 +25,16 @@ from engines.types import Completion, answer
 from pipeline.config import OutputConfig
 from pipeline.dataset.column_types import ColumnKinds, common_type, to_array, type_of
 from pipeline.dataset.formats import OUTPUT_COLUMNS, passthrough_names
-from pipeline.dataset.reader import Interpreter, Item, Piece, Summary
+from pipeline.dataset.reader import ParsedRow, ReadSplit, RowReader, SplitSummary
 from pipeline.dataset.source import parquet_schema, read_table
-from pipeline.output.answer_columns import Score, score_arrays
+from pipeline.output.answer_columns import AnswerColumn, answer_arrays
 from pipeline.output.jsonl_styles import STYLES
 from pipeline.report.conversation import shown_row
 from pipeline.report.stats import Stats
 from pipeline.storage.exact_json import dumps, loads, plain
 from pipeline.storage.filesystem import resolve, write_atomic
 from pipeline.storage.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, completion_columns, read_rows
-from pipeline.storage.ledger_index import FarIndex, Index
+from pipeline.storage.ledger_index import Index, RemoteIndex
 
 ROWS_PER_PART = 32_768
 DATA, ERRORS = "data", "errors"
@@ -46,7 +46,7 @@ JSON_TEXT = ("messages", "tool_calls", "choices", "logprobs")
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class OutputColumn:
     """One of the input's own columns. `name` is its name in data/, None where a column of ours holds it already;
     `type` None stands for JSON text."""
 
@@ -59,7 +59,7 @@ class Column:
 class Job:
     """Whole pieces that lie together, and the part files they become. `index` is the first row's in the whole input."""
 
-    pieces: list[Piece]
+    splits: list[ReadSplit]
     rows: int
     index: int
     first_part: int
@@ -79,15 +79,17 @@ class JobResult:
     stats: Stats = field(default_factory=Stats)
 
 
-def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_per_part: int = ROWS_PER_PART) -> list[Job]:
+def plan_jobs(
+    splits: Sequence[ReadSplit], summaries: Mapping[int, SplitSummary], rows_per_part: int = ROWS_PER_PART
+) -> list[Job]:
     """Groups the pieces, in order, into jobs of about a part or more; a large piece becomes several parts."""
     jobs: list[Job] = []
-    group: list[Piece] = []
+    group: list[ReadSplit] = []
     rows = index = part = 0
-    for at, piece in enumerate(pieces):
-        group.append(piece)
-        rows += summaries[piece.number].rows
-        if rows >= rows_per_part or (at + 1 == len(pieces) and (rows or not jobs)):
+    for at, split in enumerate(splits):
+        group.append(split)
+        rows += summaries[split.number].rows
+        if rows >= rows_per_part or (at + 1 == len(splits) and (rows or not jobs)):
             parts = max(1, -(-rows // rows_per_part))
             jobs.append(Job(group, rows, index, part, parts))
             index, part = index + rows, part + parts
@@ -96,36 +98,41 @@ def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_pe
 
 
 def plan_columns(
-    pieces: Sequence[Piece], summaries: Mapping[int, Summary], interpreter: Interpreter, scores: Sequence[Score] = ()
-) -> list[Column]:
+    splits: Sequence[ReadSplit],
+    summaries: Mapping[int, SplitSummary],
+    row_reader: RowReader,
+    answer_columns: Sequence[AnswerColumn] = (),
+) -> list[OutputColumn]:
     """The input's own columns with one type each over all files, in the order they first appear."""
     types: dict[str, pa.DataType | None] = {}
     kinds = ColumnKinds()
     files: set[str] = set()
-    for piece in pieces:
-        if piece.chunk.kind != "parquet":
-            kinds.merge(summaries[piece.number].kinds)
-        elif piece.chunk.file not in files:
-            files.add(piece.chunk.file)
-            for column in parquet_schema(piece.chunk):
+    for split in splits:
+        if split.file_split.kind != "parquet":
+            kinds.merge(summaries[split.number].kinds)
+        elif split.file_split.file not in files:
+            files.add(split.file_split.file)
+            for column in parquet_schema(split.file_split):
                 types[column.name] = common_type(types.get(column.name, column.type), column.type)
     for name, bits in kinds.bits.items():
         types[name] = common_type(types.get(name, type_of(bits)), type_of(bits))
-    names = passthrough_names(types, interpreter.parser, {score.name for score in scores})
-    return [Column(source, names.get(source), type) for source, type in types.items()]
+    names = passthrough_names(types, row_reader.parser, {answer_column.name for answer_column in answer_columns})
+    return [OutputColumn(source, names.get(source), type) for source, type in types.items()]
 
 
-def output_schema(columns: Sequence[Column], optional: Sequence[str], scores: Sequence[Score] = ()) -> pa.Schema:
+def output_schema(
+    columns: Sequence[OutputColumn], optional: Sequence[str], answer_columns: Sequence[AnswerColumn] = ()
+) -> pa.Schema:
     """`id`, `index`, the input's own columns, those out of the answers, then what the engine gave."""
     own = [pa.field(c.name, c.type or pa.string()) for c in columns if c.name is not None]
-    out = [pa.field(score.name, score.type or pa.string()) for score in scores]
+    out = [pa.field(answer_column.name, answer_column.type or pa.string()) for answer_column in answer_columns]
     given = [(n, t) for n, t in COMPLETION_FIELDS if n in OUTPUT_COLUMNS and (n not in OPTIONAL or n in optional)]
     first, *rest = [pa.field(n, t) for n, t in given]
     return pa.schema([("id", pa.string()), ("index", pa.int64()), *own, *out, first, ("messages", pa.string()), *rest])
 
 
 @dataclass(slots=True)
-class _Rows:
+class _OutputRows:
     """Input rows on their way into one part file."""
 
     ids: list[str] = field(default_factory=list)
@@ -136,7 +143,7 @@ class _Rows:
     values: list[Mapping[str, Any]] = field(default_factory=list)  # the columns as Python values
     own: list[pa.Table] = field(default_factory=list)  # the columns as Arrow, all of them
 
-    def add(self, items: Sequence[Item], own: pa.Table) -> None:
+    def add(self, items: Sequence[ParsedRow], own: pa.Table) -> None:
         self.own.append(own)
         for item in items:
             self.ids.append(item.id)
@@ -152,27 +159,27 @@ class PartWriter:
 
     def __init__(
         self,
-        interpreter: Interpreter,
-        columns: list[Column],
+        row_reader: RowReader,
+        columns: list[OutputColumn],
         optional: Sequence[str],
         raw: bool,
         output: OutputConfig,
-        scores: Sequence[Score] = (),
+        answer_columns: Sequence[AnswerColumn] = (),
     ) -> None:
-        self.interpreter, self.columns, self.output = interpreter, columns, output
+        self.row_reader, self.columns, self.output = row_reader, columns, output
         self.raw = raw  # whether some line of the input could not be read
-        self.scores = scores
-        self.schema = output_schema(columns, optional, scores)
+        self.answer_columns = answer_columns
+        self.schema = output_schema(columns, optional, answer_columns)
         self.own_schema = pa.schema([(c.source, c.type or pa.string()) for c in columns])
         self.fs, self.root = resolve(str(output.path))
 
-    def run(self, job: Job, answers: Index | FarIndex) -> JobResult:
+    def run(self, job: Job, answers: Index | RemoteIndex) -> JobResult:
         """Writes the job's `data/part-N` files and, where rows failed, `errors/part-N`; stops at a missing row."""
         result = JobResult()
         size = -(-job.rows // job.parts)
-        part, first, rows = job.first_part, job.index, _Rows()
+        part, first, rows = job.first_part, job.index, _OutputRows()
         read = 0
-        for items, own in self._read(job.pieces):
+        for items, own in self._read(job.splits):
             read += len(items)
             if read > job.rows:
                 break
@@ -184,20 +191,20 @@ class PartWriter:
                     self._write(part, first, rows, answers, result)
                     if result.missing:
                         return result
-                    part, first, rows = part + 1, first + size, _Rows()
+                    part, first, rows = part + 1, first + size, _OutputRows()
         if read != job.rows:  # never a shorter or shifted output because a read broke off
             raise OSError(
-                f"{job.pieces[0].chunk.name} and on: {read} rows where there were {job.rows}; did the input change?"
+                f"{job.splits[0].file_split.name} and on: {read} rows where there were {job.rows}; did the input change?"
             )
         if rows.ids or not result.files:
             self._write(part, first, rows, answers, result)
         return result
 
-    def _read(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[Item], pa.Table]]:
+    def _read(self, splits: Sequence[ReadSplit]) -> Iterator[tuple[list[ParsedRow], pa.Table]]:
         """Items with their columns as Arrow: taken as they are from Parquet, built from the values otherwise."""
-        for piece in pieces:
-            batches = read_table(piece.chunk) if piece.chunk.kind == "parquet" else iter(())
-            for items in self.interpreter.read(piece):
+        for split in splits:
+            batches = read_table(split.file_split) if split.file_split.kind == "parquet" else iter(())
+            for items in self.row_reader.read(split):
                 batch = next(batches, None)
                 if batch is not None and batch.num_rows >= len(items):
                     yield items, self._conform(batch.slice(0, len(items)))
@@ -220,7 +227,7 @@ class PartWriter:
         columns = [to_array([row.get(c.source) for row in values], c.type) for c in self.columns]
         return pa.Table.from_arrays(columns, schema=self.own_schema)
 
-    def _write(self, part: int, first: int, rows: _Rows, answers: Index | FarIndex, result: JobResult) -> None:
+    def _write(self, part: int, first: int, rows: _OutputRows, answers: Index | RemoteIndex, result: JobResult) -> None:
         at = np.full(len(rows.ids), -1, np.int64)
         keyed = np.array([key is not None for key in rows.keys], np.bool_)
         at[keyed], *where = answers.locate([key for key in rows.keys if key is not None])
@@ -245,7 +252,7 @@ class PartWriter:
         self,
         at: npt.NDArray[np.int64],
         first: int,
-        rows: _Rows,
+        rows: _OutputRows,
         completions: pa.Table,
         done_at: pa.ChunkedArray,
         stats: Stats,
@@ -261,7 +268,7 @@ class PartWriter:
 
     def _completions(
         self,
-        rows: _Rows,
+        rows: _OutputRows,
         at: npt.NDArray[np.int64],
         paths: list[str],
         segment: npt.NDArray[np.int32],
@@ -285,7 +292,7 @@ class PartWriter:
         table = pa.concat_tables(tables).take(pa.array(back))
         return table.drop_columns("done_at"), table["done_at"]
 
-    def _data(self, rows: _Rows, own: pa.Table, completions: pa.Table, index: int) -> pa.Table:
+    def _data(self, rows: _OutputRows, own: pa.Table, completions: pa.Table, index: int) -> pa.Table:
         columns: dict[str, Any] = {
             "id": pa.array(rows.ids, pa.string()),
             "index": pa.array(np.arange(index, index + len(rows.ids))),
@@ -307,11 +314,11 @@ class PartWriter:
         columns.update({c.name: own[c.source] for c in self.columns if c.name is not None})
         given = set(self.schema.names) & set(OUTPUT_COLUMNS) & set(completions.column_names)
         columns.update({name: completions[name] for name in given})
-        if self.scores:  # a failed row has no response
-            columns.update(score_arrays(self.scores, completions["response"].to_pylist()))
+        if self.answer_columns:  # a failed row has no response
+            columns.update(answer_arrays(self.answer_columns, completions["response"].to_pylist()))
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
 
-    def _errors(self, rows: _Rows, own: pa.Table, completions: pa.Table, wrong: npt.NDArray[np.intp]) -> pa.Table:
+    def _errors(self, rows: _OutputRows, own: pa.Table, completions: pa.Table, wrong: npt.NDArray[np.intp]) -> pa.Table:
         """The failed rows as they came, under their own names, so that they can be run again; and why they failed."""
         take = pa.array(wrong)
         columns: dict[str, Any] = {}
@@ -338,7 +345,7 @@ class PartWriter:
         """JSON lines; JSON text becomes JSON again, and the input's own values are written as they came."""
         own = {c.name: c.source for c in self.columns if c.name is not None} if values else {}
         texts = (
-            (s.name for s in self.scores if s.type is None)
+            (s.name for s in self.answer_columns if s.type is None)
             if values
             else (c.source for c in self.columns if c.type is None)
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Row = Mapping[str, Any]
+OutputRow = Mapping[str, Any]
 
 
-def eagleray(row: Row) -> Row:
+def eagleray(row: OutputRow) -> OutputRow:
     return row
 
 
-def openai_batch(row: Row) -> Row:
+def openai_batch(row: OutputRow) -> OutputRow:
     """A line of an OpenAI batch output file, as `vllm run-batch` writes it too."""
     error = row["error"]
     if error is not None:
@@ -48,7 +48,7 @@ def openai_batch(row: Row) -> Row:
     return {"id": f"batch_req_{row['index']}", "custom_id": row["id"], "response": response, "error": None}
 
 
-def oumi(row: Row) -> Row:
+def oumi(row: OutputRow) -> OutputRow:
     """An Oumi conversation; what is not its messages goes into its metadata."""
     rest = {name: value for name, value in row.items() if name not in ("id", "messages", "conversation_id", "metadata")}
     own = row.get("metadata")
@@ -56,4 +56,4 @@ def oumi(row: Row) -> Row:
     return {"conversation_id": row["id"], "messages": row["messages"], "metadata": metadata}
 
 
-STYLES: dict[str, Callable[[Row], Row]] = {"eagleray": eagleray, "openai_batch": openai_batch, "oumi": oumi}
+STYLES: dict[str, Callable[[OutputRow], OutputRow]] = {"eagleray": eagleray, "openai_batch": openai_batch, "oumi": oumi}

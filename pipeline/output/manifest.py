@@ -16,9 +16,9 @@ import orjson
 import pyarrow.fs as pafs
 
 from pipeline.config import Config, without_secrets
-from pipeline.dataset.reader import Piece, Summary
-from pipeline.executors.batch.store import Book
-from pipeline.monitor.status import Status
+from pipeline.dataset.reader import ReadSplit, SplitSummary
+from pipeline.executors.batch.store import BatchStore
+from pipeline.monitor.status import RunStatus
 from pipeline.output.cost import cost_of
 from pipeline.output.finalize import DATA, ERRORS, JobResult
 from pipeline.report.page import REPORT
@@ -31,12 +31,12 @@ MANIFEST = "manifest.json"
 
 def make_manifest(
     config: Config,
-    pieces: list[Piece],
+    splits: list[ReadSplit],
     fs: pafs.FileSystem,
-    summaries: dict[int, Summary],
+    summaries: dict[int, SplitSummary],
     result: JobResult,
     index: Index,
-    asked: Status,
+    totals: RunStatus,
     started: float,
 ) -> dict[str, Any]:
     (used,) = result.used
@@ -52,15 +52,15 @@ def make_manifest(
             "requests": int(used.sum()),  # distinct ones; equal deterministic requests are asked once
         },
         "errors": dict(result.errors),
-        "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
+        "this_run": {"asked": totals.done + totals.failed, "failed": totals.failed, "engine_deaths": totals.crashes},
         "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
         "cost_usd": None if cost is None else sum(cost.values()),  # null: the price is not known
         "cost_parts_usd": cost,
         "price_as_of": config.engine.price.as_of,
-        "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
+        "batches": BatchStore(fs, resolve(str(config.output.path))[1]).summary(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
-        "input": _fingerprint(config, pieces),
+        "input": _fingerprint(config, splits),
         "ledger": _ledger(index),
         "files": dict(sorted(result.files.items())),
         "versions": _versions(),
@@ -69,9 +69,9 @@ def make_manifest(
     }
 
 
-def _fingerprint(config: Config, pieces: list[Piece]) -> dict[str, Any]:
+def _fingerprint(config: Config, splits: list[ReadSplit]) -> dict[str, Any]:
     """The input files as they are now, and a digest over them and all that shapes the output."""
-    names = list(dict.fromkeys(piece.chunk.file for piece in pieces))
+    names = list(dict.fromkeys(split.file_split.file for split in splits))
     with ThreadPoolExecutor(16) as pool:  # a store answers one at a time in tens of milliseconds
         found = pool.map(lambda name: info_of(*resolve(name)), names)
         files = [{"path": name, "bytes": i.size, "modified_ns": i.mtime_ns} for name, i in zip(names, found, strict=True)]
@@ -84,7 +84,9 @@ def _ledger(index: Index) -> dict[str, int]:
     return {"requests": len(index), "failed": int(index.failed.sum())}
 
 
-def unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piece], index: Index) -> dict[str, Any] | None:
+def unchanged(
+    config: Config, fs: pafs.FileSystem, root: str, splits: list[ReadSplit], index: Index
+) -> dict[str, Any] | None:
     """The manifest, where it stands for exactly this input and configuration and its files are all there."""
     try:
         with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
@@ -92,7 +94,7 @@ def unchanged(config: Config, fs: pafs.FileSystem, root: str, pieces: list[Piece
         # An older one, where a run was killed between its last answer and the output.
         if manifest["ledger"] != _ledger(index):
             return None
-        same = manifest["input"]["digest"] == _fingerprint(config, pieces)["digest"]
+        same = manifest["input"]["digest"] == _fingerprint(config, splits)["digest"]
         there = {f"{folder}/{info.base_name}" for folder in (DATA, ERRORS) for info in listing(fs, f"{root}/{folder}")}
         whole = there.issuperset(manifest["files"]) and exists(fs, f"{root}/{REPORT}")
         return manifest if same and whole else None

@@ -43,7 +43,7 @@ class Findings:
 def examine(config: Config, thorough: bool) -> Findings:
     """Looks at packages, keys, URLs and parameters; loads no model. `thorough` also imports an engine's libraries."""
     found = Findings()
-    here = found.doubtful if _joins_a_cluster() else found.wrong
+    here = found.doubtful if joins_a_cluster() else found.wrong
     for engine in (config.engine, *fallbacks(config.engine)):
         missing = missing_package(engine.kind, engine.provider)
         if missing is not None:
@@ -86,7 +86,7 @@ def _absent(engine: EngineConfig) -> Iterator[str]:
         yield f"engine.kwargs.{bits} needs the package 'bitsandbytes': run pip install 'bitsandbytes>=0.46'"
 
 
-def _joins_a_cluster() -> bool:
+def joins_a_cluster() -> bool:
     """Whether replicas may run on other machines, with packages and variables of their own."""
     ray = sys.modules.get("ray")
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())

@@ -15,7 +15,7 @@ from engines.local.memory_estimate import Prompts
 from engines.text import for_template
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, FIRST_OUTPUT, Message, Request, answer
 from pipeline.config import Config
-from pipeline.dataset.reader import Interpreter, Item, Piece
+from pipeline.dataset.reader import ParsedRow, ReadSplit, RowReader
 from pipeline.output.cost import batch_share
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.ledger_index import Index
@@ -27,7 +27,7 @@ Check = Callable[[Request], None]  # raises `EngineError` where a request cannot
 
 
 @dataclass(slots=True)
-class Rows:
+class DatasetEstimate:
     """What the dataset holds. Tokens are those of distinct requests: equal deterministic ones are asked once."""
 
     config: Config
@@ -62,13 +62,13 @@ class Rows:
         return self.invalid + self.refused + self.too_long
 
     def read(
-        self, pieces: list[Piece], interpreter: Interpreter, known: Index | None = None, most: int = sys.maxsize,
+        self, splits: list[ReadSplit], row_reader: RowReader, known: Index | None = None, most: int = sys.maxsize,
         seconds: float = math.inf,
-    ) -> Rows:  # fmt: skip
+    ) -> DatasetEstimate:  # fmt: skip
         """Reads all rows, or those that come first."""
-        self.files = len({piece.chunk.file for piece in pieces})
+        self.files = len({split.file_split.file for split in splits})
         until = time.monotonic() + seconds
-        for items in (items for piece in pieces for items in interpreter.read(piece)):
+        for items in (items for split in splits for items in row_reader.read(split)):
             keys = {id(item): item.key for item in items if item.key}
             answered = set(compress(keys, known.find(list(keys.values())) >= 0)) if known is not None else set()
             for item in items:
@@ -84,22 +84,22 @@ class Rows:
                     self._add(item)
         return self
 
-    def _add(self, item: Item) -> None:
-        interpreted = self.config.params()
+    def _add(self, item: ParsedRow) -> None:
+        params = self.config.params()
         failure, tokens, turns, request = item.failure.message if item.failure else "", 0, 0, None
         try:
             if parsed := item.parsed:
-                interpreted, key = interpreted.override(parsed.generation), (item.key or b"").hex()
-                request = Request(parsed.messages, interpreted, parsed.model, parsed.adapter, key, turns=parsed.turns)
+                params, key = params.override(parsed.generation), (item.key or b"").hex()
+                request = Request(parsed.messages, params, parsed.model, parsed.adapter, key, turns=parsed.turns)
                 turns = len(request.turns)
                 # Of a script: its last request, without what the model says before.
                 last: list[Message] = [*request.messages]
                 for turn in request.turns:
                     last += [answer(""), Message(role="user", content=turn)]
                 if self.count:
-                    tokens = self.count.count(last, interpreted)
+                    tokens = self.count.count(last, params)
                 else:  # as a remote engine reserves, before the provider has told better; images are left out
-                    shown = [*map(for_template, last), *(interpreted.tools or ())]
+                    shown = [*map(for_template, last), *(params.tools or ())]
                     tokens = round(len(dumps(shown)) / BYTES_PER_TOKEN)
         except EngineError as error:
             failure = f"{item.id}: {error}"
@@ -107,7 +107,7 @@ class Rows:
             self.invalid += 1
             self.reasons += [failure] if len(self.reasons) < SHOWN else []
             return
-        limit = interpreted.max_tokens
+        limit = params.max_tokens
         context = self.context or math.inf
         if tokens + (limit or 1) > context:  # without max_tokens an answer gets what is left
             self.too_long += tokens >= context
@@ -122,7 +122,7 @@ class Rows:
         self.prompts.append(tokens)
         remote = bool(self.config.engine.provider)
         most = limit or (FIRST_OUTPUT if remote else DEFAULT_MAX_TOKENS)
-        self.output += (turns + (interpreted.n or 1)) * max(0, min(most, context - tokens))
+        self.output += (turns + (params.n or 1)) * max(0, min(most, context - tokens))
         self.bounded &= bool(limit or not remote)
         if len(self.first) < SHOWN:
             self.first.append((item.id, request))
@@ -163,8 +163,8 @@ class Rows:
         words = "at most" if self.bounded and factor == 1 else "about"
         by = (f"the list price of {price.as_of}" if price.as_of else "engine.price") + " for batches" * batch
         others = f"; rows name other models ({', '.join(sorted(self.models))})" if self.models - {engine.model} else ""
-        return f"{words} ${_dollars(dollars)} by {by}{others}"
+        return f"{words} ${format_dollars(dollars)} by {by}{others}"
 
 
-def _dollars(amount: float) -> str:
+def format_dollars(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}" if amount >= 0.0001 else f"{amount:.1e}"

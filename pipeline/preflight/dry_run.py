@@ -25,10 +25,10 @@ from engines.remote.engine import RemoteEngine
 from engines.text import visible
 from engines.types import Request
 from pipeline.config import Config
-from pipeline.dataset.reader import Interpreter, Piece
+from pipeline.dataset.reader import ReadSplit, RowReader
 from pipeline.output.manifest import MANIFEST, unchanged
 from pipeline.preflight.checks import Findings, examine, output_state
-from pipeline.preflight.dataset_estimate import Check, Line, Rows
+from pipeline.preflight.dataset_estimate import Check, DatasetEstimate, Line
 from pipeline.storage.filesystem import exists
 from pipeline.storage.ledger_index import read_index
 
@@ -55,14 +55,14 @@ def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, consol
 
 
 def look_at_rows(
-    config: Config, pieces: list[Piece], interpreter: Interpreter, check: Check | None, console: Console
+    config: Config, splits: list[ReadSplit], row_reader: RowReader, check: Check | None, console: Console
 ) -> None:
     """Prints what the first rows tell of all."""
     try:
-        found = Rows(config, check=check).read(pieces, interpreter, most=FIRST_ROWS, seconds=FIRST_S)
+        found = DatasetEstimate(config, check=check).read(splits, row_reader, most=FIRST_ROWS, seconds=FIRST_S)
     except Exception:  # whoever reads it all says it, row by row; a look ahead ends no run
         return
-    total = _total(pieces, found)
+    total = _total(splits, found)
     factor = total / found.rows if total and found.rows else 1.0
     rows = f"{found.rows:,} rows in {found.files:,} files"
     if not found.whole:
@@ -84,14 +84,14 @@ def look_at_rows(
             console.print(Text(text[:400], "yellow"))
 
 
-def _total(pieces: list[Piece], found: Rows) -> int | None:
+def _total(splits: list[ReadSplit], found: DatasetEstimate) -> int | None:
     """How many rows there are in all; None where only reading them would tell."""
     if found.whole:
         return found.rows
-    if pieces and all(piece.limit is not None for piece in pieces):
-        return sum(piece.limit or 0 for piece in pieces)
-    if found.size and all(piece.chunk.kind == "jsonl" and piece.chunk.stop >= 0 for piece in pieces):
-        size = sum(piece.chunk.stop - piece.chunk.start for piece in pieces)
+    if splits and all(split.limit is not None for split in splits):
+        return sum(split.limit or 0 for split in splits)
+    if found.size and all(split.file_split.kind == "jsonl" and split.file_split.stop >= 0 for split in splits):
+        size = sum(split.file_split.stop - split.file_split.start for split in splits)
         return max(found.rows, round(size / (found.size / found.rows)))
     return None
 
@@ -100,17 +100,17 @@ def _total(pieces: list[Piece], found: Rows) -> int | None:
 
 
 def dry_run(
-    config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter, pieces: list[Piece], console: Console
-) -> tuple[Rows, list[str]]:
+    config: Config, fs: pafs.FileSystem, root: str, row_reader: RowReader, splits: list[ReadSplit], console: Console
+) -> tuple[DatasetEstimate, list[str]]:
     """Reads everything and tells what a run would do. Returns the rows, and why it could not run at all."""
     index = read_index(fs, root)
     seen = examine(config, thorough=True)
     context, shape = _model_at_hand(config.engine)
     known = index.only(failed_too=not config.run.retry_failed)
-    found = Rows(config, context, shape, seen.check).read(pieces, interpreter, known)
+    found = DatasetEstimate(config, context, shape, seen.check).read(splits, row_reader, known)
     if found.invalid and config.dataset.on_bad_input == "fail":
         seen.wrong.append(f"{found.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
-    complete = unchanged(config, fs, root, pieces, index) is not None
+    complete = unchanged(config, fs, root, splits, index) is not None
     state, unusable = output_state(fs, root, len(index), found.answered, complete)
     if unusable:
         seen.wrong.append(state)
@@ -138,7 +138,7 @@ def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
         return None, None
 
 
-def _about(config: Config, found: Rows, seen: Findings, state: str, unusable: bool) -> Iterable[Line]:
+def _about(config: Config, found: DatasetEstimate, seen: Findings, state: str, unusable: bool) -> Iterable[Line]:
     yield (
         "dataset",
         f"{found.rows:,} rows in {found.files:,} files: {len(found.keys):,} requests to ask, "

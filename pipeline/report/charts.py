@@ -133,7 +133,7 @@ class Drawing:
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class TimeColumn:
     """A bucket of time, or the part of it in which something was in flight."""
 
     at: float  # seconds on the axis
@@ -164,31 +164,33 @@ class Column:
 class Series:
     """The timeline as columns on one axis of seconds, which leaves pauses out."""
 
-    columns: list[Column]
+    columns: list[TimeColumn]
     breaks: list[tuple[float, float, float]]  # from and to on the axis, and how long the pause was
     end: float
 
 
 def series_of(timeline: Timeline) -> Series:
     """Widens the timeline's buckets until they are few enough to draw."""
-    stretches = timeline.stretches
-    while len(stretches) > MOST_STRETCHES:  # the shortest pauses are drawn
-        stretches = _joined(stretches, np.argmin(stretches[1:, 0] - stretches[:-1, 1]))
+    active_intervals = timeline.active_intervals
+    while len(active_intervals) > MOST_STRETCHES:  # the shortest pauses are drawn
+        active_intervals = _merged(active_intervals, np.argmin(active_intervals[1:, 0] - active_intervals[:-1, 1]))
     rows = sum(pc.sum(timeline.cells[name]).as_py() for name in ("answered", "failed"))
-    most = len(stretches) + max(12, min(COLUMNS, rows // 2))
-    while sum(end // timeline.width_ms - start // timeline.width_ms + 1 for start, end in stretches.tolist()) > most:
+    most = len(active_intervals) + max(12, min(COLUMNS, rows // 2))
+    while sum(end // timeline.width_ms - start // timeline.width_ms + 1 for start, end in active_intervals.tolist()) > most:
         timeline.widen()
     width = timeline.width_ms
     # A bucket's rows belong to one column: a pause within a bucket is drawn too.
-    stretches = _joined(stretches, np.flatnonzero(stretches[1:, 0] // width == stretches[:-1, 1] // width))
+    active_intervals = _merged(
+        active_intervals, np.flatnonzero(active_intervals[1:, 0] // width == active_intervals[:-1, 1] // width)
+    )
     cells = timeline.cells.sort_by([("bucket", "ascending"), ("latency", "ascending")])
     bucket, latency = np.asarray(cells["bucket"]), np.asarray(cells["latency"])
     sums = np.stack([np.asarray(cells[name]) for name in SUMS], axis=1)
-    gap = float((stretches[:, 1] - stretches[:, 0]).sum()) / 1000 * 0.03
-    columns: list[Column] = []
+    gap = float((active_intervals[:, 1] - active_intervals[:, 0]).sum()) / 1000 * 0.03
+    columns: list[TimeColumn] = []
     breaks: list[tuple[float, float, float]] = []
     at, before = 0.0, 0.0
-    for start, end in stretches.tolist():
+    for start, end in active_intervals.tolist():
         if columns:
             breaks.append((at, at + gap, (start - before) / 1000))
             at += gap
@@ -199,15 +201,17 @@ def series_of(timeline: Timeline) -> Series:
             p50, p95 = (quantile_of(counts, latency[part], q, COARSE) if len(counts) else 0.0 for q in (0.5, 0.95))
             span, rate_s = (until - since) / 1000, max(until - since, width / 4) / 1000
             answered, failed, read, written = sums[part].sum(axis=0).tolist()
-            columns.append(Column(at, span, since, rate_s, answered, failed, read, written, p50, p95))
+            columns.append(TimeColumn(at, span, since, rate_s, answered, failed, read, written, p50, p95))
             at += span
         before = end
     return Series(columns, breaks, at)
 
 
-def _joined(stretches: np.ndarray, pauses: Any) -> np.ndarray:
+def _merged(active_intervals: np.ndarray, pauses: Any) -> np.ndarray:
     """The stretches without these of the pauses between them."""
-    return np.delete(stretches.ravel(), np.concatenate([2 * np.atleast_1d(pauses) + at for at in (1, 2)])).reshape(-1, 2)
+    return np.delete(active_intervals.ravel(), np.concatenate([2 * np.atleast_1d(pauses) + at for at in (1, 2)])).reshape(
+        -1, 2
+    )
 
 
 def _over_time(series: Series, top: float, scale: Callable[[float], str] = short) -> Drawing:
@@ -240,8 +244,8 @@ def tokens_over_time(series: Series) -> Markup:
     drawing = _over_time(series, top)
     for c in series.columns:
         drawing.bar("tokens", c.at, c.end, 0, c.output / c.rate_s)
-        told = f"{c.output:,} output tokens, {number(c.output / c.rate_s)} a second; {c.input:,} input tokens"
-        drawing.hover(c.at, c.end, f"{c.when}: {told}")
+        text = f"{c.output:,} output tokens, {number(c.output / c.rate_s)} a second; {c.input:,} input tokens"
+        drawing.hover(c.at, c.end, f"{c.when}: {text}")
     return drawing.done("Output tokens per second over time")
 
 

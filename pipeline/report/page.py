@@ -37,15 +37,15 @@ FILES_SHOWN, BATCHES_SHOWN = 10, 20
 
 def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], stats: Stats, console: Console) -> None:
     """Writes the report. The rows are worth more than it: where it fails, that is said, there too, and the run goes on."""
-    told = stats.broken
-    if told is None:
+    failure = stats.broken
+    if failure is None:
         try:
             page = render(manifest, stats)
         except Exception:  # a bug of ours
-            told = traceback.format_exc()
-    if told is not None:
-        page = str(_template("report_broken.html").render(traceback=visible(told)))
-        last = visible(told.strip().splitlines()[-1])[:300]
+            failure = traceback.format_exc()
+    if failure is not None:
+        page = str(_template("report_broken.html").render(traceback=visible(failure)))
+        last = visible(failure.strip().splitlines()[-1])[:300]
         text = f"{REPORT} could not be made, a bug in Eagleray ({last}); all else is there. The traceback is in it."
         console.print(Text(text, "yellow"))
     try:

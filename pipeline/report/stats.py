@@ -95,7 +95,7 @@ class Timeline:
     width_ms: int = FIRST_WIDTH_MS
     cells: pa.Table = field(default_factory=_CELLS.empty_table)
     # When something was in flight, from and to, in ms since the epoch; apart by more than a pause.
-    stretches: Ints = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    active_intervals: Ints = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     def add(self, done_ms: Ints, latency_s: Floats, sums: Sequence[Ints]) -> None:
         columns = [done_ms // self.width_ms, bin_of(latency_s) // COARSE, *sums]
@@ -106,13 +106,13 @@ class Timeline:
     def merge(self, other: Timeline) -> None:
         while self.width_ms < other.width_ms:
             self.widen()
-        self._take(_rebucketed(other.cells, self.width_ms // other.width_ms), other.stretches)
+        self._take(_rebucketed(other.cells, self.width_ms // other.width_ms), other.active_intervals)
 
-    def _take(self, cells: pa.Table, stretches: Ints) -> None:
+    def _take(self, cells: pa.Table, active_intervals: Ints) -> None:
         self.cells = _summed(pa.concat_tables([self.cells, cells]))
         while pc.count_distinct(self.cells["bucket"]).as_py() > MOST_BUCKETS:
             self.widen()
-        self.stretches = _joined(np.concatenate([self.stretches, stretches]))
+        self.active_intervals = _merged(np.concatenate([self.active_intervals, active_intervals]))
 
     def widen(self) -> None:
         """Makes the buckets twice as wide."""
@@ -122,7 +122,7 @@ class Timeline:
     @property
     def seconds(self) -> float:
         """How long anything was in flight, pauses left out."""
-        return float((self.stretches[:, 1] - self.stretches[:, 0]).sum()) / 1000
+        return float((self.active_intervals[:, 1] - self.active_intervals[:, 0]).sum()) / 1000
 
 
 def _rebucketed(cells: pa.Table, by: int) -> pa.Table:
@@ -134,7 +134,7 @@ def _summed(cells: pa.Table) -> pa.Table:
     return pa.table([sums["bucket"], sums["latency"], *(sums[f"{name}_sum"] for name in SUMS)], schema=_CELLS)
 
 
-def _joined(spans: Ints) -> Ints:
+def _merged(spans: Ints) -> Ints:
     """The union of spans, with whatever lies less than a pause apart made one."""
     if not len(spans):
         return spans

@@ -29,7 +29,7 @@ _PARSER = RowParser("openai_batch")  # whose lines hold the same bodies
 
 
 @dataclass(slots=True)
-class Asked:
+class ChatRequest:
     """What a body asks for."""
 
     request: Request
@@ -40,7 +40,7 @@ class Asked:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def asked(body: Any, served: str, base: GenerationParams) -> Asked:
+def parse_chat_request(body: Any, served: str, base: GenerationParams) -> ChatRequest:
     """A body, checked. Raises `EngineError` for what is wrong with it.
 
     Whoever asks did not start this: nothing in a body may choose what is paid for, read a file here, or load weights.
@@ -64,10 +64,10 @@ def asked(body: Any, served: str, base: GenerationParams) -> Asked:
         raise invalid(f"n may be at most {MOST_CHOICES}")
     options = body.get("stream_options")
     include_usage = isinstance(options, dict) and options.get("include_usage") is True
-    return Asked(Request(parsed.messages, generation), served, body.get("stream") is True, include_usage)
+    return ChatRequest(Request(parsed.messages, generation), served, body.get("stream") is True, include_usage)
 
 
-def whole(asked: Asked, completion: Completion) -> dict[str, Any]:
+def whole(request: ChatRequest, completion: Completion) -> dict[str, Any]:
     """The answer as one object."""
     choices = []
     for at, choice in enumerate(completion.choices):
@@ -76,11 +76,11 @@ def whole(asked: Asked, completion: Completion) -> dict[str, Any]:
             message["reasoning_content"] = completion.reasoning
         end = {"logprobs": _logprobs(choice), "finish_reason": choice.finish_reason}
         choices.append({"index": at, "message": message, **end})
-    return {**_head(asked, "chat.completion"), "choices": choices, "usage": _usage(completion.usage)}
+    return {**_head(request, "chat.completion"), "choices": choices, "usage": _usage(completion.usage)}
 
 
-def _head(asked: Asked, kind: str) -> dict[str, Any]:
-    return {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
+def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
+    return {"id": request.id, "object": kind, "created": request.created, "model": request.model}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def _logprobs(choice: Choice) -> dict[str, Any] | None:
 class Chunks:
     """The answer as a stream of events."""
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
+    def __init__(self, request: ChatRequest) -> None:
+        self.request = request
         self.opened: set[int] = set()
 
     def piece(self, delta: Delta) -> bytes:
@@ -116,8 +116,8 @@ class Chunks:
             if calls or choice.logprobs is not None or at not in self.opened:
                 yield self._chunk(at, {"tool_calls": calls} if calls else {"content": ""}, _logprobs(choice))
             yield self._chunk(at, {}, finish=choice.finish_reason)
-        if self.asked.include_usage:
-            yield event({**_head(self.asked, "chat.completion.chunk"), "choices": [], "usage": _usage(completion.usage)})
+        if self.request.include_usage:
+            yield event({**_head(self.request, "chat.completion.chunk"), "choices": [], "usage": _usage(completion.usage)})
         yield b"data: [DONE]\n\n"
 
     def _chunk(self, at: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
@@ -125,7 +125,7 @@ class Chunks:
             self.opened.add(at)
             delta = {"role": "assistant", **delta}
         choice = {"index": at, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return event({**_head(self.asked, "chat.completion.chunk"), "choices": [choice]})
+        return event({**_head(self.request, "chat.completion.chunk"), "choices": [choice]})
 
 
 def event(value: dict[str, Any]) -> bytes:

@@ -29,10 +29,10 @@ from engines.types import Completion, Delta
 from pipeline.config import Config
 from pipeline.errors import Stopped
 from pipeline.executors.live.placement import Placement, placement, serve_options, spread
-from pipeline.executors.live.rate_limiter import NAMESPACE, limiter, source_of
+from pipeline.executors.live.rate_limiter import NAMESPACE, rate_limit_actor, reserve_through_ray
 from pipeline.executors.live.ray_session import PATIENCE_S, look_for_room, note_signals, running_ray
 from pipeline.executors.live.secrets import Secrets, settle_environment
-from pipeline.serve.openai_api import Asked, Chunks, asked, error_body, event, status_of, whole
+from pipeline.serve.openai_api import ChatRequest, Chunks, error_body, event, parse_chat_request, status_of, whole
 from pipeline.storage.exact_json import dumps, loads
 
 NAME = "eagleray"
@@ -56,10 +56,10 @@ class ReplicaConfig:
     max_outage_s: float
     cpus: float
     api_key_env: str | None
-    desk: str  # the name of the `Desk`
+    broker: str  # the name of the `SecretsBroker`
 
 
-class Desk:
+class SecretsBroker:
     """The actor where replicas get what may not stand in Ray's metadata, and say how their loading went."""
 
     def __init__(self) -> None:
@@ -84,14 +84,14 @@ class Desk:
         return self.concurrency, self.refusal
 
 
-class Replica:
+class ServeReplica:
     """One engine, and the HTTP API in front of it."""
 
     def __init__(self, config: ReplicaConfig) -> None:
         import ray
 
-        desk = ray.get_actor(config.desk, namespace=NAMESPACE)
-        secrets: Secrets = ray.get(desk.take.remote())
+        broker = ray.get_actor(config.broker, namespace=NAMESPACE)
+        secrets: Secrets = ray.get(broker.take.remote())
         settle_environment(secrets, config.cpus)
         self.config = config
         self.key = secrets.values[config.api_key_env].strip() if config.api_key_env else None
@@ -101,10 +101,10 @@ class Replica:
             self.engine = load_engine(config.engine)
             self.engine.check(config.generation)
         except ConfigError as error:
-            ray.get(desk.refuse.remote(str(error)))
+            ray.get(broker.refuse.remote(str(error)))
             raise
-        self.engine.attach(source_of, config.max_outage_s)
-        ray.get(desk.loaded.remote(self.engine.concurrency))
+        self.engine.attach(reserve_through_ray, config.max_outage_s)
+        ray.get(broker.loaded.remote(self.engine.concurrency))
 
     def check_health(self) -> None:
         """Asked by Ray Serve, which replaces this replica when it raises."""
@@ -153,7 +153,7 @@ class Replica:
             body = loads(content)
         except ValueError as error:
             raise invalid(f"the body: {error}") from None
-        what = asked(body, self.served, self.config.generation)
+        what = parse_chat_request(body, self.served, self.config.generation)
         if not what.stream:
             completion = await self.engine.generate(what.request)
             return self._failed(completion.error) if completion.error else _json(whole(what, completion))
@@ -165,7 +165,7 @@ class Replica:
         return StreamingResponse(self._events(what, first, items), media_type="text/event-stream")
 
     async def _events(
-        self, what: Asked, item: Delta | Completion, items: AsyncGenerator[Delta | Completion, None]
+        self, what: ChatRequest, item: Delta | Completion, items: AsyncGenerator[Delta | Completion, None]
     ) -> AsyncIterator[bytes]:
         chunks = Chunks(what)
         try:
@@ -217,9 +217,9 @@ def serve_engine(config: Config, console: Console) -> None:
         # Beside this process and owned by it, as the limits are: it goes when this goes, and not with another node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
-        desk = ray.remote(Desk).options(**options).remote()
-        ray.get(desk.open.remote(secrets))
-        limits = limiter(config.engine) if config.engine.provider else None
+        broker = ray.remote(SecretsBroker).options(**options).remote()
+        ray.get(broker.open.remote(secrets))
+        limits = rate_limit_actor(config.engine) if config.engine.provider else None
         pool = stack.enter_context(ThreadPoolExecutor(1))
         stack.callback(serve.shutdown)  # comes before the end of the pool, whose deployment it ends
         loopback = address == "127.0.0.1"
@@ -231,11 +231,11 @@ def serve_engine(config: Config, console: Console) -> None:
             ) from None
 
         def deploy(concurrency: int) -> bool:
-            return _wait(pool.submit(_deploy, config, placed, name, concurrency), desk, interrupts, placed, console)
+            return _wait(pool.submit(_deploy, config, placed, name, concurrency), broker, interrupts, placed, console)
 
         concurrency = FIRST_CONCURRENCY
         while deploy(concurrency):
-            wanted, _ = ray.get(desk.news.remote())
+            wanted, _ = ray.get(broker.news.remote())
             if wanted == concurrency:
                 break
             concurrency = wanted
@@ -285,7 +285,7 @@ def _port(config: Config, own: bool) -> int:
         raise ConfigError(f"cannot listen at serve.host={host} serve.port={port}: {error.strerror or error}") from None
 
 
-def _deploy(config: Config, placed: Placement, desk: str, concurrency: int) -> None:
+def _deploy(config: Config, placed: Placement, broker: str, concurrency: int) -> None:
     """Brings the deployment to this; of one that runs only the limits may differ, which leaves its replicas alone."""
     from ray import serve
 
@@ -295,14 +295,14 @@ def _deploy(config: Config, placed: Placement, desk: str, concurrency: int) -> N
         max_outage_s=config.run.max_outage_s,
         cpus=config.hardware.cpus,
         api_key_env=config.serve.api_key_env,
-        desk=desk,
+        broker=broker,
     )
     scale: dict[str, Any] = {"num_replicas": placed.low}
     if placed.high > placed.low:
         target = max(1.0, FULL * concurrency)
         bounds = {"min_replicas": placed.low, "max_replicas": placed.high}
         scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": target}}
-    deployment = serve.deployment(Replica).options(
+    deployment = serve.deployment(ServeReplica).options(
         name="engine",
         version="1",  # of the code: another one, which is the default, would start all replicas anew
         _internal=True,
@@ -317,25 +317,25 @@ def _deploy(config: Config, placed: Placement, desk: str, concurrency: int) -> N
     serve.run(deployment.bind(replica), name=NAME, route_prefix="/")
 
 
-def _wait(deployed: Future[None], desk: Any, interrupts: list[int], placed: Placement, console: Console) -> bool:
+def _wait(deployed: Future[None], broker: Any, interrupts: list[int], placed: Placement, console: Console) -> bool:
     """Waits for a deployment; False where Ctrl-C came first. Raises `ConfigError` or `Stopped` where no engine loads."""
     import ray
 
-    began, told = time.monotonic(), False
+    began, warned = time.monotonic(), False
     while not interrupts:
         with contextlib.suppress(TimeoutError):
             failure = deployed.exception(timeout=0.1)
             break
-        if (refusal := ray.get(desk.news.remote())[1]) is not None:
+        if (refusal := ray.get(broker.news.remote())[1]) is not None:
             raise ConfigError(refusal)
-        if not told and time.monotonic() - began > PATIENCE_S:
-            told = True
+        if not warned and time.monotonic() - began > PATIENCE_S:
+            warned = True
             text = f"No replica works yet: each asks for {placed.wish()}, and may be loading its model."
             console.print(Text(text, "yellow"), soft_wrap=True)
     else:
         return False
     if failure is not None:
-        refusal = ray.get(desk.news.remote())[1]
+        refusal = ray.get(broker.news.remote())[1]
         raise ConfigError(refusal) if refusal else Stopped(f"no replica could start: {one_line(failure)}")
     return True
 

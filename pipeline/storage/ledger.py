@@ -156,7 +156,7 @@ def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
     """One whole segment."""
-    return _conformed(patiently(lambda: _read(fs, path)), SEGMENT_SCHEMA)
+    return _conformed(patiently(lambda: read_columns(fs, path)), SEGMENT_SCHEMA)
 
 
 def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -187,6 +187,6 @@ def _read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> p
     return table.take(pa.array(rows - shift[group_of]))
 
 
-def _read(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
+def read_columns(fs: pafs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
     with fs.open_input_file(path) as file:
         return pq.ParquetFile(file).read(columns=columns)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from pipeline.storage.ledger import USAGE, _read, list_segments
+from pipeline.storage.ledger import USAGE, list_segments, read_columns
 from pipeline.storage.retry import TRIES, patiently, store_failed
 
 
@@ -80,7 +80,7 @@ class Index:
 
 
 @dataclass(frozen=True, slots=True)
-class FarIndex:
+class RemoteIndex:
     """An index that stays where it is, and is asked: 37 bytes a request on every node would be too much."""
 
     lookup: Any  # the actor
@@ -99,8 +99,8 @@ class FarIndex:
         return found
 
 
-class Lookup:
-    """The actor behind `FarIndex`, on the node of its index."""
+class IndexActor:
+    """The actor behind `RemoteIndex`, on the node of its index."""
 
     def __init__(self, index: list[Any]) -> None:
         import ray
@@ -181,7 +181,7 @@ def _order(
 
 def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
     try:
-        table = patiently(lambda: _read(fs, path, ["key", "error.type", "done_at", "usage"]))
+        table = patiently(lambda: read_columns(fs, path, ["key", "error.type", "done_at", "usage"]))
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
@@ -194,7 +194,7 @@ def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
     return hi, lo, failed, np.asarray(table["done_at"].cast(pa.int64())), np.stack(usage, axis=1)
 
 
-class SeenKeys:
+class DedupFilter:
     """A compact set of the keys that passed by, 8 bytes each: the hint by which duplicates are held back.
 
     Two different keys may collide in 64 bits; the one held back is then found missing when the output is put

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from engines.errors import EngineError
-from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, cancelled, expired
+from engines.remote.batch.client import BatchAnswer, BatchState, BatchStatus, BatchWire, Requests, cancelled, expired
 from engines.remote.errors import failure
 
 _BATCHES = "/messages/batches"
@@ -32,8 +32,8 @@ _OPEN, _CLOSE = b'{"requests":[', b"]}"
 
 
 class AnthropicBatches(BatchWire):
-    most_rows = 100_000
-    most_bytes = 256_000_000
+    max_rows = 100_000
+    max_bytes = 256_000_000
 
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"custom_id": custom_id, "params": body}
@@ -87,7 +87,7 @@ class AnthropicBatches(BatchWire):
             outputs=[url] if (url := batch.get("results_url")) else [],
         )
 
-    def results(self, status: BatchStatus) -> Iterator[Outcome]:
+    def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
         for url in status.outputs:
             for line in self.client.lines(url, signed=not self.client.ours(url)):
                 yield str(line.get("custom_id")), _read(line.get("result") or {})

@@ -39,9 +39,9 @@ class Batches:
         data = b"".join(encoded(wire, id, body, engine) for id, body in lines.items())
         if not lines:
             raise ConfigError("infer_batch needs a conversation")
-        if len(lines) > wire.most_rows or len(data) > wire.most_bytes:
+        if len(lines) > wire.max_rows or len(data) > wire.max_bytes:
             raise ConfigError(
-                f"a batch of engine={engine.kind} holds at most {wire.most_rows:,} requests and {wire.most_bytes:,} bytes, "
+                f"a batch of engine={engine.kind} holds at most {wire.max_rows:,} requests and {wire.max_bytes:,} bytes, "
                 f"not {len(lines):,} and {len(data):,}; eagleray batch splits datasets"
             )
         models = {str(body.get("model")) for body in lines.values()}

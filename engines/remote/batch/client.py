@@ -18,7 +18,7 @@ from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.params import GenerationParams
 from engines.remote.auth import Auth
-from engines.remote.concurrency import Endpoints
+from engines.remote.concurrency import EndpointPool
 from engines.remote.errors import broken, failure
 from engines.remote.provider import Provider
 from engines.types import Completion, Request
@@ -30,7 +30,7 @@ MOST_REDIRECTS = 5
 DOWNLOAD_WAITS_S = (1.0, 5.0, 20.0)
 
 # Where an answer belongs, and its body or why there is none.
-Outcome = tuple[str, dict[str, Any] | EngineError]
+BatchAnswer = tuple[str, dict[str, Any] | EngineError]
 
 
 class BatchState(StrEnum):
@@ -219,7 +219,7 @@ class BatchEngine(Protocol):
     kind: ClassVar[str]
     config: EngineConfig
     provider: Provider
-    endpoints: Endpoints
+    endpoints: EndpointPool
     headers: dict[str, str]
     auth: Auth
 
@@ -240,8 +240,8 @@ class BatchWire(ABC):
     """One provider's batch API. All methods raise `EngineError`."""
 
     # The most requests and bytes of one batch, as the provider documents them.
-    most_rows: ClassVar[int] = 50_000
-    most_bytes: ClassVar[int] = 200_000_000
+    max_rows: ClassVar[int] = 50_000
+    max_bytes: ClassVar[int] = 200_000_000
 
     def __init__(self, client: Client, path: str, idempotency_header: str | None = None) -> None:
         self.client = client
@@ -276,7 +276,7 @@ class BatchWire(ABC):
         """How it stands."""
 
     @abstractmethod
-    def results(self, status: BatchStatus) -> Iterator[Outcome]:
+    def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
         """What an ended batch came to, row by row, in any order; some may come twice or not at all."""
 
     @abstractmethod
@@ -288,7 +288,7 @@ class BatchWire(ABC):
         """All batches of the account, the newest first."""
 
 
-def outcome(line: dict[str, Any]) -> Outcome:
+def outcome(line: dict[str, Any]) -> BatchAnswer:
     """One result line of OpenAI and of those who took over its shape."""
     custom_id = str(line.get("custom_id"))
     response, error = line.get("response"), line.get("error")

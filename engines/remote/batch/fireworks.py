@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from engines.errors import EngineError
-from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, outcome
+from engines.remote.batch.client import BatchAnswer, BatchState, BatchStatus, BatchWire, Requests, outcome
 
 _STATES = {
     "JOB_STATE_COMPLETED": BatchState.COMPLETED,
@@ -30,7 +30,7 @@ _READY_S, _LOOK_S = 600.0, 1.0
 class FireworksBatches(BatchWire):
     """Jobs and datasets have the names that we give them, so nothing is ever made twice."""
 
-    most_bytes = 150_000_000  # what goes in one upload
+    max_bytes = 150_000_000  # what goes in one upload
 
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"custom_id": custom_id, "body": {name: value for name, value in body.items() if name != "model"}}
@@ -93,7 +93,7 @@ class FireworksBatches(BatchWire):
             error=error if state is BatchState.FAILED else None,
         )
 
-    def results(self, status: BatchStatus) -> Iterator[Outcome]:
+    def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
         for dataset in status.outputs:
             answer = self.client.send("GET", f"/datasets/{dataset}:getDownloadEndpoint", fine=(404,))
             # Not there: no row got so far; whoever reads compares with what the job tells of itself.

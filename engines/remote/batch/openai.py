@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engines.errors import EngineError
-from engines.remote.batch.client import BatchState, BatchStatus, BatchWire, Outcome, Requests, outcome
+from engines.remote.batch.client import BatchAnswer, BatchState, BatchStatus, BatchWire, Requests, outcome
 
 _STATES = {
     "completed": BatchState.COMPLETED,
@@ -76,7 +76,7 @@ class OpenAIBatches(BatchWire):
             found.queue_full = any(error.get("code") == "token_limit_exceeded" for error in errors)
         return found
 
-    def results(self, status: BatchStatus) -> Iterator[Outcome]:
+    def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
         for file in status.outputs:
             for line in self.client.lines(f"/files/{file}/content"):
                 yield outcome(line)

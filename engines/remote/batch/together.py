@@ -20,7 +20,7 @@ _STATES = {
 
 
 class TogetherBatches(OpenAIBatches):
-    most_bytes = 100_000_000
+    max_bytes = 100_000_000
 
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"custom_id": custom_id, "body": body}

@@ -28,21 +28,21 @@ from engines.errors import ConfigError, EngineError, Failure
 from engines.registry import engine_class
 from engines.remote.batch.client import BatchState, BatchStatus
 from engines.remote.batch.factory import encoded, no_batch_api, wire_of
-from engines.structured import first_mismatch
+from engines.structured import first_schema_error
 from engines.text import one_line
 from engines.types import Completion, Usage
 from pipeline.config import Config
-from pipeline.dataset.reader import Interpreter, Piece, Summary
+from pipeline.dataset.reader import ReadSplit, RowReader, SplitSummary
 from pipeline.errors import Interrupted, Stopped
-from pipeline.executors.batch.store import BYTES_PER_TOKEN, Batch, Book, _Spool
-from pipeline.executors.cost_budget import Budget, check_model, spent_so_far
-from pipeline.executors.live.requests import read_piece, request_of
+from pipeline.executors.batch.store import BYTES_PER_TOKEN, Batch, BatchFileWriter, BatchStore
+from pipeline.executors.cost_budget import CostBudget, check_model, spent_so_far
+from pipeline.executors.live.requests import read_split, request_of
 from pipeline.monitor.progress import RunProgress
-from pipeline.monitor.status import Status
+from pipeline.monitor.status import RunStatus
 from pipeline.output.cost import WRITER, batch_share
 from pipeline.storage.exact_json import loads
 from pipeline.storage.ledger import Record, write_segment
-from pipeline.storage.ledger_index import Index, SeenKeys, read_index
+from pipeline.storage.ledger_index import DedupFilter, Index, read_index
 
 GO_ON = "batches under way go on at the provider, the same command fetches them (eagleray batch cancel ends them)"
 
@@ -56,50 +56,50 @@ SEGMENT_ROWS, SEGMENT_BYTES = 5_000, 32 << 20
 POLL_FIRST_S, POLL_FACTOR = 1.0, 1.5
 
 
-class BatchRun:
+class BatchRunner:
     """The rows of one output directory on their way through batches. Raises `ConfigError` and `Stopped`."""
 
-    def __init__(self, config: Config, fs: pafs.FileSystem, root: str, interpreter: Interpreter) -> None:
-        self.config, self.fs, self.root, self.interpreter = config, fs, root, interpreter
+    def __init__(self, config: Config, fs: pafs.FileSystem, root: str, row_reader: RowReader) -> None:
+        self.config, self.fs, self.root, self.row_reader = config, fs, root, row_reader
         if not config.engine.provider.get("batch"):
             raise no_batch_api(config.engine.kind)
         self.engine, self.wire = wire_of(engine_class(config.engine.kind, config.engine.provider)(config.engine))
         self.generation = config.params()
         self.engine.check(self.generation)
         limits = self.engine.provider.batch
-        self.most_rows = min(limits.get("rows") or self.wire.most_rows, self.wire.most_rows)
-        self.most_bytes = min(limits.get("bytes") or self.wire.most_bytes, self.wire.most_bytes)
+        self.max_rows = min(limits.get("rows") or self.wire.max_rows, self.wire.max_rows)
+        self.max_bytes = min(limits.get("bytes") or self.wire.max_bytes, self.wire.max_bytes)
         self.queued_tokens: int | None = limits.get("queued_tokens")
         if self.queued_tokens:
-            self.most_bytes = min(self.most_bytes, self.queued_tokens * BYTES_PER_TOKEN)
-        self.book = Book(fs, root)
+            self.max_bytes = min(self.max_bytes, self.queued_tokens * BYTES_PER_TOKEN)
+        self.store = BatchStore(fs, root)
         self.settings = _plain({**config.engine.identity(), "generation": config.params().given()})
-        for batch in self.book.open:
+        for batch in self.store.open:
             if names := [name for name in self.settings if batch.settings.get(name) != self.settings[name]]:
                 there = ", ".join(f"{name}={batch.settings.get(name)}" for name in names)
                 raise ConfigError(
                     f"batches under way were made with {there}: go on with that, or choose another output.path"
                 )
         # A run that goes on counts its rounds on; a new one begins anew.
-        rounds = [batch.round for batch in self.book.batches]
-        self.first_round = min((b.first for b in self.book.open), default=max(rounds, default=0) + 1)
-        self.resumed = bool(self.book.open)
+        rounds = [batch.round for batch in self.store.batches]
+        self.first_round = min((b.first for b in self.store.open), default=max(rounds, default=0) + 1)
+        self.resumed = bool(self.store.open)
         self.full_until = 0.0  # the provider's queue is full, at least until then
         self.full_with = 0  # batches in it when it was found full
-        self.troubles: dict[str, tuple[str, float]] = {}  # by batch: what it waits for, and until when at most
-        self.status = Status()
-        self.budget: Budget | None = None
+        self.stalls: dict[str, tuple[str, float]] = {}  # by batch: what it waits for, and until when at most
+        self.status = RunStatus()
+        self.budget: CostBudget | None = None
         self.left = 0  # rows that it has no room for
         self.interrupts: list[int] = []
 
     def ask(
         self,
-        pieces: list[Piece],
+        splits: list[ReadSplit],
         console: Console,
         interrupts: list[int],
-        why_stop: Callable[[Status], str | None],
+        why_stop: Callable[[RunStatus], str | None],
         step: str,
-    ) -> dict[int, Summary] | None:
+    ) -> dict[int, SplitSummary] | None:
         """Takes all rows through batches; in a `step` of "submit" or "fetch" as far as it goes now, and None where that
         is not to the end.
 
@@ -107,55 +107,55 @@ class BatchRun:
         """
         failed_too = self.resumed or step == "fetch" or not self.config.run.retry_failed
         limits, self.interrupts = self.config.run, interrupts
-        self.book.sweep()
-        for batch in [batch for batch in self.book.open if batch.state in ("spooled", "uploaded")]:
-            if batch.rows > self.most_rows or batch.size > self.most_bytes:  # the limits were lowered
-                self.book.forget(batch)
+        self.store.sweep()
+        for batch in [batch for batch in self.store.open if batch.state in ("spooled", "uploaded")]:
+            if batch.rows > self.max_rows or batch.size > self.max_bytes:  # the limits were lowered
+                self.store.forget(batch)
         with RunProgress(console, limits.progress_s, self.config.engine) as progress:
             while True:
                 index = read_index(self.fs, self.root)
                 self.budget = self._budget(index)
-                rows, summaries = self.spool(pieces, index.only(failed_too=failed_too))
+                rows, summaries = self.write_batches(splits, index.only(failed_too=failed_too))
                 if self.left:
                     held = f"run.budget_usd={limits.budget_usd:g} has no room for {self.left:,} rows yet"
                     console.print(f"{held}: they wait for what is under way.", highlight=False)
-                if not rows and not self.book.open:
+                if not rows and not self.store.open:
                     if self.left and self.budget and limits.batch_fallback != "live":
-                        raise Stopped(self.budget.told(f"{self.left:,} rows are left"))
+                        raise Stopped(self.budget.summary(f"{self.left:,} rows are left"))
                     return summaries
                 failed_too = True
                 pause = POLL_FIRST_S
-                while self.book.open:
+                while self.store.open:
                     moved = self.step()
                     progress.show(self.shown())
                     if reason := why_stop(self.status):
                         raise Stopped(f"{reason}; {GO_ON}")
-                    for trouble, until in self.troubles.values():
+                    for stall_reason, until in self.stalls.values():
                         if time.monotonic() > until:
-                            raise Stopped(f"{trouble}; {GO_ON}")
+                            raise Stopped(f"{stall_reason}; {GO_ON}")
                     pause = POLL_FIRST_S if moved else min(pause * POLL_FACTOR, limits.batch_poll_s)
-                    until = time.monotonic() + (pause if self.book.open else 0)
+                    until = time.monotonic() + (pause if self.store.open else 0)
                     if not moved and step:
                         return None
                     while time.monotonic() < until:
-                        self._heed()
+                        self._raise_if_interrupted()
                         progress.show(self.shown())
                         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
                 if limits.batch_fallback == "live":
                     return summaries
 
-    def _budget(self, index: Index) -> Budget | None:
+    def _budget(self, index: Index) -> CostBudget | None:
         """With what batches under way may cost reserved."""
         limit, engine = self.config.run.budget_usd, self.config.engine
         if limit is None:
             return None
         spent = spent_so_far(engine, index, self.fs, self.root)
         # No trickle at first: each round of batches may take a day.
-        budget = Budget(limit, engine, self.config.params(), spent, batch_share(engine), first_share=1.0)
-        budget.reserved = sum(batch.estimate for batch in self.book.open)
+        budget = CostBudget(limit, engine, self.config.params(), spent, batch_share(engine), first_share=1.0)
+        budget.reserved = sum(batch.estimate for batch in self.store.open)
         return budget
 
-    def _heed(self) -> None:
+    def _raise_if_interrupted(self) -> None:
         if self.interrupts:
             raise Interrupted(f"interrupted; {GO_ON}")
 
@@ -165,24 +165,24 @@ class BatchRun:
 
     # -- rows to batches ----------------------------------------------------------------------------------------------
 
-    def spool(self, pieces: list[Piece], known: Index) -> tuple[int, dict[int, Summary]]:
+    def write_batches(self, splits: list[ReadSplit], known: Index) -> tuple[int, dict[int, SplitSummary]]:
         """Batches of all rows that are neither in `known` nor under way; how many, and what reading found."""
-        seen = SeenKeys()
-        for batch in self.book.open:
-            seen.add(self.book.keys(batch)["key"].cast(pa.binary(32)))
-        round = max((b.round for b in self.book.batches if b.round >= self.first_round), default=self.first_round - 1) + 1
-        spools: dict[str, _Spool] = {}
+        seen = DedupFilter()
+        for batch in self.store.open:
+            seen.add(self.store.keys(batch)["key"].cast(pa.binary(32)))
+        round = max((b.round for b in self.store.batches if b.round >= self.first_round), default=self.first_round - 1) + 1
+        writers: dict[str, BatchFileWriter] = {}
         refused: list[Record] = []
-        summaries: dict[int, Summary] = {}
+        summaries: dict[int, SplitSummary] = {}
         rows = self.left = 0
-        for piece in pieces:
-            summary = summaries[piece.number] = Summary()
+        for split in splits:
+            summary = summaries[split.number] = SplitSummary()
             fail = self.config.dataset.on_bad_input == "fail"
-            for table in read_piece(piece, self.interpreter, known, fail, summary):
-                self._heed()
+            for table in read_split(split, self.row_reader, known, fail, summary):
+                self._raise_if_interrupted()
                 fresh = table.filter(pa.array(seen.add(table["key"])))
                 for key, id, request in zip(*(fresh[name].to_pylist() for name in ("key", "id", "request")), strict=True):
-                    cost = self.budget.most(request) if self.budget else 0.0
+                    cost = self.budget.max_cost(request) if self.budget else 0.0
                     if self.budget and not self.budget.fits(cost):
                         self.left += 1
                         continue
@@ -193,21 +193,21 @@ class BatchRun:
                     except EngineError as error:
                         refused.append(self._failed(key, id, error))
                         continue
-                    spool = spools.get(model)
-                    if spool and (spool.batch.rows == self.most_rows or spool.batch.size + len(line) > self.most_bytes):
-                        self._advance(spools.pop(model).close())
-                        spool = None
-                    if spool is None:
-                        name = f"eagleray-{secrets.token_hex(4)}-{len(self.book.batches) + len(spools) + 1:05d}"
-                        spool = spools[model] = _Spool(
-                            self.book, Batch(name, model, round, self.first_round, self.settings)
+                    writer = writers.get(model)
+                    if writer and (writer.batch.rows == self.max_rows or writer.batch.size + len(line) > self.max_bytes):
+                        self._advance(writers.pop(model).close())
+                        writer = None
+                    if writer is None:
+                        name = f"eagleray-{secrets.token_hex(4)}-{len(self.store.batches) + len(writers) + 1:05d}"
+                        writer = writers[model] = BatchFileWriter(
+                            self.store, Batch(name, model, round, self.first_round, self.settings)
                         )
-                    spool.add(key, id, line, values.get("generation"))
-                    spool.batch.estimate += cost
+                    writer.add(key, id, line, values.get("generation"))
+                    writer.batch.estimate += cost
                     if self.budget:
                         self.budget.reserved += cost
-        for spool in spools.values():
-            self._advance(spool.close())
+        for writer in writers.values():
+            self._advance(writer.close())
         self._commit(refused)
         self._account(summaries)
         return rows, summaries
@@ -218,11 +218,11 @@ class BatchRun:
             check_model(request, self.config.engine)
         body = self.engine.body(self.engine.prepared(request))
         line = encoded(self.wire, key.hex(), body, self.engine)
-        if len(line) > self.most_bytes:
-            raise EngineError("invalid_input", f"the request has {len(line):,} bytes, a batch holds {self.most_bytes:,}")
+        if len(line) > self.max_bytes:
+            raise EngineError("invalid_input", f"the request has {len(line):,} bytes, a batch holds {self.max_bytes:,}")
         return str(body.get("model")), line
 
-    def _account(self, summaries: dict[int, Summary]) -> None:
+    def _account(self, summaries: dict[int, SplitSummary]) -> None:
         status, all = self.status, summaries.values()
         status.read, status.invalid = sum(s.rows for s in all), sum(s.invalid for s in all)
         status.fed = True
@@ -232,8 +232,8 @@ class BatchRun:
     def step(self) -> bool:
         """Takes every open batch as far as it goes now; whether any of them moved."""
         moved = False
-        for batch in self.book.open:
-            self._heed()
+        for batch in self.store.open:
+            self._raise_if_interrupted()
             moved |= self._advance(batch)
         return moved
 
@@ -241,7 +241,7 @@ class BatchRun:
         before = batch.state
         try:
             if batch.state == "spooled":
-                batch.file = self.wire.upload(self.book.requests(batch))
+                batch.file = self.wire.upload(self.store.requests(batch))
                 self._now(batch, "uploaded")
             if batch.state == "uploaded" and self._room(batch):
                 batch.submitting_at = time.time()
@@ -255,7 +255,7 @@ class BatchRun:
             if error.type == "auth":
                 raise Stopped(f"the provider refuses the key ({error}); the same command goes on from here") from None
             if not error.retryable:
-                file = self.book.path(batch, "json")
+                file = self.store.path(batch, "json")
                 reason = f"batch {batch.id or batch.name} cannot be {_NEXT[batch.state]}: {error}"
                 hint = f"if the provider has it no longer, delete {file}: its rows go again"
                 raise Stopped(f"{reason} ({hint if error.type == 'not_found' else CANCEL})") from None
@@ -266,18 +266,18 @@ class BatchRun:
             self._wait_for(batch, reason, self.config.run.max_outage_s)
             return False
         if batch.state != before:
-            self.troubles.pop(batch.name, None)
+            self.stalls.pop(batch.name, None)
         return batch.state != before
 
-    def _wait_for(self, batch: Batch, trouble: str, patience_s: float) -> None:
+    def _wait_for(self, batch: Batch, stall_reason: str, patience_s: float) -> None:
         """Its step is tried again; the run stops where that does not help for so long."""
-        _, until = self.troubles.get(batch.name, ("", time.monotonic() + patience_s))
-        self.troubles[batch.name] = trouble, until
+        _, until = self.stalls.get(batch.name, ("", time.monotonic() + patience_s))
+        self.stalls[batch.name] = stall_reason, until
 
     def _resubmit(self, batch: Batch) -> None:
         """Whoever was here before may have come as far as the provider, whose list may be late."""
-        known = {*batch.foreign, *(other.id for other in self.book.batches if other.id)}
-        batch.id = self.wire.find(self.book.requests(batch), batch.file, batch.submitting_at, known)
+        known = {*batch.foreign, *(other.id for other in self.store.batches if other.id)}
+        batch.id = self.wire.find(self.store.requests(batch), batch.file, batch.submitting_at, known)
         if batch.id is not None:
             self._now(batch, "submitted")
         elif time.time() > batch.submitting_at + self.config.run.batch_poll_s:
@@ -285,11 +285,11 @@ class BatchRun:
 
     def _now(self, batch: Batch, state: str) -> None:
         batch.state = state
-        self.book.save(batch)
+        self.store.save(batch)
 
     def _room(self, batch: Batch) -> bool:
         """Whether the provider's queue may take another batch."""
-        queued = [b for b in self.book.open if b.state in ("submitting", "submitted")]
+        queued = [b for b in self.store.open if b.state in ("submitting", "submitted")]
         if time.monotonic() < self.full_until and len(queued) >= self.full_with:
             return False
         limit = self.queued_tokens
@@ -297,7 +297,7 @@ class BatchRun:
 
     def _submit(self, batch: Batch) -> None:
         try:
-            batch.id = self.wire.submit(self.book.requests(batch), batch.file)
+            batch.id = self.wire.submit(self.store.requests(batch), batch.file)
         except EngineError as error:
             if error.type != "rate_limit":
                 raise
@@ -309,7 +309,7 @@ class BatchRun:
         batch.id = None
         self._now(batch, "uploaded")
         self.full_until = time.monotonic() + self.config.run.batch_poll_s
-        self.full_with = len([b for b in self.book.open if b.state == "submitted"])
+        self.full_with = len([b for b in self.store.open if b.state == "submitted"])
         if not self.full_with:  # nothing of ours will make room
             hint = "engine.provider.batch.queued_tokens or .rows makes batches smaller"
             self._wait_for(batch, f"the provider takes no batch: {reason} ({hint})", QUEUE_S)
@@ -324,10 +324,10 @@ class BatchRun:
     def cancel(self, batch: Batch) -> None:
         """Ends a batch at the user's word. Raises `EngineError`."""
         batch.cancelled = True
-        self.book.save(batch)
+        self.store.save(batch)
         if batch.state == "submitting":
-            known = {*batch.foreign, *(other.id for other in self.book.batches if other.id)}
-            batch.id = self.wire.find(self.book.requests(batch), batch.file, batch.submitting_at, known)
+            known = {*batch.foreign, *(other.id for other in self.store.batches if other.id)}
+            batch.id = self.wire.find(self.store.requests(batch), batch.file, batch.submitting_at, known)
         if batch.id is None:  # it never came to the provider
             self._close(batch, BatchStatus("", BatchState.CANCELLED), self._left(batch))
             return
@@ -348,8 +348,8 @@ class BatchRun:
         whole = status.status is BatchState.COMPLETED
         short = found["answers"] < status.done if status.counts_rows else whole and not status.outputs
         if short and status.status is not BatchState.FAILED:
-            told = f"of {status.done:,} answers" if status.counts_rows else "of the answers"
-            raise EngineError("bad_response", f"{told} {found['answers']:,} are there so far", retryable=True)
+            expected = f"of {status.done:,} answers" if status.counts_rows else "of the answers"
+            raise EngineError("bad_response", f"{expected} {found['answers']:,} are there so far", retryable=True)
         if found["lines"] and not found["ours"]:  # another's, that looked like it
             batch.foreign.append(str(batch.id))
             batch.id = None
@@ -359,7 +359,7 @@ class BatchRun:
 
     def _left(self, batch: Batch) -> dict[bytes, str]:
         """The rows of a batch that have no answer yet, with their ids."""
-        table = self.book.keys(batch)
+        table = self.store.keys(batch)
         keys = table["key"].cast(pa.binary(32))
         known = read_index(self.fs, self.root).only(failed_too=False)
         table = table.filter(pa.array(known.find(keys) < 0))
@@ -369,7 +369,7 @@ class BatchRun:
         """Settles the rows for which there is nothing more to come, and the batch."""
         reasons: dict[bytes, EngineError] = {}
         if status.lines:  # the provider took none of them, because of these
-            keys = self.book.keys(batch)["key"].to_pylist()
+            keys = self.store.keys(batch)["key"].to_pylist()
             for line, reason in status.lines.items():
                 if 0 < line <= len(keys):
                     reasons[keys[line - 1]] = EngineError("bad_request", reason)
@@ -389,7 +389,7 @@ class BatchRun:
         batch.answered = batch.rows - batch.failed - batch.again
         batch.ended = str(status.status)
         self._now(batch, "fetched")
-        self.book.drop_files(batch)
+        self.store.drop_files(batch)
 
     def _last(self, batch: Batch) -> bool:
         """Whether its rows do not go again: neither in another batch nor live."""
@@ -398,7 +398,7 @@ class BatchRun:
 
     def _records(self, batch: Batch, status: BatchStatus, left: dict[bytes, str], found: Counter[str]) -> Iterator[Record]:
         """What came back for the rows of `left`, taken out of it; `found` counts lines, answers, and those of ours."""
-        table = self.book.keys(batch)
+        table = self.store.keys(batch)
         keys = table["key"].to_pylist()
         own = dict(zip(keys, table["generation"].to_pylist() if "generation" in table.column_names else [], strict=False))
         keys = set(keys)
@@ -419,7 +419,7 @@ class BatchRun:
                 completion = self.engine.read(outcome)
                 used = completion.usage
                 generation = self.generation.override(loads((own.get(key) or "{}").encode()))
-                if wrong := first_mismatch(completion, generation, batch.tries - 1):
+                if wrong := first_schema_error(completion, generation, batch.tries - 1):
                     raise wrong
             except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
                 error = raised if isinstance(raised, EngineError) else _odd(raised)
@@ -462,18 +462,18 @@ class BatchRun:
 
     # -- what a person wants to know ----------------------------------------------------------------------------------
 
-    def shown(self) -> Status:
+    def shown(self) -> RunStatus:
         """How the run stands, with what the provider tells of the batches under way."""
-        under_way = [batch for batch in self.book.open if batch.status is not None]
+        under_way = [batch for batch in self.store.open if batch.status is not None]
         done = sum(done_of(b.rows, b.status) for b in under_way)
-        waiting = sum(batch.rows for batch in self.book.open)
+        waiting = sum(batch.rows for batch in self.store.open)
         answered = max(0, self.status.read - self.status.invalid - waiting - self.status.done - self.status.failed)
         return dataclasses.replace(
             self.status,
             done=self.status.done + done,
             answered=answered,
             in_flight=waiting - done,
-            trouble=next((trouble for trouble, _ in self.troubles.values()), ""),
+            trouble=next((stall_reason for stall_reason, _ in self.stalls.values()), ""),
         )
 
 

@@ -63,7 +63,7 @@ class Batch:
 
 
 @dataclass
-class Book:
+class BatchStore:
     """All batches of one output directory."""
 
     fs: pafs.FileSystem
@@ -116,7 +116,7 @@ class Book:
             if exists(self.fs, self.path(batch, kind)):
                 self.fs.delete_file(self.path(batch, kind))
 
-    def told(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[dict[str, Any]]:
         """For the manifest: what each came to."""
         names = ("name", "id", "model", "round", "rows", "answered", "failed", "again", "ended")
         return [{name: getattr(batch, name) for name in names} for batch in self.batches]
@@ -126,13 +126,13 @@ class Book:
         return [batch for batch in self.batches if batch.open]
 
 
-class _Spool:
+class BatchFileWriter:
     """A batch's requests on their way to disk."""
 
-    def __init__(self, book: Book, batch: Batch) -> None:
-        self.book, self.batch = book, batch
-        book.fs.create_dir(f"{book.root}/{BATCHES}", recursive=True)
-        stream = book.fs.open_output_stream(book.path(batch, "jsonl"), compression=None)
+    def __init__(self, store: BatchStore, batch: Batch) -> None:
+        self.store, self.batch = store, batch
+        store.fs.create_dir(f"{store.root}/{BATCHES}", recursive=True)
+        stream = store.fs.open_output_stream(store.path(batch, "jsonl"), compression=None)
         self.file = io.BufferedWriter(stream, 1 << 20)
         self.keys: list[bytes] = []
         self.ids: list[str] = []
@@ -149,13 +149,13 @@ class _Spool:
     def close(self) -> Batch:
         """Makes it durable: the requests, then their keys, then the batch."""
         self.file.close()
-        if isinstance(self.book.fs, pafs.LocalFileSystem):
-            with Path(self.book.path(self.batch, "jsonl")).open("rb") as file:
+        if isinstance(self.store.fs, pafs.LocalFileSystem):
+            with Path(self.store.path(self.batch, "jsonl")).open("rb") as file:
                 os.fsync(file.fileno())
         sink = io.BytesIO()
         columns = {"key": pa.array(self.keys, pa.binary(32)), "id": pa.array(self.ids)}
         pq.write_table(pa.table({**columns, "generation": pa.array(self.own, pa.string())}), sink)
-        write_atomic(self.book.fs, self.book.path(self.batch, "parquet"), sink.getvalue())
-        self.book.save(self.batch)
-        self.book.batches.append(self.batch)
+        write_atomic(self.store.fs, self.store.path(self.batch, "parquet"), sink.getvalue())
+        self.store.save(self.batch)
+        self.store.batches.append(self.batch)
         return self.batch

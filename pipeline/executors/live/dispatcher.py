@@ -17,27 +17,27 @@ from typing import Any
 import pyarrow as pa
 
 from engines.errors import ConfigError
-from pipeline.dataset.reader import Interpreter, Piece, Summary
-from pipeline.executors.cost_budget import Budget, write_spent
+from pipeline.dataset.reader import ReadSplit, RowReader, SplitSummary
+from pipeline.executors.cost_budget import CostBudget, write_spent
 from pipeline.executors.live.protocol import Lease
-from pipeline.executors.live.queue import Ask, Ready
-from pipeline.executors.live.requests import ROWS_SCHEMA, dataset_of, read_piece
-from pipeline.monitor.status import Pulse, Status
+from pipeline.executors.live.queue import PendingRequest, PrefixQueue
+from pipeline.executors.live.requests import ROWS_SCHEMA, dataset_of, read_split
+from pipeline.monitor.status import ReplicaHeartbeat, RunStatus
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger_index import SeenKeys
+from pipeline.storage.ledger_index import DedupFilter
 
 # A row that was in an engine when its process died is tried again alone; after this many deaths it is the culprit.
-CRASHES_TO_CONVICT = 2
+CRASHES_TO_POISON = 2
 
 
 LEASED, COMPLETED, DURABLE = 0, 1, 2
 
 
 @dataclass(slots=True)
-class _Out:
+class LeaseState:
     """A lease as its dispatcher sees it."""
 
-    rows: list[Ask]
+    rows: list[PendingRequest]
     states: bytearray  # LEASED, COMPLETED or DURABLE for each row
     costs: list[float] = field(default_factory=list)  # reserved for each row, where there is a budget
     durable: int = 0
@@ -48,30 +48,30 @@ class Dispatcher:
 
     def __init__(
         self,
-        pieces: list[Piece],
-        interpreter: Interpreter,
+        splits: list[ReadSplit],
+        row_reader: RowReader,
         done: list[Any],
         fail_on_bad_input: bool,
         small: bool = False,
-        budget: Budget | None = None,
+        budget: CostBudget | None = None,
         output_path: str = "",
     ) -> None:
-        self.pieces, self.interpreter, self.done = pieces, interpreter, done[0]
+        self.splits, self.row_reader, self.done = splits, row_reader, done[0]
         self.budget, self.output_path = budget, output_path
         self.writing = asyncio.Lock()
         self.fail_on_bad_input = fail_on_bad_input
         self.small = small  # so small that the processes of a Ray Dataset would take longer to start than to read it
-        self.ready = Ready()
-        self.suspects: deque[Ask] = deque()
+        self.queue = PrefixQueue()
+        self.suspects: deque[PendingRequest] = deque()
         self.crashes: Counter[bytes] = Counter()
         self.crash_reason = ""
-        self.leases: dict[str, dict[int, _Out]] = {}
+        self.leases: dict[str, dict[int, LeaseState]] = {}
         self.lent = 0  # rows in the state LEASED
         self.joined: set[str] = set()  # workers that are here, or loading their engine
         self.gone: set[str] = set()  # workers that left; a call of theirs may still be under way
         self.next_lease = 0
-        self.summaries: dict[int, Summary] = {}
-        self.status_ = Status()
+        self.summaries: dict[int, SplitSummary] = {}
+        self.status_ = RunStatus()
         self.stopping = False
         self.changed = asyncio.Condition()
         self.room = threading.Event()
@@ -81,7 +81,7 @@ class Dispatcher:
         """Starts reading. `report` is this actor's own method of that name."""
         self.buffer_rows = buffer_rows
         loop = self.loop = asyncio.get_running_loop()
-        seen = SeenKeys()
+        seen = DedupFilter()
 
         def feed() -> None:
             failure = None
@@ -90,7 +90,7 @@ class Dispatcher:
                     if not len(table):
                         continue
                     fresh = table.filter(pa.array(seen.add(table["key"])))
-                    rows = list(map(Ask, *(fresh[name].to_pylist() for name in ROWS_SCHEMA.names)))
+                    rows = list(map(PendingRequest, *(fresh[name].to_pylist() for name in ROWS_SCHEMA.names)))
                     asyncio.run_coroutine_threadsafe(self._add(rows, len(table) - len(fresh)), loop).result()
                     self.room.wait()
                     if self.stopping:
@@ -104,27 +104,27 @@ class Dispatcher:
     def _tables(self, report: Any) -> Iterator[pa.Table]:
         """The rows to ask, from a thread."""
         if not self.small:
-            dataset = dataset_of(self.pieces, self.interpreter, self.done, self.fail_on_bad_input, report)
+            dataset = dataset_of(self.splits, self.row_reader, self.done, self.fail_on_bad_input, report)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
             return
         import ray
 
         done = ray.get(self.done)
-        for piece in self.pieces:
-            summary = Summary()
-            yield from read_piece(piece, self.interpreter, done, self.fail_on_bad_input, summary)
-            self.loop.call_soon_threadsafe(self.summaries.__setitem__, piece.number, summary)
+        for split in self.splits:
+            summary = SplitSummary()
+            yield from read_split(split, self.row_reader, done, self.fail_on_bad_input, summary)
+            self.loop.call_soon_threadsafe(self.summaries.__setitem__, split.number, summary)
 
-    async def _add(self, rows: list[Ask], duplicates: int) -> None:
+    async def _add(self, rows: list[PendingRequest], duplicates: int) -> None:
         self.status_.duplicates += duplicates
-        self.ready.add(rows)
-        if len(self.ready) >= self.buffer_rows:
+        self.queue.add(rows)
+        if len(self.queue) >= self.buffer_rows:
             self.room.clear()
         await self._notify()
 
     async def _fed(self, failure: Exception | None) -> None:
         self.status_.fed = True
-        self.ready.longest_first()
+        self.queue.longest_first()
         if failure is not None:
             self.stopping = True
             cause: Any = failure
@@ -137,20 +137,25 @@ class Dispatcher:
         async with self.changed:
             self.changed.notify_all()
 
-    async def report(self, number: int, summary: Summary) -> None:
+    async def report(self, number: int, summary: SplitSummary) -> None:
         """A read task's account of its piece. Sent again when the task was, so it replaces."""
         self.summaries[number] = summary
 
-    async def take_summaries(self) -> dict[int, Summary]:
+    async def take_summaries(self) -> dict[int, SplitSummary]:
         return self.summaries
 
     async def join(self, worker: str) -> None:
         """`worker` is loading its engine: rows are kept for it."""
         self.joined.add(worker)
-        self.status_.replicas[worker] = Pulse()
+        self.status_.replicas[worker] = ReplicaHeartbeat()
 
     async def pull(
-        self, worker: str, want: int, held: int, completed: list[tuple[int, list[int]]], pulse: Pulse | None = None
+        self,
+        worker: str,
+        want: int,
+        held: int,
+        completed: list[tuple[int, list[int]]],
+        heartbeat: ReplicaHeartbeat | None = None,
     ) -> Lease | None:
         """Up to `want` rows for `worker`, which still holds `held`; None when the run is over for it.
 
@@ -159,15 +164,15 @@ class Dispatcher:
         """
         if worker in self.gone:
             return None
-        if pulse is not None:
-            self.status_.replicas[worker] = pulse
+        if heartbeat is not None:
+            self.status_.replicas[worker] = heartbeat
         mine = self.leases.setdefault(worker, {})
         for number, offsets in completed:
-            out = mine.get(number)
-            if out is not None:
+            lease_state = mine.get(number)
+            if lease_state is not None:
                 for at in offsets:
-                    self.lent -= out.states[at] == LEASED
-                    out.states[at] = max(out.states[at], COMPLETED)
+                    self.lent -= lease_state.states[at] == LEASED
+                    lease_state.states[at] = max(lease_state.states[at], COMPLETED)
         self.joined.add(worker)
         # One that has its share by now asks again soon, when it has less.
         deadline = asyncio.get_running_loop().time() + (1.0 if held == 0 else 0.1)
@@ -175,7 +180,7 @@ class Dispatcher:
             if self.stopping or worker in self.gone:
                 return None
             lease = self._suspect(mine) if held == 0 and self.suspects else None
-            if lease is None and self.ready and (share := self._share() - held) > 0:
+            if lease is None and self.queue and (share := self._share() - held) > 0:
                 lease = self._lease(worker, mine, min(want, share))
             if lease is not None:
                 await self._write_spent()
@@ -193,36 +198,36 @@ class Dispatcher:
 
     def _share(self) -> int:
         """The most rows that one worker may hold: an equal part of all that are left, so that none idles at the end."""
-        left = len(self.ready) + len(self.suspects) + self.lent
+        left = len(self.queue) + len(self.suspects) + self.lent
         return -(-left // len(self.joined))
 
-    def _lease(self, worker: str, mine: dict[int, _Out], want: int) -> Lease | None:
+    def _lease(self, worker: str, mine: dict[int, LeaseState], want: int) -> Lease | None:
         """None where the budget has no room for any of the next rows."""
-        rows, costs = self._affordable(self.ready.take(worker, want), want)
+        rows, costs = self._affordable(self.queue.take(worker, want), want)
         if not rows and not self._any_leased():  # one further back may be cheaper
-            rows, costs = self._affordable(self.ready.take(worker, len(self.ready)), want)
+            rows, costs = self._affordable(self.queue.take(worker, len(self.queue)), want)
         if not rows:
             return None
-        if len(self.ready) < self.buffer_rows:
+        if len(self.queue) < self.buffer_rows:
             self.room.set()
-        return self._lend(mine, rows, costs, last=self.status_.fed and not self.ready)
+        return self._lend(mine, rows, costs, last=self.status_.fed and not self.queue)
 
-    def _affordable(self, rows: list[Ask], want: int) -> tuple[list[Ask], list[float]]:
+    def _affordable(self, rows: list[PendingRequest], want: int) -> tuple[list[PendingRequest], list[float]]:
         """Those, up to `want`, for which the budget has room, and what it reserves for them; the others go back."""
         if self.budget is None:
             return rows, []
-        fit: list[Ask] = []
+        fit: list[PendingRequest] = []
         costs: list[float] = []
-        back: list[Ask] = []
+        back: list[PendingRequest] = []
         for row in rows:
-            cost = self.budget.most(row.request)
+            cost = self.budget.max_cost(row.request)
             if len(fit) < want and self.budget.fits(cost):
                 self.budget.reserved += cost
                 fit.append(row)
                 costs.append(cost)
             else:
                 back.append(row)
-        self.ready.put_back(back)
+        self.queue.put_back(back)
         return fit, costs
 
     def _any_leased(self) -> bool:
@@ -245,20 +250,20 @@ class Dispatcher:
 
     async def lost(self, worker: str, number: int, at: int) -> bool:
         """A try of this row failed whose answer may have to be paid; whether the budget has room for another."""
-        out = self.leases.get(worker, {}).get(number)
-        if self.budget is None or out is None:
+        lease_state = self.leases.get(worker, {}).get(number)
+        if self.budget is None or lease_state is None:
             return True
-        self.budget.spent += out.costs[at]
+        self.budget.spent += lease_state.costs[at]
         await self._write_spent()
         return not self.budget.exceeded
 
-    def _suspect(self, mine: dict[int, _Out]) -> Lease | None:
+    def _suspect(self, mine: dict[int, LeaseState]) -> Lease | None:
         """The next one alone; None where the budget has room for none of them. A convict costs nothing."""
         for _ in range(len(self.suspects)):
             row = self.suspects[0]
             deaths = self.crashes[row.key]
-            convicted = deaths >= CRASHES_TO_CONVICT
-            cost = 0.0 if self.budget is None or convicted else self.budget.most(row.request)
+            is_poison = deaths >= CRASHES_TO_POISON
+            cost = 0.0 if self.budget is None or is_poison else self.budget.max_cost(row.request)
             if self.budget is None or self.budget.fits(cost):
                 break
             self.suspects.rotate(-1)
@@ -267,41 +272,45 @@ class Dispatcher:
         self.suspects.popleft()
         if self.budget is not None:
             self.budget.reserved += cost
-        lease = self._lend(mine, [row], [cost], last=self.status_.fed and not self.ready and not self.suspects)
+        lease = self._lend(mine, [row], [cost], last=self.status_.fed and not self.queue and not self.suspects)
         lease.alone, lease.deaths = True, deaths
-        if convicted:
-            lease.convicted = f"the engine's process died {deaths} times with this row in it ({self.crash_reason})"
+        if is_poison:
+            lease.poison = f"the engine's process died {deaths} times with this row in it ({self.crash_reason})"
         return lease
 
-    def _lend(self, mine: dict[int, _Out], rows: list[Ask], costs: list[float], last: bool) -> Lease:
+    def _lend(self, mine: dict[int, LeaseState], rows: list[PendingRequest], costs: list[float], last: bool) -> Lease:
         self.next_lease += 1
         self.lent += len(rows)
-        mine[self.next_lease] = _Out(rows, bytearray(len(rows)), costs)
+        mine[self.next_lease] = LeaseState(rows, bytearray(len(rows)), costs)
         return Lease(
             self.next_lease, [row.key for row in rows], [row.id for row in rows], [row.request for row in rows], last=last
         )
 
     async def commit(
-        self, worker: str, durable: list[tuple[int, list[int]]], counts: Status, pulse: Pulse | None = None
+        self,
+        worker: str,
+        durable: list[tuple[int, list[int]]],
+        counts: RunStatus,
+        heartbeat: ReplicaHeartbeat | None = None,
     ) -> None:
         """`worker` has made these rows durable; `counts` adds to the run's figures."""
         mine = self.leases.get(worker, {})
-        if pulse is not None and worker not in self.gone:
-            self.status_.replicas[worker] = pulse
+        if heartbeat is not None and worker not in self.gone:
+            self.status_.replicas[worker] = heartbeat
         if self.budget is not None:
             self.budget.spent += counts.cost_usd
             self.budget.seen.add(counts.seen)
         for number, offsets in durable:
-            out = mine.get(number)
-            if out is None:
+            lease_state = mine.get(number)
+            if lease_state is None:
                 continue
             for at in offsets:
-                if self.budget is not None and out.states[at] != DURABLE:
-                    self.budget.reserved -= out.costs[at]
-                out.durable += out.states[at] != DURABLE
-                self.lent -= out.states[at] == LEASED
-                out.states[at] = DURABLE
-            if out.durable == len(out.states):
+                if self.budget is not None and lease_state.states[at] != DURABLE:
+                    self.budget.reserved -= lease_state.costs[at]
+                lease_state.durable += lease_state.states[at] != DURABLE
+                self.lent -= lease_state.states[at] == LEASED
+                lease_state.states[at] = DURABLE
+            if lease_state.durable == len(lease_state.states):
                 del mine[number]
         status = self.status_
         status.done += counts.done
@@ -323,32 +332,32 @@ class Dispatcher:
             return
         self.gone.add(worker)
         self.joined.discard(worker)
-        self.ready.leave(worker)
-        gone, last = self.status_.gone, self.status_.replicas.pop(worker, Pulse())
+        self.queue.leave(worker)
+        gone, last = self.status_.gone, self.status_.replicas.pop(worker, ReplicaHeartbeat())
         for name in ("done", "retried", "throttled", "waited_s"):
             setattr(gone, name, getattr(gone, name) + getattr(last, name))
-        for number, out in self.leases.pop(worker, {}).items():
-            back: list[Ask] = []
-            self.lent -= out.states.count(LEASED)
-            for at, (row, state) in enumerate(zip(out.rows, out.states, strict=True)):
+        for number, lease_state in self.leases.pop(worker, {}).items():
+            back: list[PendingRequest] = []
+            self.lent -= lease_state.states.count(LEASED)
+            for at, (row, state) in enumerate(zip(lease_state.rows, lease_state.states, strict=True)):
                 if state == DURABLE:
                     continue
                 if self.budget is not None:
-                    self.budget.reserved -= out.costs[at]
+                    self.budget.reserved -= lease_state.costs[at]
                     if inside is None or (number, at) in inside:
-                        self.budget.spent += out.costs[at]
+                        self.budget.spent += lease_state.costs[at]
                 if state == COMPLETED:  # it came out whole, so it is not to blame
                     self.crashes.pop(row.key, None)
                 elif crash is not None:
                     self.crashes[row.key] += 1
                 if not self.crashes.get(row.key):
                     back.append(row)
-                elif self.crashes[row.key] >= CRASHES_TO_CONVICT:
+                elif self.crashes[row.key] >= CRASHES_TO_POISON:
                     # Who is convicted goes first, so that the verdict is durable before the next death.
                     self.suspects.appendleft(row)
                 else:
                     self.suspects.append(row)
-            self.ready.put_back(back)
+            self.queue.put_back(back)
         if crash is not None:
             self.crash_reason = crash
             self.status_.crashes += 1
@@ -361,26 +370,26 @@ class Dispatcher:
         await self._notify()
 
     def _over(self) -> bool:
-        return self.status_.fed and not self.ready and not self.suspects and not self._any_leased()
+        return self.status_.fed and not self.queue and not self.suspects and not self._any_leased()
 
-    def _broke(self) -> bool:
+    def _out_of_budget(self) -> bool:
         """Whether there are rows, none of them is in flight, and the budget has room for none."""
-        waiting = [row for group in self.ready.groups.values() for row in group]
-        waiting += [row for row in self.suspects if self.crashes[row.key] < CRASHES_TO_CONVICT]
-        return bool(waiting) and not any(self.budget.fits(self.budget.most(row.request)) for row in waiting)  # type: ignore[union-attr]
+        waiting = [row for group in self.queue.groups.values() for row in group]
+        waiting += [row for row in self.suspects if self.crashes[row.key] < CRASHES_TO_POISON]
+        return bool(waiting) and not any(self.budget.fits(self.budget.max_cost(row.request)) for row in waiting)  # type: ignore[union-attr]
 
-    async def status(self) -> Status:
+    async def status(self) -> RunStatus:
         status = self.status_
-        found: Iterable[Summary] = self.summaries.values()
+        found: Iterable[SplitSummary] = self.summaries.values()
         status.read = sum(s.rows for s in found)
         status.invalid = sum(s.invalid for s in found)
         status.answered = sum(s.answered for s in found)
         status.in_flight = self.lent
         status.workers = len(self.leases)
-        status.left = len(self.ready) + len(self.suspects)
-        status.trouble = next((pulse.trouble for pulse in status.replicas.values() if pulse.trouble), "")
+        status.left = len(self.queue) + len(self.suspects)
+        status.trouble = next((heartbeat.trouble for heartbeat in status.replicas.values() if heartbeat.trouble), "")
         if self.budget is not None:
             status.spent = self.budget.spent + self.budget.reserved
-            status.broke = not self._any_leased() and self._broke()
+            status.broke = not self._any_leased() and self._out_of_budget()
         status.finished = self._over() or self.stopping
         return status

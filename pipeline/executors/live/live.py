@@ -14,27 +14,27 @@ from rich.console import Console
 from engines.errors import EaglerayError
 from engines.text import one_line
 from pipeline.config import Config
-from pipeline.dataset.plan import list_pieces
-from pipeline.dataset.reader import Interpreter, Piece, Summary
+from pipeline.dataset.plan import list_splits
+from pipeline.dataset.reader import ReadSplit, RowReader, SplitSummary
 from pipeline.errors import Interrupted, Stopped
-from pipeline.executors.cost_budget import Budget, spent_so_far
+from pipeline.executors.cost_budget import CostBudget, spent_so_far
 from pipeline.executors.live.dispatcher import Dispatcher
 from pipeline.executors.live.placement import Placement, spread
-from pipeline.executors.live.rate_limiter import limiter
+from pipeline.executors.live.rate_limiter import rate_limit_actor
 from pipeline.executors.live.ray_session import PATIENCE_S, here
-from pipeline.executors.live.replicas import Crew
+from pipeline.executors.live.replicas import ReplicaPool
 from pipeline.executors.live.worker import Worker, WorkerConfig
 from pipeline.monitor.console import warn
 from pipeline.monitor.progress import RunProgress
 from pipeline.monitor.run_state import RunState
-from pipeline.monitor.status import Status
+from pipeline.monitor.status import RunStatus
 from pipeline.monitor.traces import Trace
-from pipeline.output.answer_columns import score_columns
+from pipeline.output.answer_columns import plan_answer_columns
 from pipeline.output.finalize import OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
 from pipeline.output.manifest import MANIFEST
 from pipeline.storage.filesystem import exists, info_of, listing, resolve
 from pipeline.storage.ledger import SEGMENTS
-from pipeline.storage.ledger_index import FarIndex, Index, Lookup, read_index
+from pipeline.storage.ledger_index import Index, IndexActor, RemoteIndex, read_index
 
 # A drain has `run.drain_s`, and this long to write and leave.
 GRACE_S = 20.0
@@ -48,7 +48,7 @@ FAR_ROWS = 100_000
 RATE_NEEDS_ROWS = 100
 
 
-class Answers:
+class LedgerSnapshot:
     """What the ledger has. A large one is read in a task beside the driver: its arrays lie in shared memory, and the driver
     stays small."""
 
@@ -65,52 +65,52 @@ class Answers:
             self.ref = read.remote(str(config.output.path), failed_too)
             self.index = ray.get(self.ref)
         if len(self.index) > FAR_ROWS and len(ray.nodes()) > 1:
-            lookup = ray.remote(Lookup).options(num_cpus=0, scheduling_strategy=here())
+            index_actor = ray.remote(IndexActor).options(num_cpus=0, scheduling_strategy=here())
             self.near = [self.ref]
-            self.ref = ray.put(FarIndex(lookup.remote(self.near), self.index.paths))
+            self.ref = ray.put(RemoteIndex(index_actor.remote(self.near), self.index.paths))
 
 
 def _read_index(path: str, failed_too: bool) -> Index:
     return read_index(*resolve(path)).only(failed_too=failed_too)
 
 
-def _plan(config: Config, console: Console) -> tuple[list[Piece], bool]:
+def plan_reading(config: Config, console: Console) -> tuple[list[ReadSplit], bool]:
     """The pieces, and whether they are so small that no other process is started to read them."""
-    pieces = list_pieces(config, console)
-    few = list(dict.fromkeys(piece.chunk.file for piece in pieces))[: SMALL_FILES + 1]
+    splits = list_splits(config, console)
+    few = list(dict.fromkeys(split.file_split.file for split in splits))[: SMALL_FILES + 1]
     small = len(few) <= SMALL_FILES and sum(info_of(*resolve(name)).size for name in few) <= SMALL_BYTES
-    return pieces, small
+    return splits, small
 
 
 @dataclass(slots=True)
-class _Steps:
+class LiveExecutor:
     """Asking and putting together, and what both need."""
 
     config: Config
     console: Console
     fs: pafs.FileSystem
     root: str
-    interpreter: Interpreter
+    row_reader: RowReader
     placed: Placement
     trace: Trace | None
     state: RunState
     interrupts: list[int]
-    pieces: list[Piece]
+    splits: list[ReadSplit]
     small: bool  # no other process is started to read them
 
-    def ask(self, known: Answers) -> tuple[Status, dict[int, Summary]]:
+    def ask(self, known: LedgerSnapshot) -> tuple[RunStatus, dict[int, SplitSummary]]:
         """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
         import ray
 
         config, console, state, budget = self.config, self.console, self.state, None
         if (limit := config.run.budget_usd) is not None:
             spent = spent_so_far(config.engine, known.index, self.fs, self.root)
-            budget = Budget(limit, config.engine, config.params(), spent)
+            budget = CostBudget(limit, config.engine, config.params(), spent)
         fail = config.dataset.on_bad_input == "fail"
         # In a list, so that the reference itself arrives: only the read tasks look into it.
         done = [known.ref]
         beside = ray.remote(Dispatcher).options(num_cpus=0, scheduling_strategy=here())
-        dispatcher = beside.remote(self.pieces, self.interpreter, done, fail, self.small, budget, str(config.output.path))
+        dispatcher = beside.remote(self.splits, self.row_reader, done, fail, self.small, budget, str(config.output.path))
         worker = WorkerConfig(
             engine=spread(config.engine, self.placed),
             generation=config.params(),
@@ -122,10 +122,10 @@ class _Steps:
             trace=self.trace,
             budget_price=budget.price if budget else None,
         )
-        crew = Crew(ray.remote(Worker), worker, self.placed, dispatcher, config.run.max_engine_deaths)
+        replica_pool = ReplicaPool(ray.remote(Worker), worker, self.placed, dispatcher, config.run.max_engine_deaths)
         reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
         # Held here: Ray ends an actor with whoever made it.
-        limits = limiter(config.engine) if config.engine.provider else None
+        limits = rate_limit_actor(config.engine) if config.engine.provider else None
         state.enter("asking")
         state.source = None
         said = False
@@ -134,15 +134,15 @@ class _Steps:
         why, broke, ends_by = "", "", math.inf
         began = time.monotonic()
         try:
-            crew.start()
+            replica_pool.start()
             ray.get(reads)
             with RunProgress(console, config.run.progress_s, config.engine, config.run.budget_usd) as progress:
                 while True:
-                    status: Status = ray.get(dispatcher.status.remote())
+                    status: RunStatus = ray.get(dispatcher.status.remote())
                     state.status = status
-                    progress.show(status, len(crew.replicas))
+                    progress.show(status, len(replica_pool.replicas))
                     try:
-                        crew.tend(status)
+                        replica_pool.maintain(status)
                     except EaglerayError as error:
                         failure = failure or error
                     said = said or status.workers > 0
@@ -152,19 +152,19 @@ class _Steps:
                         warn(console, f"No replica works yet: each asks for {wish}, and may be loading its model.")
                     if status.done > finished:
                         finished, refused = status.done, status.errors["auth"]
-                    reason = _why_stop(config, status, status.errors["auth"] - refused) or (
+                    reason = why_stop(config, status, status.errors["auth"] - refused) or (
                         "Interrupted" if self.interrupts else failure and str(failure)
                     )
                     if status.broke and budget is not None and not reason:
                         budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
-                        broke = reason = budget.told(f"{status.left:,} rows{more} are left")
+                        broke = reason = budget.summary(f"{status.left:,} rows{more} are left")
                     if reason and not why:
                         why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
                         if status.in_flight:
                             again = " (a second time ends at once)" if self.interrupts else ""
                             warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
                         ray.get(dispatcher.stop.remote())
-                        crew.drain()
+                        replica_pool.drain()
                     if (status.finished and not status.workers) or time.monotonic() > ends_by:
                         break
                     time.sleep(0.05 if status.finished else 0.2)
@@ -172,7 +172,7 @@ class _Steps:
             ray.get(dispatcher.settle.remote())
             summaries = ray.get(dispatcher.take_summaries.remote())
         finally:
-            crew.dismiss()
+            replica_pool.stop_all()
             ray.kill(dispatcher)
             del limits
         if status.broken is not None:
@@ -185,24 +185,24 @@ class _Steps:
             raise Stopped(broke or f"{why}; everything finished is kept, the same command goes on from here")
         return status, summaries
 
-    def finalize(self, summaries: dict[int, Summary], answers: Answers) -> JobResult:
+    def finalize(self, summaries: dict[int, SplitSummary], snapshot: LedgerSnapshot) -> JobResult:
         """Writes data/ and errors/ on all nodes at once."""
         from ray.exceptions import RayError, RayTaskError
 
-        config, interpreter = self.config, self.interpreter
+        config, row_reader = self.config, self.row_reader
         if exists(self.fs, f"{self.root}/{MANIFEST}"):  # until it is written again, no reader may trust the files
             self.fs.delete_file(f"{self.root}/{MANIFEST}")
-        scores = score_columns(config.output.columns, config.params().response_format)
-        columns = plan_columns(self.pieces, summaries, interpreter, scores)
+        answer_columns = plan_answer_columns(config.output.columns, config.params().response_format)
+        columns = plan_columns(self.splits, summaries, row_reader, answer_columns)
         params = set(config.params().given()).union(*(summary.params for summary in summaries.values()))
         optional = [name for name, param in OPTIONAL.items() if param in params]
         raw = any(summary.invalid for summary in summaries.values())
-        writer = PartWriter(interpreter, columns, optional, raw, config.output, scores)
-        jobs, total = plan_jobs(self.pieces, summaries), JobResult()
-        used = np.zeros(len(answers.index), np.bool_)
+        writer = PartWriter(row_reader, columns, optional, raw, config.output, answer_columns)
+        jobs, total = plan_jobs(self.splits, summaries), JobResult()
+        used = np.zeros(len(snapshot.index), np.bool_)
         with self.console.status("putting the output together"):
             try:
-                for result in _written(writer, jobs, answers, self.small and answers.small, self.interrupts):
+                for result in _written(writer, jobs, snapshot, self.small and snapshot.small, self.interrupts):
                     total.rows += result.rows
                     total.failed += result.failed
                     total.missing += result.missing
@@ -221,7 +221,7 @@ class _Steps:
         return total
 
 
-def _why_stop(config: Config, status: Status, refused: int = 0) -> str | None:
+def why_stop(config: Config, status: RunStatus, refused: int = 0) -> str | None:
     """The reason to stop early, or None. `refused` rows failed for the key, with none done between."""
     failed, finished = status.failed + status.invalid, status.done + status.failed
     example = next(iter(status.first_errors.values()), "")
@@ -238,16 +238,16 @@ def _why_stop(config: Config, status: Status, refused: int = 0) -> str | None:
 
 
 def _written(
-    writer: PartWriter, jobs: list[Job], answers: Answers, here: bool, interrupts: list[int]
+    writer: PartWriter, jobs: list[Job], snapshot: LedgerSnapshot, here: bool, interrupts: list[int]
 ) -> Iterator[JobResult]:
     import ray
 
     if here:
-        yield from (writer.run(job, answers.index) for job in jobs)
+        yield from (writer.run(job, snapshot.index) for job in jobs)
         return
     shared = ray.put(writer)
-    do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_do_job)
-    waiting = [do.remote(shared, answers.ref, job) for job in jobs]
+    do = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_run_job)
+    waiting = [do.remote(shared, snapshot.ref, job) for job in jobs]
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
         if interrupts:
@@ -255,5 +255,5 @@ def _written(
         yield from ray.get(done)
 
 
-def _do_job(writer: PartWriter, answers: Index | FarIndex, job: Job) -> JobResult:
-    return writer.run(job, answers)
+def _run_job(writer: PartWriter, snapshot: Index | RemoteIndex, job: Job) -> JobResult:
+    return writer.run(job, snapshot)

@@ -15,7 +15,7 @@ class Lease:
     requests: list[bytes]
     alone: bool = False  # a suspect: nothing else may be in the engine beside it
     deaths: int = 0  # engine processes that died with these rows in them
-    convicted: str | None = None  # not to be asked at all: why
+    poison: str | None = None  # not to be asked at all: why
     last: bool = False  # the feed has nothing more at the moment
 
     def __len__(self) -> int:

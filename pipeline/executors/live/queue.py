@@ -14,7 +14,7 @@ from pipeline.storage.exact_json import dumps
 PREFIX_CHARACTERS = 256
 
 
-class Ask(NamedTuple):
+class PendingRequest(NamedTuple):
     """One row to ask."""
 
     key: bytes
@@ -32,7 +32,7 @@ def prefix_of(parsed: Parsed) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
 
 
-class Ready:
+class PrefixQueue:
     """Rows of one prefix go to one worker while there are any, for its KV cache has that prefix already.
 
     A worker that has come to the end of its own takes the prefix that has waited longest; where others have them all,
@@ -40,7 +40,7 @@ class Ready:
     """
 
     def __init__(self) -> None:
-        self.groups: OrderedDict[int, deque[Ask]] = OrderedDict()
+        self.groups: OrderedDict[int, deque[PendingRequest]] = OrderedDict()
         self.at: dict[str, int] = {}  # worker -> the prefix it was last at
         self.owners: Counter[int] = Counter()
         self.rows = 0
@@ -48,7 +48,7 @@ class Ready:
     def __len__(self) -> int:
         return self.rows
 
-    def add(self, rows: Iterable[Ask]) -> None:
+    def add(self, rows: Iterable[PendingRequest]) -> None:
         for row in rows:
             group = self.groups.get(row.prefix)
             if group is None:
@@ -56,16 +56,16 @@ class Ready:
             group.append(row)
             self.rows += 1
 
-    def put_back(self, rows: list[Ask]) -> None:
+    def put_back(self, rows: list[PendingRequest]) -> None:
         """Rows that a worker gave back are the next."""
         for row in reversed(rows):
             self.groups.setdefault(row.prefix, deque()).appendleft(row)
             self.groups.move_to_end(row.prefix, last=False)
         self.rows += len(rows)
 
-    def take(self, worker: str, want: int) -> list[Ask]:
+    def take(self, worker: str, want: int) -> list[PendingRequest]:
         """Up to `want` rows for a worker."""
-        taken: list[Ask] = []
+        taken: list[PendingRequest] = []
         while len(taken) < want and self.groups:
             prefix = self._next(worker)
             group = self.groups[prefix]

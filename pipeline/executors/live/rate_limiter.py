@@ -12,51 +12,51 @@ import hashlib
 from typing import Any
 
 from engines.config import EngineConfig
-from engines.remote.rate_limits import Budgets, Call, Grant, Source, per_minute
+from engines.remote.rate_limits import RateLimiters, Reservation, Reserve, ReserveRequest, per_minute
 from pipeline.storage.exact_json import canonical
 
 NAMESPACE = "eagleray"
 
 
-class Limiter:
+class RateLimitActor:
     """The actor."""
 
     def __init__(self, limits: dict[str, float | None]) -> None:
-        self.budgets = Budgets(limits)
+        self.limiters = RateLimiters(limits)
 
-    async def ask(self, model: str, call: Call) -> Grant:
-        return self.budgets.call(model, call)
+    async def reserve(self, model: str, request: ReserveRequest) -> Reservation:
+        return self.limiters.reserve(model, request)
 
 
-def limiter(config: EngineConfig) -> Any:
+def rate_limit_actor(config: EngineConfig) -> Any:
     """The actor that keeps the limits of this engine's key; runs that use one key on one cluster share it."""
     import ray
 
     # By the name of the key's variable, never by the key.
     who = hashlib.sha256(canonical([config.kind, config.base_url, config.api_key_env])).hexdigest()[:16]
     options = {"name": f"eagleray-limiter-{who}", "namespace": NAMESPACE, "get_if_exists": True}
-    return ray.remote(Limiter).options(num_cpus=0, max_restarts=-1, **options).remote(per_minute(config))
+    return ray.remote(RateLimitActor).options(num_cpus=0, max_restarts=-1, **options).remote(per_minute(config))
 
 
-def source_of(config: EngineConfig) -> Source:
+def reserve_through_ray(config: EngineConfig) -> Reserve:
     """Where an engine in this worker asks."""
     from ray.exceptions import RayActorError
 
     actor: Any = None
     # Another run may have made the actor, with higher limits than ours: the lower ones count.
-    told: dict[str, float] = {name: limit for name, limit in per_minute(config).items() if limit is not None}
+    configured: dict[str, float] = {name: limit for name, limit in per_minute(config).items() if limit is not None}
 
-    async def ask(model: str, call: Call) -> Grant:
+    async def reserve(model: str, request: ReserveRequest) -> Reservation:
         nonlocal actor
         while True:
             try:
                 if actor is None:
-                    actor = await asyncio.to_thread(limiter, config)
-                call.learned = {**told, **call.learned}
-                grant: Grant = await actor.ask.remote(model, call)
-                return grant
+                    actor = await asyncio.to_thread(rate_limit_actor, config)
+                request.learned = {**configured, **request.learned}
+                reservation: Reservation = await actor.reserve.remote(model, request)
+                return reservation
             except RayActorError:  # it is being started anew, or died with the run that had made it
                 actor = None
                 await asyncio.sleep(0.2)
 
-    return ask
+    return reserve

@@ -13,7 +13,7 @@ from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.placement import Placement, end, start
 from pipeline.executors.live.secrets import Secrets
 from pipeline.executors.live.worker import WorkerConfig
-from pipeline.monitor.status import Status
+from pipeline.monitor.status import RunStatus
 from pipeline.monitor.traces import variables
 
 # How long Ray may take to tell whether a replica that cannot be reached died with its node.
@@ -23,7 +23,7 @@ NOTICE_S = 2.0
 
 
 @dataclass(slots=True)
-class Replica:
+class ReplicaActor:
     name: str
     actor: Any
     group: Any  # its placement group; None where it has but one node
@@ -32,7 +32,7 @@ class Replica:
     leaving: frozenset[str] = frozenset()  # the nodes it was told are about to go
 
 
-class Crew:
+class ReplicaPool:
     """All replicas; `tend` is called every so often and does the rest."""
 
     def __init__(self, worker: Any, config: WorkerConfig, placed: Placement, dispatcher: Any, deaths: int) -> None:
@@ -40,7 +40,7 @@ class Crew:
         self.dispatcher, self.allowed_deaths = dispatcher, deaths
         names = secret_variables(config.engine) | (variables() if config.trace else set())
         self.secrets = Secrets({name: os.environ[name] for name in names if name in os.environ})
-        self.replicas: list[Replica] = []
+        self.replicas: list[ReplicaActor] = []
         self.started = 0
         self.deaths = 0  # in a row, with no row finished between
         self.finished_at_death = 0
@@ -55,14 +55,14 @@ class Crew:
         self.started += 1
         name = f"w{self.started}"
         actor, group = start(self.worker, self.placed, self.config, name, self.dispatcher)
-        self.replicas.append(Replica(name, actor, group, actor.run.remote(self.secrets)))
+        self.replicas.append(ReplicaActor(name, actor, group, actor.run.remote(self.secrets)))
 
-    def tend(self, status: Status) -> None:
+    def maintain(self, status: RunStatus) -> None:
         """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
         import ray
         from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-        self._clear_out()
+        self._announce_draining()
         ended, _ = ray.wait([r.run for r in self.replicas], num_returns=len(self.replicas), timeout=0) \
             if self.replicas else ([], [])  # fmt: skip
         for replica in [r for r in self.replicas if r.run in ended]:
@@ -101,7 +101,7 @@ class Crew:
             except RayError as error:  # it can no longer be placed, say
                 self._died(replica, str(error), status)
 
-    def _clear_out(self) -> None:
+    def _announce_draining(self) -> None:
         """Tells the replicas which nodes are about to go; those there finish what is in flight, and others take over."""
         from ray._private.state import state
 
@@ -112,12 +112,12 @@ class Crew:
         for replica in self.replicas:
             if nodes - replica.leaving:
                 replica.leaving |= nodes
-                replica.actor.clear_out.remote(nodes)
+                replica.actor.leave_nodes.remote(nodes)
 
-    def _lost(self, replica: Replica, status: Status) -> None:
+    def _lost(self, replica: ReplicaActor, status: RunStatus) -> None:
         self._died(replica, "node has died", status)
 
-    def _died(self, replica: Replica, reason: str, status: Status) -> None:
+    def _died(self, replica: ReplicaActor, reason: str, status: RunStatus) -> None:
         import ray
 
         end(replica.actor, replica.group)
@@ -140,7 +140,7 @@ class Crew:
         for replica in self.replicas:
             replica.actor.drain.remote()
 
-    def dismiss(self) -> None:
+    def stop_all(self) -> None:
         """Ends all replicas and gives their places back."""
         for replica in self.replicas:
             end(replica.actor, replica.group)

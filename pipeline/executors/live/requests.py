@@ -12,12 +12,12 @@ from engines.errors import ConfigError
 from engines.params import GenerationParams
 from engines.types import Request
 from pipeline.dataset.formats import Parsed
-from pipeline.dataset.reader import Interpreter, Item, Piece, Summary
-from pipeline.executors.live.queue import Ask, prefix_of
+from pipeline.dataset.reader import ParsedRow, ReadSplit, RowReader, SplitSummary
+from pipeline.executors.live.queue import PendingRequest, prefix_of
 from pipeline.storage.exact_json import dumps
-from pipeline.storage.ledger_index import FarIndex, Index
+from pipeline.storage.ledger_index import Index, RemoteIndex
 
-# The columns of `Ask`.
+# The columns of `PendingRequest`.
 ROWS_SCHEMA = pa.schema(
     [
         ("key", pa.binary(32)),
@@ -29,13 +29,13 @@ ROWS_SCHEMA = pa.schema(
 )
 
 
-def read_piece(
-    piece: Piece, interpreter: Interpreter, done: Index | FarIndex, fail_on_bad_input: bool, summary: Summary
+def read_split(
+    split: ReadSplit, row_reader: RowReader, done: Index | RemoteIndex, fail_on_bad_input: bool, summary: SplitSummary
 ) -> Iterator[pa.Table]:
     """Tables of the rows of `piece` that are still to be asked; fills `summary` on the way."""
-    for items in interpreter.read(piece):
+    for items in row_reader.read(split):
         summary.rows += len(items)
-        if piece.chunk.kind != "parquet":
+        if split.file_split.kind != "parquet":
             summary.kinds.add([item.row.columns for item in items if item.row.columns is not None])
         good = [item for item in items if item.failure is None]
         if len(good) < len(items):
@@ -52,17 +52,19 @@ def read_piece(
             yield _table([good[at] for at in wanted])
 
 
-def _table(items: list[Item]) -> pa.Table:
-    asks = [_ask(item.key, item.id, item.parsed) for item in items if item.key and item.parsed]
-    columns = zip(*asks, strict=True)
+def _table(items: list[ParsedRow]) -> pa.Table:
+    pending = [_pending_request(item.key, item.id, item.parsed) for item in items if item.key and item.parsed]
+    columns = zip(*pending, strict=True)
     return pa.Table.from_arrays(
         [pa.array(column, kind) for column, kind in zip(columns, ROWS_SCHEMA.types, strict=True)], schema=ROWS_SCHEMA
     )
 
 
-def _ask(key: bytes, id: str, parsed: Parsed) -> Ask:
+def _pending_request(key: bytes, id: str, parsed: Parsed) -> PendingRequest:
     limit = parsed.generation.get("max_tokens")
-    return Ask(key, id, _request(parsed), prefix_of(parsed), limit if isinstance(limit, int) and limit < 1 << 62 else 0)
+    return PendingRequest(
+        key, id, _request(parsed), prefix_of(parsed), limit if isinstance(limit, int) and limit < 1 << 62 else 0
+    )
 
 
 def _request(parsed: Parsed) -> bytes:
@@ -85,18 +87,18 @@ def request_of(values: Mapping[str, Any], generation: GenerationParams, key: byt
     )
 
 
-def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on_bad_input: bool, report: Any) -> Any:
+def dataset_of(splits: list[ReadSplit], row_reader: RowReader, done: Any, fail_on_bad_input: bool, report: Any) -> Any:
     """A Ray Dataset of the rows to ask. `done` is a reference to an index; `report(number, summary)` a remote method."""
     import ray
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
-    def task(piece: Piece) -> ReadTask:
+    def task(split: ReadSplit) -> ReadTask:
         def read() -> Iterator[pa.Table]:
-            summary = Summary()
+            summary = SplitSummary()
             yield ROWS_SCHEMA.empty_table()
-            yield from read_piece(piece, interpreter, ray.get(done), fail_on_bad_input, summary)
-            ray.get(report.remote(piece.number, summary))
+            yield from read_split(split, row_reader, ray.get(done), fail_on_bad_input, summary)
+            ray.get(report.remote(split.number, summary))
 
         return ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None))
 
@@ -105,7 +107,7 @@ def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on
             return None
 
         def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-            return [task(piece) for piece in pieces]
+            return [task(split) for split in splits]
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -118,7 +120,7 @@ def dataset_of(pieces: list[Piece], interpreter: Interpreter, done: Any, fail_on
         context.execution_no_progress_timeout_s = -1
     return ray.data.read_datasource(
         Conversations(),
-        override_num_blocks=max(1, len(pieces)),
+        override_num_blocks=max(1, len(splits)),
         # No CPU is reserved: replicas may have reserved all of them, and would wait for rows for ever.
         ray_remote_args={"num_cpus": 0, "max_retries": 3},
         concurrency=max(2, int(ray.cluster_resources().get("CPU", 2))),

@@ -20,11 +20,11 @@ from engines.text import one_line
 from engines.types import Completion, Request
 from pipeline.executors.cost_budget import check_model, shared_bytes
 from pipeline.executors.live.protocol import Lease
-from pipeline.executors.live.rate_limiter import source_of
+from pipeline.executors.live.rate_limiter import reserve_through_ray
 from pipeline.executors.live.requests import request_of
 from pipeline.executors.live.secrets import Secrets, settle_environment
 from pipeline.monitor.metrics import Metrics
-from pipeline.monitor.status import Pulse, Seen, Status
+from pipeline.monitor.status import ReplicaHeartbeat, RunStatus, UsageStats
 from pipeline.monitor.traces import RequestSpans, Trace
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import resolve
@@ -49,7 +49,7 @@ class WorkerConfig:
 
 
 @dataclass(slots=True)
-class _Row:
+class LeasedRow:
     lease: int
     offset: int
     deaths: int  # of engine processes that had this row in them
@@ -69,18 +69,18 @@ class Worker:
         self.flush_s = config.flush_s
         self.moves = False
         self.busy = 0  # rows in the engine
-        self.untold: list[Record] = []  # what metrics do not have yet
+        self.unreported: list[Record] = []  # what metrics do not have yet
         self.waits: list[float] = []  # likewise: seconds that rows waited here
-        self.queue: deque[_Row] = deque()
+        self.queue: deque[LeasedRow] = deque()
         self.held = 0  # rows in the queue or in the engine
         self.ended = False  # no more rows will come
         self.last = False  # the feed had nothing more when it was last asked
         self.completed: dict[int, list[int]] = {}  # lease -> rows, since the last pull
         self.records: list[Record] = []
         self.places: dict[int, list[int]] = {}  # lease -> rows, those of self.records
-        self.counts = Status()
+        self.counts = RunStatus()
         self.done = 0
-        self.inside: dict[bytes, _Row] = {}  # by key: rows in the engine
+        self.inside: dict[bytes, LeasedRow] = {}  # by key: rows in the engine
         self.overhead = shared_bytes(config.generation)
         self.work = asyncio.Condition()  # the queue grew, or the end came
         self.less = asyncio.Event()  # fewer rows are held
@@ -91,7 +91,7 @@ class Worker:
         self.spans: RequestSpans | None = None
 
     async def run(self, secrets: Secrets) -> bool:
-        """Loads the engine and works; whether it ended for its node only (`clear_out`).
+        """Loads the engine and works; whether it ended for its node only (`leave_nodes`).
 
         Raises `ConfigError` where the engine cannot be loaded, `Outage` where its server is gone.
         """
@@ -102,9 +102,9 @@ class Worker:
             self.spans = RequestSpans(self.config.trace, self.config.engine, self.name)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
-        engine.attach(source_of, self.config.max_outage_s)
+        engine.attach(reserve_through_ray, self.config.max_outage_s)
         if self.config.budget_price is not None:
-            engine.afford = self._afford
+            engine.check_budget = self._check_budget
         slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
@@ -123,7 +123,7 @@ class Worker:
                 flusher.cancel()
             await asyncio.gather(flusher, return_exceptions=True)
             await self._flush()
-            self._tell()
+            self._report_metrics()
             inside = [(row.lease, row.offset) for row in self.inside.values()]
             await self.dispatcher.leave.remote(self.name, None, inside)
             await asyncio.to_thread(engine.close)
@@ -131,7 +131,7 @@ class Worker:
                 await asyncio.to_thread(self.spans.close)
         return self.moves
 
-    async def clear_out(self, nodes: frozenset[str]) -> None:
+    async def leave_nodes(self, nodes: frozenset[str]) -> None:
         """As `drain`, where this replica's node is one of those that are about to go."""
         import ray
 
@@ -166,19 +166,21 @@ class Worker:
                 await self.less.wait()
             completed, self.completed = list(self.completed.items()), {}
             wanted = window - self.held
-            lease: Lease | None = await self.dispatcher.pull.remote(self.name, wanted, self.held, completed, self._pulse())
+            lease: Lease | None = await self.dispatcher.pull.remote(
+                self.name, wanted, self.held, completed, self._heartbeat()
+            )
             if lease is None:
                 return
             self.last = lease.last
-            if lease.convicted is not None:
-                await self._convict(lease)
+            if lease.poison is not None:
+                await self._mark_poison(lease)
                 continue
             self.held += len(lease)
             self._maybe_idle()
             rows = zip(lease.keys, lease.ids, lease.requests, strict=True)
             async with self.work:
                 now = time.monotonic()
-                self.queue.extend(_Row(lease.number, at, lease.deaths, *row, now) for at, row in enumerate(rows))
+                self.queue.extend(LeasedRow(lease.number, at, lease.deaths, *row, now) for at, row in enumerate(rows))
                 self.work.notify(len(lease))
             while lease.alone and self.held:
                 self.less.clear()
@@ -228,20 +230,20 @@ class Worker:
         await self.dispatcher.leave.remote(self.name, reason)
         os._exit(1)
 
-    def _request(self, row: _Row) -> Request:
+    def _request(self, row: LeasedRow) -> Request:
         request = request_of(loads(row.request), self.config.generation, row.key)
         if self.config.budget_price is not None:
             check_model(request, self.config.engine)
         return request
 
-    async def _convict(self, lease: Lease) -> None:
+    async def _mark_poison(self, lease: Lease) -> None:
         for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
-            completion = Completion(error=Failure("engine_crash", lease.convicted or ""), attempts=0)
+            completion = Completion(error=Failure("engine_crash", lease.poison or ""), attempts=0)
             completion.engine, completion.model = self.config.engine.kind, self.config.engine.model
-            self._record(_Row(lease.number, at, lease.deaths, key, id, b""), completion)
+            self._record(LeasedRow(lease.number, at, lease.deaths, key, id, b""), completion)
         await self._flush()
 
-    def _record(self, row: _Row, completion: Completion) -> None:
+    def _record(self, row: LeasedRow, completion: Completion) -> None:
         completion.attempts += row.deaths
         self.done += 1
         self.records.append(Record(row.key, row.id, completion, time.time()))
@@ -255,13 +257,13 @@ class Worker:
         if completion.error is None:
             counts.done += 1
         else:
-            told = {"event": "row failed", "key": row.key.hex(), "id": row.id, **asdict(completion.error)}
-            logger.warning("%s", dumps({**told, "attempts": completion.attempts}).decode())
+            event = {"event": "row failed", "key": row.key.hex(), "id": row.id, **asdict(completion.error)}
+            logger.warning("%s", dumps({**event, "attempts": completion.attempts}).decode())
             counts.failed += 1
             counts.errors[completion.error.type] += 1
             counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
 
-    def _account(self, row: _Row, completion: Completion) -> None:
+    def _account(self, row: LeasedRow, completion: Completion) -> None:
         """What an answer cost, and what it tells about the estimates of others."""
         usage, config = completion.usage, self.config
         price = config.engine.price
@@ -270,20 +272,20 @@ class Worker:
         self.counts.cost_usd += price.of(usage.input, usage.cached_input, usage.output)
         size = len(row.request) + self.overhead
         each = -(-usage.output // max(1, len(completion.choices)))
-        self.counts.seen.add(Seen(1, usage.input / size if size else 0.0, each))
+        self.counts.seen.add(UsageStats(1, usage.input / size if size else 0.0, each))
 
-    async def _afford(self, request: Request) -> bool:
+    async def _check_budget(self, request: Request) -> bool:
         row = self.inside[bytes.fromhex(request.key[:64])]  # a turn's, or another try's, has more behind it
         room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset)
         return room
 
-    def _pulse(self) -> Pulse:
+    def _heartbeat(self) -> ReplicaHeartbeat:
         engine = self.engine
         if engine is None:
-            return Pulse()
+            return ReplicaHeartbeat()
         leaving = self.puller is not None and self.puller.done()
         counts = engine.counts
-        return Pulse(
+        return ReplicaHeartbeat(
             "leaving" if leaving else "working",
             self.busy,
             self.done,
@@ -292,7 +294,7 @@ class Worker:
             counts["retried"],
             counts["throttled"],
             float(counts["limiter_wait_seconds"]),
-            engine.trouble,
+            engine.stall_reason,
         )
 
     def _maybe_idle(self) -> None:
@@ -307,7 +309,7 @@ class Worker:
                     await self.idle.wait()
             self.idle.clear()
             await self._flush()
-            self._tell()
+            self._report_metrics()
 
     async def _flush(self) -> None:
         async with self.flushing:
@@ -326,16 +328,16 @@ class Worker:
                             self.places.setdefault(lease, []).extend(offsets)
                         raise
                     await asyncio.sleep(wait)
-            self.untold += records
-            counts, self.counts = self.counts, Status()
-            await self.dispatcher.commit.remote(self.name, places, counts, self._pulse())
+            self.unreported += records
+            counts, self.counts = self.counts, RunStatus()
+            await self.dispatcher.commit.remote(self.name, places, counts, self._heartbeat())
             with contextlib.suppress(OSError):  # everything is durable as it is
                 await asyncio.to_thread(self.compactor.add, path)
 
-    def _tell(self) -> None:
+    def _report_metrics(self) -> None:
         if self.engine is not None:
-            self.metrics.tell(self.untold, self.waits, self.engine.counts, self.busy, len(self.queue))
-            self.untold, self.waits = [], []
+            self.metrics.record(self.unreported, self.waits, self.engine.counts, self.busy, len(self.queue))
+            self.unreported, self.waits = [], []
 
 
 async def _until(puller: asyncio.Task[None], others: list[asyncio.Task[None]]) -> None:
