@@ -74,7 +74,7 @@ from engines.local.gguf import (
 # After engines.local.gguf, which settles how its threads wait.
 import llama_cpp as L
 
-from engines.base import Engine
+from engines.base import ModelEngine
 from engines.errors import ConfigError, EngineError, invalid
 from engines.local.chat_template import ChatTemplate
 from engines.local.llamacpp_sampling import Candidates, Sampler, TokenBatch
@@ -158,7 +158,7 @@ def _common(a: list[int], b: list[int]) -> int:
 # --- The engine -------------------------------------------------------------------------------------------------------
 
 
-class LlamaCppEngine(Engine):
+class LlamaCppEngine(ModelEngine):
     kind = "llamacpp"
 
     # llama.cpp's own objects are pointers without a type

@@ -18,6 +18,7 @@ from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.params import GenerationParams
 from engines.prices import most_expensive
+from engines.registry import kind_of
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, Request
 from pipeline.monitor.status import UsageStats
 from pipeline.output.cost import cost_of
@@ -49,7 +50,7 @@ class CostBudget:
         self.limit, self.price, self.params = limit, most_expensive(engine), params
         self.share, self.first_share = share, first_share
         bound = (engine.provider.get("defaults") or {}).get("max_tokens")
-        self.bound = bound or (None if engine.provider or engine.kind == "echo" else DEFAULT_MAX_TOKENS)
+        self.bound = bound or (DEFAULT_MAX_TOKENS if kind_of(engine).holds_model else None)
         self.spent, self.reserved, self.written = spent, 0.0, spent
         self.overhead = shared_bytes(params)
         self.seen = UsageStats()

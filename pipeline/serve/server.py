@@ -103,7 +103,8 @@ class ServeReplica:
         except ConfigError as error:
             ray.get(broker.refuse.remote(str(error)))
             raise
-        self.engine.attach(reserve_through_ray, config.max_outage_s)
+        if self.engine.remote is not None:
+            self.engine.remote.attach(reserve_through_ray, config.max_outage_s)
         ray.get(broker.loaded.remote(self.engine.concurrency))
 
     def check_health(self) -> None:

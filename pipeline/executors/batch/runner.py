@@ -25,7 +25,7 @@ import pyarrow.fs as pafs
 from rich.console import Console
 
 from engines.errors import ConfigError, EngineError, Failure
-from engines.registry import engine_class
+from engines.registry import load_engine
 from engines.remote.batch.client import BatchState, BatchStatus
 from engines.remote.batch.factory import encoded, no_batch_api, wire_of
 from engines.structured import first_schema_error
@@ -63,7 +63,7 @@ class BatchRunner:
         self.config, self.fs, self.root, self.row_reader = config, fs, root, row_reader
         if not config.engine.provider.get("batch"):
             raise no_batch_api(config.engine.kind)
-        self.engine, self.wire = wire_of(engine_class(config.engine.kind, config.engine.provider)(config.engine))
+        self.engine, self.wire = wire_of(load_engine(dataclasses.replace(config.engine, fallback=[])))
         self.generation = config.params()
         self.engine.check(self.generation)
         limits = self.engine.provider.batch

@@ -102,9 +102,10 @@ class Worker:
             self.spans = RequestSpans(self.config.trace, self.config.engine, self.name)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
-        engine.attach(reserve_through_ray, self.config.max_outage_s)
-        if self.config.budget_price is not None:
-            engine.check_budget = self._check_budget
+        if (remote := engine.remote) is not None:
+            remote.attach(reserve_through_ray, self.config.max_outage_s)
+            if self.config.budget_price is not None:
+                remote.set_budget(self._check_budget)
         slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
@@ -148,8 +149,8 @@ class Worker:
         self.idle.set()
         if self.puller is not None:
             self.puller.cancel()
-        if self.engine is not None:
-            self.engine.drain()
+        if self.engine is not None and self.engine.remote is not None:
+            self.engine.remote.drain()
 
     async def _end(self) -> None:
         self.ended = True
@@ -216,8 +217,9 @@ class Worker:
                 self.spans.add(row.key, row.id, began_ns, completion)
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
-            if engine.outage is not None and completion.error is not None and completion.error.retryable:
-                raise Outage(engine.outage)
+            if completion.error is not None and completion.error.retryable and engine.remote is not None:
+                if outage := engine.remote.outage:
+                    raise Outage(outage)
             if completion.error is None or completion.error.type != "cancelled":  # those go back to the dispatcher
                 self._record(row, completion)
             self.held -= 1
@@ -284,17 +286,18 @@ class Worker:
         if engine is None:
             return ReplicaHeartbeat()
         leaving = self.puller is not None and self.puller.done()
-        counts = engine.counts
+        remote = engine.remote
+        counts = remote.counts if remote is not None else {}
         return ReplicaHeartbeat(
             "leaving" if leaving else "working",
             self.busy,
             self.done,
-            engine.admitted,
+            remote.admitted if remote is not None else None,
             engine.config.max_concurrency or engine.concurrency,
-            counts["retried"],
-            counts["throttled"],
-            float(counts["limiter_wait_seconds"]),
-            engine.stall_reason,
+            int(counts.get("retried", 0)),
+            int(counts.get("throttled", 0)),
+            counts.get("limiter_wait_seconds", 0.0),
+            remote.stall_reason if remote is not None else "",
         )
 
     def _maybe_idle(self) -> None:
@@ -336,7 +339,8 @@ class Worker:
 
     def _report_metrics(self) -> None:
         if self.engine is not None:
-            self.metrics.record(self.unreported, self.waits, self.engine.counts, self.busy, len(self.queue))
+            counts = self.engine.remote.counts if self.engine.remote is not None else {}
+            self.metrics.record(self.unreported, self.waits, counts, self.busy, len(self.queue))
             self.unreported, self.waits = [], []
 
 
