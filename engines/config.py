@@ -160,7 +160,7 @@ class Capabilities:
         return None
 
     def lacks(self, generation: GenerationParams) -> tuple[str, str] | None:
-        """The first parameter that is set and not supported: its name, and its name in messages. None if all are supported."""
+        """The first parameter that is set and not supported: its name, and how messages call it; None if there is none."""
         for name in self.unsupported:
             value = getattr(generation, name)
             if value is not None and not (name == "n" and value == 1):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from engines.errors import EaglerayError
+from engines.errors import EaglerayError, ErrorCode
 
 
 class Stopped(EaglerayError):
-    """The run stopped early; all that is done is committed, and the same command resumes (exit status 4)."""
+    """The run stopped early. Everything that is done is committed, and the same command resumes (exit status 4)."""
 
 
 class EnginesDied(Stopped):
-    """All that engines do is die; their last words are in Ray's logs."""
+    """The engines died again and again without finishing a row; their last output is in Ray's logs."""
+
+    default_code = ErrorCode.ENGINES_DIED
 
 
 class Interrupted(EaglerayError):
-    """Ctrl-C or SIGTERM (exit status 130); the same command resumes."""
+    """Ctrl-C or SIGTERM (exit status 130). The same command resumes."""
+
+    default_code = ErrorCode.INTERRUPTED

@@ -1,7 +1,7 @@
 """The engine of every provider with an HTTP API.
 
-A request takes a slot, an endpoint and its share of the rate limits for each try; retries are a loop around that. One engine may
-be used from several threads, each with an event loop of its own: limits, slots and endpoints are shared.
+A request takes a slot, an endpoint and its share of the rate limits for each try; retries are a loop around that. One
+engine may be used from several threads, each with an event loop of its own: limits, slots and endpoints are shared.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from engines.errors import ConfigError, EngineError, Outage
+from engines.errors import ConfigError, EngineError, ErrorCode, Outage
 from engines.registry import secret_variables
 from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.placement import Placement, end, start
@@ -30,6 +30,11 @@ class ReplicaActor:
     run: Any  # the reference of its `run`, or of a question whether it lives
     lost_at: float | None = None  # since when it cannot be reached
     leaving: frozenset[str] = frozenset()  # the nodes it was told are about to go
+
+
+def says_node_died(text: str) -> bool:
+    """True if Ray's message says that an actor's node was lost. Ray has no error class or field for it."""
+    return "node has died" in text or "node was terminated" in text
 
 
 class ReplicaPool:
@@ -92,11 +97,12 @@ class ReplicaPool:
                 end(replica.actor, replica.group)
                 ray.get(self.dispatcher.leave.remote(replica.name))
                 if isinstance(error.cause, ConfigError):
-                    raise ConfigError(str(error.cause)) from None
+                    raise ConfigError(str(error.cause), code=error.cause.code, key=error.cause.key) from None
                 if isinstance(error.cause, Outage):
-                    raise Stopped(str(error.cause)) from None
+                    raise Stopped(str(error.cause), code=error.cause.code) from None
                 if isinstance(error.cause, OSError):
-                    raise Stopped(f"a worker could not read or write: {error.cause}") from None
+                    text = f"a worker could not read or write: {error.cause}"
+                    raise Stopped(text, code=ErrorCode.STORE_FAILED) from None
                 raise
             except RayError as error:  # it can no longer be placed, say
                 self._died(replica, str(error), status)
@@ -115,14 +121,13 @@ class ReplicaPool:
                 replica.actor.leave_nodes.remote(nodes)
 
     def _lost(self, replica: ReplicaActor, status: RunStatus) -> None:
-        self._died(replica, "node has died", status)
+        self._died(replica, "", status, node_lost=True)
 
-    def _died(self, replica: ReplicaActor, reason: str, status: RunStatus) -> None:
+    def _died(self, replica: ReplicaActor, reason: str, status: RunStatus, *, node_lost: bool = False) -> None:
         import ray
 
         end(replica.actor, replica.group)
-        # Ray says no more structured word than this sentence about a lost node, which is not its rows' fault.
-        node_lost = "node has died" in reason or "node was terminated" in reason
+        node_lost = node_lost or says_node_died(reason)
         reason = "its node was lost" if node_lost else " ".join(reason.split())[:300]
         ray.get(self.dispatcher.leave.remote(replica.name, None if node_lost else reason))
         finished = status.done + status.failed - status.errors["engine_crash"]

@@ -217,9 +217,9 @@ class Worker:
                 self.spans.add(row.key, row.id, began_ns, completion)
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
-            if completion.error is not None and completion.error.retryable and engine.remote is not None:
-                if outage := engine.remote.outage:
-                    raise Outage(outage)
+            outage = engine.remote.outage if engine.remote is not None else None
+            if outage is not None and completion.error is not None and completion.error.retryable:
+                raise Outage(outage)
             if completion.error is None or completion.error.type != "cancelled":  # those go back to the dispatcher
                 self._record(row, completion)
             self.held -= 1
