@@ -75,7 +75,7 @@ def docs_link(code: str) -> str:
 class EaglerayError(Exception):
     """Base of every error this project raises on purpose. Its text is one line that a user can act on.
 
-    `code` says what happened, `key` names the configuration key that is wrong. Both survive pickling.
+    `code` says what happened. `key` names the configuration key that is wrong (or `engine=…`). Both survive pickling.
     """
 
     default_code = ErrorCode.STOPPED
@@ -131,13 +131,13 @@ class EngineError(EaglerayError):
         return self.given_code or self.type
 
     def __reduce__(self) -> Any:
-        return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable, self.given_code)
+        return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable, self.given_code, self.key)
 
 
 def _rebuild_engine_error(
-    type: ErrorType, message: str, status: int | None, retryable: bool, code: str | None = None
+    type: ErrorType, message: str, status: int | None, retryable: bool, code: str | None, key: str | None
 ) -> EngineError:
-    return EngineError(type, message, status=status, retryable=retryable, code=code)
+    return EngineError(type, message, status=status, retryable=retryable, code=code, key=key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +174,9 @@ class Failure:
 # -- messages -------------------------------------------------------------------------------------------------------
 
 
-def invalid(message: str, *, code: str | None = None) -> EngineError:
+def invalid(message: str, *, code: str | None = None, key: str | None = None) -> EngineError:
     """An `invalid_input` error."""
-    return EngineError("invalid_input", message, code=code)
+    return EngineError("invalid_input", message, code=code, key=key)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

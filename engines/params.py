@@ -70,12 +70,12 @@ def _check_param(name: str, value: Any) -> Any:
     check = CHECKS.get(name)
     if check is None:
         text = f"'{name}' is not a generation parameter{nearest(str(name), GENERATION_FIELDS)}"
-        raise invalid(text, code=ErrorCode.UNKNOWN_PARAMETER)
+        raise invalid(text, code=ErrorCode.UNKNOWN_PARAMETER, key="generation")
     return check(name, value)
 
 
 def _refused(name: str, wanted: str, value: Any, limit: int | None = None) -> EngineError:
-    return invalid(must_be(name, wanted, value, limit))
+    return invalid(must_be(name, wanted, value, limit), key=f"generation.{name}")
 
 
 def _is_number(value: Any) -> bool:

@@ -119,8 +119,9 @@ class Config:
         try:
             return GenerationParams.parse(self.generation)
         except EngineError as error:
-            unknown = error.code == ErrorCode.UNKNOWN_PARAMETER
-            raise ConfigError(str(error) if unknown else f"generation.{error}", code=error.code, key="generation") from None
+            if error.code == ErrorCode.UNKNOWN_PARAMETER:
+                raise ConfigError(error, code=error.code, key=error.key) from None
+            raise ConfigError(f"generation.{error}", key=error.key) from None
 
     def check(self, *, runs: bool = True) -> None:
         """Raises `ConfigError` for what no type can say. What never `runs` needs neither dataset nor output."""
