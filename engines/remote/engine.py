@@ -17,7 +17,7 @@ import httpx
 import orjson
 
 from engines.adaptive import Endpoint, Endpoints, RetryBudget, Slots
-from engines.base import Capabilities, Engine, SourceOf, run_sync
+from engines.base import Capabilities, Engine, SourceOf
 from engines.limits import Limits
 from engines.remote import chat, messages
 from engines.remote.auth import Auth
@@ -70,7 +70,6 @@ class RemoteEngine(Engine):
             timeout_s=config.timeout_s,
             connect_timeout_s=min(config.connect_timeout_s, config.timeout_s),
             read_timeout_s=config.read_timeout_s,
-            connections=self.max_concurrency,
         )
         self.transport.check(self.endpoints.urls[0], {**self.headers, **self.auth.fixed})
 
@@ -125,7 +124,7 @@ class RemoteEngine(Engine):
 
     def close(self) -> None:
         if hasattr(self, "transport"):
-            run_sync(self.transport.aclose())
+            self.transport.close()
 
     # -- one request --------------------------------------------------------------------------------------------------
 
