@@ -84,13 +84,34 @@ def open_output(path: str) -> Output:
         raise ConfigError(f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/")
     live = held(fs, root)
     run, manifest = _json(fs, f"{root}/{STATE}"), _json(fs, f"{root}/{MANIFEST}")
-    if manifest is not None and not {"rows", "config", "files", "finished_at"} <= manifest.keys():
+    if manifest is not None and not _shaped(manifest, _MANIFEST):
         raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's")
+    if run is not None and not (_shaped(run, _RUN) and _shaped(run["config"], _CONFIG) and _samples(run["recent"])):
+        raise ConfigError(f"{path}/{STATE} is not one of eagleray's: delete it, the ledger knows how the run stands")
     if run is not None and manifest is not None and run["started_at"] < manifest["finished_at"] and not live:
         run = None  # killed after all was done
     if run is not None and run["ended"] is None and run["host"] != socket.gethostname():
         live = live or time.time() - run["beat_at"] < STALE_S  # not every file system tells other hosts of a lock
     return Output(path, fs, root, None if run or live else manifest, run, live)
+
+
+_NUMBER = (int, float)
+_MANIFEST = {"rows": dict, "config": dict, "files": dict, "finished_at": _NUMBER}
+_RUN = {
+    "config": dict, "status": dict, "recent": list, "started_at": _NUMBER, "began_at": _NUMBER, "beat_at": _NUMBER,
+    "pid": int, "host": str, "phase": str, "ended": (str, type(None)),
+}  # fmt: skip
+_CONFIG = {"engine": dict, "run": dict, "output": dict}
+
+
+def _shaped(found: dict[str, Any], shape: dict[str, Any]) -> bool:
+    """Whether these keys are there with values of these types: another program's file of the same name has others."""
+    return all(name in found and isinstance(found[name], kind) for name, kind in shape.items())
+
+
+def _samples(recent: list[Any]) -> bool:
+    fine = (isinstance(one, list) and len(one) == 4 and all(isinstance(n, _NUMBER) for n in one) for one in recent)
+    return bool(recent) and all(fine)
 
 
 def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
@@ -156,7 +177,7 @@ class Rows:
                     if at > last:
                         return
                     if wanted is None or at in wanted:
-                        yield at, in_our_shape(loads(line), self.style)
+                        yield at, self._row(self.paths[part], at, line)
                 return
             parquet = pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
             names = [name for name in columns if name in parquet.schema_arrow.names] if columns else None
@@ -167,6 +188,14 @@ class Rows:
                 at += len(batch)
                 if at > last:
                     return
+
+    def _row(self, path: str, at: int, line: bytes) -> Row:
+        try:
+            return in_our_shape(loads(line), self.style)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ConfigError(
+                f"{path}, line {at + 1}, is no row of eagleray's: make the output again by its command"
+            ) from None
 
 
 def in_our_shape(row: Row, style: str) -> Row:

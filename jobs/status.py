@@ -18,6 +18,7 @@ from rich.text import Text
 
 from engines.base import EngineConfig, Price
 from engines.text import visible
+from engines.types import ConfigError
 from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
 from pipeline.budget import batch_share
 from pipeline.fs import exists, listing
@@ -62,6 +63,8 @@ def look(out: Output) -> dict[str, Any]:
     told: dict[str, Any] = {"output": out.path, "engine": engine.get("kind"), "model": engine.get("model")}
     if (done := out.manifest) is not None:
         names = ("rows", "errors", "tokens", "cost_usd", "started_at", "finished_at")
+        if not (done.keys() >= set(names) and done["rows"].keys() >= {"total", "done", "failed"}):
+            raise ConfigError(f"{out.path}/manifest.json is not one of eagleray's")
         return told | {"state": "complete", **{k: done[k] for k in names}, "last_activity_at": done["finished_at"]}
     told |= _unfinished(out)
     if exists(out.fs, f"{out.root}/{BATCHES}"):
@@ -134,6 +137,8 @@ def _ledger(out: Output, since: float) -> dict[str, Any]:
                     table = pq.ParquetFile(file).read(columns=["key", "error.type", "done_at", "usage"])
                 except pa.ArrowInvalid:  # torn: its rows will be asked again
                     continue
+            if not {"key", "error", "done_at", "usage"} <= set(table.column_names):  # another program's
+                continue
             table = table.filter(pc.greater_equal(table["done_at"].cast(pa.int64()), int(since * 1000)))
             keys.append(split_keys(table["key"].cast(pa.binary(32)))[0])
             done.append(table.drop_columns(["key"]))

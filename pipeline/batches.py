@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import secrets
 import time
 from collections import Counter
@@ -45,6 +46,9 @@ from pipeline.lossless import dumps, loads
 from pipeline.progress import RunProgress
 
 BATCHES = "_batches"
+# The names of a batch's files, and the one that `write_atomic` gives a file until it is whole. No other file is ours.
+_OURS = re.compile(r"eagleray-[0-9a-f]{8}-\d{5,}\.(json|jsonl|parquet)")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 GO_ON = "batches under way go on at the provider, the same command fetches them (eagleray batch cancel ends them)"
 
@@ -100,7 +104,7 @@ class Batch:
 
 @dataclass
 class Book:
-    """All batches of one output directory."""
+    """All batches of one output directory. Raises `ConfigError` for a batch's file that is damaged."""
 
     fs: pafs.FileSystem
     root: str
@@ -110,9 +114,9 @@ class Book:
         for info in sorted(
             listing(self.fs, f"{self.root}/{BATCHES}"), key=lambda info: info.path.rsplit("-", 1)[-1]
         ):  # by number
-            if info.path.endswith(".json"):
+            if _OURS.fullmatch(info.base_name) and info.path.endswith(".json"):
                 with self.fs.open_input_stream(info.path) as file:
-                    self.batches.append(Batch(**orjson.loads(file.read())))
+                    self.batches.append(_read_batch(info.path, file.read()))
 
     def path(self, batch: Batch, kind: str) -> str:
         return f"{self.root}/{BATCHES}/{batch.name}.{kind}"
@@ -122,8 +126,15 @@ class Book:
         write_atomic(self.fs, self.path(batch, "json"), orjson.dumps(values, option=orjson.OPT_INDENT_2))
 
     def keys(self, batch: Batch) -> pa.Table:
-        with self.fs.open_input_file(self.path(batch, "parquet")) as file:
-            return pq.read_table(file)
+        path = self.path(batch, "parquet")
+        try:
+            with self.fs.open_input_file(path) as file:
+                table = pq.read_table(file)
+            if {"key", "id"} <= set(table.column_names):
+                return table
+            raise pa.ArrowInvalid("it has not the columns of one of ours")
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise _damaged(path, error, batch.id) from None
 
     def requests(self, batch: Batch) -> Requests:
         path = self.path(batch, "jsonl")
@@ -137,7 +148,9 @@ class Book:
         """Deletes copies of the dataset that whoever was killed left: of no batch, or of one that is done."""
         needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
         for info in listing(self.fs, f"{self.root}/{BATCHES}"):
-            if info.is_file and not info.path.endswith(".json") and info.base_name not in needed:
+            name = info.base_name
+            ours = _UNFINISHED.fullmatch(name) or (_OURS.fullmatch(name) and not name.endswith(".json"))
+            if info.is_file and ours and name not in needed:
                 self.fs.delete_file(info.path)
 
     def forget(self, batch: Batch) -> None:
@@ -160,6 +173,27 @@ class Book:
     @property
     def open(self) -> list[Batch]:
         return [batch for batch in self.batches if batch.open]
+
+
+def _read_batch(path: str, data: bytes) -> Batch:
+    """Raises `ConfigError`: a batch that is passed over in silence would be paid, and its rows asked and paid again."""
+    try:
+        batch = Batch(**orjson.loads(data))
+        state = batch.state == "fetched" or batch.state in _NEXT
+        numbers = all(isinstance(value, int) for value in (batch.round, batch.first, batch.rows, batch.size))
+        if not (state and numbers and isinstance(batch.settings, dict)):
+            raise ValueError("its values are not those of a batch")
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, error) from None
+    return batch
+
+
+def _damaged(path: str, error: Exception, id: str | None = None) -> ConfigError:
+    known = f" (batch {id})" if id else ""
+    return ConfigError(
+        f"{path} cannot be read: {one_line(error)}. It belongs to a batch that may be at the provider and paid{known}. "
+        f"Restore the file. If you do without that batch, delete {path.rpartition('.')[0]}.*: its rows are asked again"
+    )
 
 
 class _Spool:

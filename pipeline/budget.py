@@ -11,6 +11,7 @@ in flight, and the next one counts that as spent: nobody knows what became of it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from engines.types import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_SCHEMA_RETRIES,
     FIRST_OUTPUT,
+    ConfigError,
     EngineError,
     GenerationParams,
     Request,
@@ -175,7 +177,17 @@ def read_spent(fs: pafs.FileSystem, root: str) -> float:
     if not exists(fs, path):
         return 0.0
     with fs.open_input_stream(path) as stream:
-        return float(orjson.loads(stream.read())["usd"])
+        data = stream.read()
+    try:
+        spent = float(orjson.loads(data)["usd"])
+        if 0 <= spent < math.inf:
+            return spent
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ConfigError(
+        f'{path} cannot be read: it says how many US dollars earlier runs may have spent. Write {{"usd": AMOUNT}} into it, '
+        "or delete it: then only the answers in the ledger count"
+    )
 
 
 def write_spent(fs: pafs.FileSystem, root: str, usd: float) -> None:

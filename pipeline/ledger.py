@@ -364,10 +364,13 @@ def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
         if store_failed(error):  # it may be whole; asking its rows again would cost them a second time
             raise
         return None
-    hi, lo = split_keys(table["key"].cast(pa.binary(32)))
-    failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))
-    usage = [np.asarray(pc.fill_null(pc.struct_field(table["usage"], f.name), 0)).astype(np.uint32) for f in USAGE]
-    return hi, lo, failed, np.asarray(table["done_at"].cast(pa.int64())), np.stack(usage, axis=1)
+    try:
+        hi, lo = split_keys(table["key"].cast(pa.binary(32)))
+        failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))
+        usage = [np.asarray(pc.fill_null(pc.struct_field(table["usage"], f.name), 0)).astype(np.uint32) for f in USAGE]
+        return hi, lo, failed, np.asarray(table["done_at"].cast(pa.int64())), np.stack(usage, axis=1)
+    except (pa.ArrowException, KeyError, TypeError, ValueError):  # another program's Parquet file, with other columns
+        return None
 
 
 class SeenKeys:
