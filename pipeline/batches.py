@@ -43,8 +43,7 @@ from pipeline.fs import exists, listing, write_atomic
 from pipeline.ledger import Index, Record, SeenKeys, read_index, write_segment
 from pipeline.lossless import dumps, loads
 from pipeline.progress import RunProgress
-
-BATCHES = "_batches"
+from pipeline.recognise import BATCHES, is_batch_file, is_temporary
 
 GO_ON = "batches under way go on at the provider, the same command fetches them (eagleray batch cancel ends them)"
 
@@ -137,7 +136,9 @@ class Book:
         """Deletes copies of the dataset that whoever was killed left: of no batch, or of one that is done."""
         needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
         for info in listing(self.fs, f"{self.root}/{BATCHES}"):
-            if info.is_file and not info.path.endswith(".json") and info.base_name not in needed:
+            name = info.base_name
+            ours = is_temporary(name) or (is_batch_file(name) and not name.endswith(".json"))
+            if info.is_file and ours and name not in needed:
                 self.fs.delete_file(info.path)
 
     def forget(self, batch: Batch) -> None:
