@@ -41,9 +41,13 @@ def _plan(config: Config) -> int:
 
     from engines.footprint import footprint
     from engines.types import ConfigError
+    from pipeline.fs import resolve
+    from pipeline.ownership import Ownership
     from pipeline.preflight import show
 
     config.check(runs=False)
+    if config.output.path and config.dataset.path:
+        Ownership.look(config, *resolve(config.output.path))
     console, model = Console(highlight=False), footprint(config.engine)
     if model is None and not config.dataset.path:
         raise ConfigError(f"engine={config.engine.kind} holds no model here and dataset.path is missing: nothing to plan")

@@ -27,12 +27,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from engines.text import one_line, visible
 from engines.types import ConfigError, nearest
 from pipeline.fs import TRIES, exists, listing, resolve, steadily
-from pipeline.ledger import SEGMENTS, read_index
+from pipeline.ledger import read_index
 from pipeline.lock import STALE_S, held
 from pipeline.lossless import loads, plain
-from pipeline.state import STATE
+from pipeline.recognise import BATCHES, MANIFEST, MARKER, SEGMENTS, STATE
 
-MANIFEST, BATCHES = "manifest.json", "_batches"
 # Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.
 BUFFER = 4 << 20
 Row = dict[str, Any]
@@ -78,7 +77,7 @@ def open_output(path: str) -> Output:
     path = path.removeprefix("output.path=")
     fs, root = resolve(path)
     names = {info.base_name for info in listing(fs, root)}
-    if not names & {MANIFEST, STATE, SEGMENTS, BATCHES}:
+    if not names & {MARKER, MANIFEST, STATE, SEGMENTS, BATCHES}:
         if not names and not exists(fs, root):
             raise ConfigError(f"there is no directory {path}")
         raise ConfigError(f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/")

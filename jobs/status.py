@@ -19,10 +19,11 @@ from rich.text import Text
 from engines.base import EngineConfig, Price
 from engines.text import visible
 from engines.types import ConfigError
-from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
+from jobs.reading import Arguments, Output, ago, open_output, print_json, steady
 from pipeline.budget import batch_share
 from pipeline.fs import exists, listing
-from pipeline.ledger import SEGMENTS, USAGE, split_keys
+from pipeline.ledger import USAGE, split_keys
+from pipeline.recognise import BATCHES, SEGMENTS, is_segment
 
 OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
 WATCH_S = 5.0
@@ -131,7 +132,7 @@ def _ledger(out: Output, since: float) -> dict[str, Any]:
     """What the segments hold that was done from then on."""
     done, keys = [], []
     for info in listing(out.fs, f"{out.root}/{SEGMENTS}"):
-        if info.path.endswith(".parquet") and (info.mtime_ns or 0) / 1e9 >= int(since):
+        if is_segment(info.base_name) and (info.mtime_ns or 0) / 1e9 >= int(since):
             with out.fs.open_input_file(info.path) as file:
                 try:
                     table = pq.ParquetFile(file).read(columns=["key", "error.type", "done_at", "usage"])

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import re
 import secrets
 import time
 from collections import Counter
@@ -44,11 +43,7 @@ from pipeline.fs import exists, listing, write_atomic
 from pipeline.ledger import Index, Record, SeenKeys, read_index, write_segment
 from pipeline.lossless import dumps, loads
 from pipeline.progress import RunProgress
-
-BATCHES = "_batches"
-# The names of a batch's files, and the one that `write_atomic` gives a file until it is whole. No other file is ours.
-_OURS = re.compile(r"eagleray-[0-9a-f]{8}-\d{5,}\.(json|jsonl|parquet)")
-_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
+from pipeline.recognise import BATCHES, is_batch_file, is_temporary
 
 GO_ON = "batches under way go on at the provider, the same command fetches them (eagleray batch cancel ends them)"
 
@@ -114,7 +109,7 @@ class Book:
         for info in sorted(
             listing(self.fs, f"{self.root}/{BATCHES}"), key=lambda info: info.path.rsplit("-", 1)[-1]
         ):  # by number
-            if _OURS.fullmatch(info.base_name) and info.path.endswith(".json"):
+            if is_batch_file(info.base_name) and info.path.endswith(".json"):
                 with self.fs.open_input_stream(info.path) as file:
                     self.batches.append(_read_batch(info.path, file.read()))
 
@@ -149,7 +144,7 @@ class Book:
         needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
         for info in listing(self.fs, f"{self.root}/{BATCHES}"):
             name = info.base_name
-            ours = _UNFINISHED.fullmatch(name) or (_OURS.fullmatch(name) and not name.endswith(".json"))
+            ours = is_temporary(name) or (is_batch_file(name) and not name.endswith(".json"))
             if info.is_file and ours and name not in needed:
                 self.fs.delete_file(info.path)
 

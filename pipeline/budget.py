@@ -34,8 +34,8 @@ from engines.types import (
 from pipeline.fs import exists, write_atomic
 from pipeline.ledger import Index
 from pipeline.lossless import dumps, loads
+from pipeline.recognise import BUDGET
 
-FILE = "_budget.json"
 # The names of segments made of batches begin so, and what all providers ask for a row in one, as a share of the live price.
 WRITER, BATCH_PRICE = "batch", 0.5
 # Answers after which the estimates are trusted; until then they are raised by a half, and this share may be in flight.
@@ -173,7 +173,7 @@ def shared_bytes(params: GenerationParams) -> int:
 
 def read_spent(fs: pafs.FileSystem, root: str) -> float:
     """What earlier runs may have spent; 0 where they kept to no budget."""
-    path = f"{root}/{FILE}"
+    path = f"{root}/{BUDGET}"
     if not exists(fs, path):
         return 0.0
     with fs.open_input_stream(path) as stream:
@@ -191,4 +191,4 @@ def read_spent(fs: pafs.FileSystem, root: str) -> float:
 
 
 def write_spent(fs: pafs.FileSystem, root: str, usd: float) -> None:
-    write_atomic(fs, f"{root}/{FILE}", orjson.dumps({"usd": usd}))
+    write_atomic(fs, f"{root}/{BUDGET}", orjson.dumps({"usd": usd}))

@@ -38,6 +38,7 @@ class OutputConfig:
     columns: Any = key(
         None, "columns out of answers, typed by the JSON schema: schema (all of it), [score, …] or {name: detail.score, …}"
     )
+    overwrite: bool = key(False, "let another dataset replace the one whose output is in output.path; answers are kept")
     ordered: bool = key(True, "rows in input order (it costs nothing here; false promises no order)")
 
 

@@ -28,6 +28,7 @@ from pipeline.formats import OUTPUT_COLUMNS, passthrough_names
 from pipeline.fs import resolve, write_atomic
 from pipeline.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, FarIndex, Index, completion_columns, read_rows
 from pipeline.lossless import dumps, loads, plain
+from pipeline.recognise import DATA, ERRORS
 from pipeline.schema import ColumnKinds, common_type, to_array, type_of
 from pipeline.scores import Score, score_arrays
 from pipeline.source import parquet_schema, read_table
@@ -35,7 +36,6 @@ from pipeline.stats import Stats
 from pipeline.styles import STYLES
 
 ROWS_PER_PART = 32_768
-DATA, ERRORS = "data", "errors"
 
 # Columns that are there only where some row sets the parameter they come from.
 OPTIONAL = {"choices": "n", "logprobs": "logprobs"}
@@ -91,6 +91,18 @@ def plan_jobs(pieces: Sequence[Piece], summaries: Mapping[int, Summary], rows_pe
             index, part = index + rows, part + parts
             group, rows = [], 0
     return jobs
+
+
+def part_names(jobs: Sequence[Job], form: str) -> Iterator[str]:
+    """Every file that these jobs may write, below the output."""
+    for job in jobs:
+        for part in range(job.first_part, job.first_part + job.parts):
+            yield from (part_name(folder, part, form) for folder in (DATA, ERRORS))
+
+
+def part_name(folder: str, part: int, form: str) -> str:
+    """The path of a part file below the output."""
+    return f"{folder}/part-{part:05d}.{form}"
 
 
 def plan_columns(
@@ -232,11 +244,11 @@ class PartWriter:
         result.errors.update(error["type"] for error in completions["error"].drop_null().to_pylist())
         result.used.append(at[at >= 0].astype(np.uint32))
         own = pa.concat_tables(rows.own) if rows.own else self.own_schema.empty_table()
-        name = f"part-{part:05d}.{self.output.format}"
-        self._save(f"{DATA}/{name}", self._data(rows, own, completions, first), rows.values, result)
+        form = self.output.format
+        self._save(part_name(DATA, part, form), self._data(rows, own, completions, first), rows.values, result)
         if failed.any():
             wrong = np.flatnonzero(failed)
-            self._save(f"{ERRORS}/{name}", self._errors(rows, own, completions, wrong), [], result)
+            self._save(part_name(ERRORS, part, form), self._errors(rows, own, completions, wrong), [], result)
         self._count(at, first, rows, completions, done_at, result.stats)
 
     def _count(

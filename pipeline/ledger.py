@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from engines.types import Completion, Usage
 from pipeline.fs import TRIES, listing, patiently, store_failed, write_atomic
 from pipeline.lossless import dumps
+from pipeline.recognise import SEGMENTS, is_segment
 
-SEGMENTS = "_segments"
 # So many segments become one, while they have less than so many bytes.
 FAN, FULL_BYTES = 64, 128 << 20
 # A merged segment holds hours of one worker, of which a part of the output wants seconds: it reads these groups only.
@@ -152,7 +152,7 @@ class Compactor:
 
 def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
     """The paths of all segments, sorted."""
-    return sorted(f.path for f in listing(fs, f"{root}/{SEGMENTS}") if f.is_file and f.path.endswith(".parquet"))
+    return sorted(f.path for f in listing(fs, f"{root}/{SEGMENTS}") if f.is_file and is_segment(f.base_name))
 
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:

@@ -19,13 +19,11 @@ from pipeline.batches import Book
 from pipeline.budget import cost_of
 from pipeline.config import Config, without_secrets
 from pipeline.feed import Piece, Status, Summary
-from pipeline.finalize import DATA, ERRORS, JobResult
+from pipeline.finalize import JobResult
 from pipeline.fs import exists, info_of, listing, resolve
 from pipeline.ledger import Index
 from pipeline.lossless import canonical
-from pipeline.report import REPORT
-
-MANIFEST = "manifest.json"
+from pipeline.recognise import DATA, ERRORS, MANIFEST, REPORT
 
 
 def make_manifest(
@@ -74,7 +72,8 @@ def _fingerprint(config: Config, pieces: list[Piece]) -> dict[str, Any]:
     with ThreadPoolExecutor(16) as pool:  # a store answers one at a time in tens of milliseconds
         found = pool.map(lambda name: info_of(*resolve(name)), names)
         files = [{"path": name, "bytes": i.size, "modified_ns": i.mtime_ns} for name, i in zip(names, found, strict=True)]
-    shape = [files, asdict(config.dataset), asdict(config.output), config.engine.identity(), config.params().given()]
+    output = {name: value for name, value in asdict(config.output).items() if name != "overwrite"}
+    shape = [files, asdict(config.dataset), output, config.engine.identity(), config.params().given()]
     return {"files": files, "digest": hashlib.sha256(canonical(shape)).hexdigest()}
 
 

@@ -47,10 +47,11 @@ from pipeline.budget import batch_share
 from pipeline.config import Config, without_secrets
 from pipeline.feed import Interpreter, Item, Piece
 from pipeline.fs import exists, listing
-from pipeline.ledger import SEGMENTS, Index, read_index
+from pipeline.ledger import Index, read_index
 from pipeline.lock import held
 from pipeline.lossless import dumps
-from pipeline.manifest import MANIFEST, unchanged
+from pipeline.manifest import unchanged
+from pipeline.recognise import MANIFEST, SEGMENTS
 
 # A real run's look at its input: at most so many rows, and so long for listing it and for reading them.
 FIRST_ROWS, FIRST_S = 1000, 1.0

@@ -27,9 +27,9 @@ from rich.text import Text
 from engines.text import one_line, visible
 from pipeline import charts
 from pipeline.fs import write_atomic
+from pipeline.recognise import REPORT
 from pipeline.stats import Stats
 
-REPORT = "report.html"
 # Of the conversations, as they stand in the file.
 SAMPLE_BYTES = 1_200_000
 FILES_SHOWN, BATCHES_SHOWN = 10, 20

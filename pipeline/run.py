@@ -19,24 +19,25 @@ from rich.console import Console
 
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
-from pipeline.batches import BATCHES, BatchRun, Book
-from pipeline.budget import FILE as BUDGET_FILE
+from pipeline.batches import BatchRun, Book
 from pipeline.budget import Budget, spent_so_far
 from pipeline.config import Config
 from pipeline.crew import Crew, Interrupted, Stopped
 from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary
-from pipeline.finalize import DATA, ERRORS, OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
+from pipeline.finalize import OPTIONAL, Job, JobResult, PartWriter, part_names, plan_columns, plan_jobs
 from pipeline.formats import RowParser
 from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic
 from pipeline.keys import Keyer
-from pipeline.ledger import SEGMENTS, FarIndex, Index, Lookup, read_index
+from pipeline.ledger import FarIndex, Index, Lookup, read_index
 from pipeline.limiter import limiter
-from pipeline.lock import CLAIM, run_lock
-from pipeline.manifest import MANIFEST, make_manifest, unchanged
+from pipeline.lock import run_lock
+from pipeline.manifest import make_manifest, unchanged
+from pipeline.ownership import Ownership
 from pipeline.placement import Placement, placement, spread
 from pipeline.preflight import FIRST_S, dry_run, look_at_configuration, look_at_rows
 from pipeline.progress import RunProgress
-from pipeline.report import REPORT, write_report
+from pipeline.recognise import MANIFEST, SEGMENTS
+from pipeline.report import write_report
 from pipeline.scores import score_columns
 from pipeline.session import INTERRUPTED, PATIENCE_S, here, look_for_room, note_signals, running_ray, warn
 from pipeline.source import list_chunks, read_chunk
@@ -83,16 +84,20 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         Keyer(config.engine, config.params()),
         config.dataset.max_row_bytes,
     )
+    output = Ownership.look(config, fs, root)
     if config.run.dry_run:
         rows, wrong = dry_run(config, fs, root, interpreter, list_pieces(config, console), console)
         return Outcome(WRONG if wrong else WITH_FAILURES if rows.bad else OK)
     check = look_at_configuration(config, fs, root, console)
     with contextlib.ExitStack() as stack:
         span = stack.enter_context(run_span(config.run.traces, config.engine, console))
+        output.begin()
         stack.enter_context(run_lock(fs, root))
+        output = Ownership.look(config, fs, root)  # again: another run may have ended between
+        output.settle()
         started = time.time()
         if not config.run.resume:
-            _remove(fs, root)
+            _remove(Book(fs, root), output)
         state = stack.enter_context(told(config, fs, root))
         batches, asked = None, Status()
         if config.run.mode == "batch":
@@ -116,7 +121,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
             pieces, small = planned.result()
         trace = span.trace if span else None
-        steps = _Steps(config, console, fs, root, interpreter, placed, trace, state, interrupts, pieces, small)
+        steps = _Steps(config, console, fs, root, interpreter, placed, trace, state, interrupts, pieces, small, output)
         if live:
             look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
@@ -157,10 +162,11 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         manifest = make_manifest(config, pieces, fs, summaries, result, index, asked, started)
         if span is not None:
             span.rows(manifest["rows"])
-        _drop_stale(fs, root, result)
-        abort_uploads(str(config.output.path))
+        output.drop_stale(result.files)
+        abort_uploads(str(config.output.path), output.is_own)
         write_report(fs, root, manifest, result.stats, console)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        output.commit(result.files)
         return Outcome(_exit_status(manifest), manifest)
 
 
@@ -209,9 +215,6 @@ def list_pieces(config: Config, console: Console) -> list[Piece]:
     """What is to be read, in its order."""
     dataset = config.dataset
     chunks = list_chunks(dataset.path, chunk_bytes=dataset.chunk_bytes, on_bad_input=dataset.on_bad_input)
-    if config.output.path:  # inside the dataset's own directory, it must not be its input the next time
-        out = resolve(config.output.path)[1] + "/"
-        chunks = [chunk for chunk in chunks if not resolve(chunk.file)[1].startswith(out)]
     for chunk in chunks:
         if chunk.kind == "bad":
             warn(console, f"{chunk.name}: {chunk.reason}; it becomes one error row.")
@@ -231,20 +234,17 @@ def list_pieces(config: Config, console: Console) -> list[Piece]:
     return pieces
 
 
-def _remove(fs: pafs.FileSystem, root: str) -> None:
-    """Clears what earlier runs left: the manifest first, so that nobody takes the rest for whole."""
-    if under_way := [batch.id or batch.name for batch in Book(fs, root).open]:
+def _remove(book: Book, output: Ownership) -> None:
+    """Clears what earlier runs left, and nothing else."""
+    if under_way := [batch.id or batch.name for batch in book.open]:
         raise ConfigError(
             f"run.resume=false would forget {len(under_way)} batches under way ({under_way[0]}, …): "
             "wait for them, or end them with eagleray batch cancel"
         )
-    for name in (MANIFEST, REPORT, BUDGET_FILE):
-        if exists(fs, f"{root}/{name}"):
-            fs.delete_file(f"{root}/{name}")
-    for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
-        for info in listing(fs, f"{root}/{folder}"):
-            if info.is_file and not info.base_name.startswith((".lock", CLAIM)):
-                fs.delete_file(info.path)
+    output.clear()
+    for batch in list(book.batches):
+        book.forget(batch)
+    book.sweep()
 
 
 # -- asking, and putting together --------------------------------------------------------------------------------------
@@ -265,6 +265,7 @@ class _Steps:
     interrupts: list[int]
     pieces: list[Piece]
     small: bool  # no other process is started to read them
+    output: Ownership
 
     def ask(self, known: Answers) -> tuple[Status, dict[int, Summary]]:
         """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
@@ -358,6 +359,9 @@ class _Steps:
         from ray.exceptions import RayError, RayTaskError
 
         config, interpreter = self.config, self.interpreter
+        jobs, total = plan_jobs(self.pieces, summaries), JobResult()
+        if foreign := self.output.intend(part_names(jobs, config.output.format)):
+            raise Stopped(f"{self.output.in_the_way(foreign)}; the same command goes on from here")
         if exists(self.fs, f"{self.root}/{MANIFEST}"):  # until it is written again, no reader may trust the files
             self.fs.delete_file(f"{self.root}/{MANIFEST}")
         scores = score_columns(config.output.columns, config.params().response_format)
@@ -366,7 +370,6 @@ class _Steps:
         optional = [name for name, param in OPTIONAL.items() if param in params]
         raw = any(summary.invalid for summary in summaries.values())
         writer = PartWriter(interpreter, columns, optional, raw, config.output, scores)
-        jobs, total = plan_jobs(self.pieces, summaries), JobResult()
         used = np.zeros(len(answers.index), np.bool_)
         with self.console.status("putting the output together"):
             try:
@@ -425,11 +428,3 @@ def _written(
 
 def _do_job(writer: PartWriter, answers: Index | FarIndex, job: Job) -> JobResult:
     return writer.run(job, answers)
-
-
-def _drop_stale(fs: pafs.FileSystem, root: str, result: JobResult) -> None:
-    """Removes what an earlier, longer run or a killed writer left beside the output."""
-    for folder in (DATA, ERRORS):
-        for info in listing(fs, f"{root}/{folder}"):
-            if info.is_file and f"{folder}/{info.base_name}" not in result.files:
-                fs.delete_file(info.path)

@@ -20,8 +20,8 @@ from engines.types import EaglerayError
 from pipeline.config import Config, without_secrets
 from pipeline.feed import Status
 from pipeline.fs import patiently, write_atomic
+from pipeline.recognise import STATE
 
-STATE = "_run.json"
 EVERY_S = 10.0
 # What "lately" means for rates: the last minute.
 SAMPLES = 7
