@@ -1,8 +1,5 @@
-"""From input files to rows in the workers' hands: Ray Data reads, parses, keys and skips; a dispatcher leases.
-
-Why a dispatcher and not `map_batches` around the engine: leases let every replica take work as fast as it finishes it,
-join and leave when it likes, and hand back what it held when it dies.
-"""
+"""Rows of the input as requests: read, parsed, keyed, without those that the ledger has. Also the messages between the
+dispatcher, its workers and the driver."""
 
 from __future__ import annotations
 
