@@ -23,7 +23,8 @@ from pipeline.batches import BatchRun, Book
 from pipeline.budget import Budget, spent_so_far
 from pipeline.config import Config
 from pipeline.crew import Crew, Interrupted, Stopped
-from pipeline.feed import Dispatcher, Interpreter, Piece, Status, Summary
+from pipeline.executors.live.dispatcher import Dispatcher
+from pipeline.feed import Interpreter, Piece, Status, Summary
 from pipeline.finalize import OPTIONAL, Job, JobResult, PartWriter, part_names, plan_columns, plan_jobs
 from pipeline.formats import RowParser
 from pipeline.fs import abort_uploads, exists, info_of, listing, resolve, write_atomic

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from engines.base import Engine, EngineConfig, Price, load_engine
 from engines.text import one_line
 from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
 from pipeline.budget import Seen, check_model, shared_bytes
+from pipeline.executors.live.engine_journal import EngineJournal, JournalPlace, journal_place
 from pipeline.feed import Lease, Pulse, Status, request_of
 from pipeline.fs import resolve
 from pipeline.ledger import Compactor, Record, write_segment
@@ -93,6 +95,8 @@ class Worker:
         self.counts = Status()
         self.done = 0
         self.inside: dict[bytes, _Row] = {}  # by key: rows in the engine
+        self.journal: EngineJournal | None = None  # the same, for whoever looks after this process died
+        self.dying = False
         self.overhead = shared_bytes(config.generation)
         self.work = asyncio.Condition()  # the queue grew, or the end came
         self.less = asyncio.Event()  # fewer rows are held
@@ -117,7 +121,9 @@ class Worker:
         engine.attach(source_of, self.config.max_outage_s)
         if self.config.budget_price is not None:
             engine.afford = self._afford
-        slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
+        with contextlib.suppress(OSError):  # without it, all rows held here are suspects if this process dies
+            self.journal = EngineJournal(journal_place().path, engine.concurrency)
+        slots = [asyncio.create_task(self._slot(engine, at)) for at in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
         if self.moves:  # it was told so while it was loading
@@ -136,12 +142,18 @@ class Worker:
             await asyncio.gather(flusher, return_exceptions=True)
             await self._flush()
             self._tell()
-            inside = [(row.lease, row.offset) for row in self.inside.values()]
-            await self.dispatcher.leave.remote(self.name, None, inside)
+            if self.journal is not None:
+                journal, self.journal = self.journal, None
+                journal.close()
+            await self.dispatcher.leave.remote(self.name, None, _places(self.inside.values()))
             await asyncio.to_thread(engine.close)
             if self.spans is not None:
                 await asyncio.to_thread(self.spans.close)
         return self.moves
+
+    async def place(self) -> JournalPlace:
+        """Where this worker's journal is."""
+        return journal_place()
 
     async def clear_out(self, nodes: frozenset[str]) -> None:
         """As `drain`, where this replica's node is one of those that are about to go."""
@@ -182,23 +194,23 @@ class Worker:
             if lease is None:
                 return
             self.last = lease.last
-            if lease.convicted is not None:
-                await self._convict(lease)
+            if lease.poison is not None:
+                await self._record_poison(lease)
                 continue
             self.held += len(lease)
             self._maybe_idle()
-            rows = zip(lease.keys, lease.ids, lease.requests, strict=True)
+            rows = zip(lease.deaths or [0] * len(lease), lease.keys, lease.ids, lease.requests, strict=True)
             async with self.work:
                 now = time.monotonic()
-                self.queue.extend(_Row(lease.number, at, lease.deaths, *row, now) for at, row in enumerate(rows))
+                self.queue.extend(_Row(lease.number, at, *row, now) for at, row in enumerate(rows))
                 self.work.notify(len(lease))
             while lease.alone and self.held:
                 self.less.clear()
                 await self.less.wait()
-            if lease.alone:  # durable before the next suspect can kill this process
+            if lease.alone:  # durable before the next rows on trial can kill this process
                 await self._flush()
 
-    async def _slot(self, engine: Engine) -> None:
+    async def _slot(self, engine: Engine, slot: int) -> None:
         """One slot of the engine: takes the next row as soon as the one before is answered."""
         while True:
             if not self.queue:
@@ -210,6 +222,8 @@ class Worker:
             self.waits.append(time.monotonic() - row.since)
             self.busy += 1
             self.inside[row.key] = row
+            if self.journal is not None:
+                self.journal.enter(slot, row.lease, row.offset)
             began_ns = time.time_ns()
             try:
                 completion = await engine.generate(self._request(row))
@@ -221,11 +235,13 @@ class Worker:
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
             finally:
                 self.busy -= 1
-            del self.inside[row.key]
+                if self.journal is not None:
+                    self.journal.clear(slot)
             if self.spans is not None:
                 self.spans.add(row.key, row.id, began_ns, completion)
             if completion.error is not None and completion.error.type == "engine_crash":
                 await self._die(completion.error.message)
+            del self.inside[row.key]
             if engine.outage is not None and completion.error is not None and completion.error.retryable:
                 raise Outage(engine.outage)
             if completion.error is None or completion.error.type != "cancelled":  # those go back to the dispatcher
@@ -235,9 +251,16 @@ class Worker:
             self._maybe_idle()
 
     async def _die(self, reason: str) -> None:
-        """The engine is broken though its process lives: dying makes room for a new one, and suspects of its rows."""
+        """The engine is broken though its process lives: the process ends, so that a new one takes its place. The rows
+        inside the engine are suspects."""
+        if self.dying:  # another row told first
+            await asyncio.Event().wait()
+        self.dying = True
+        inside = _places(self.inside.values())
         await self._flush()
-        await self.dispatcher.leave.remote(self.name, reason)
+        if self.journal is not None:
+            self.journal.close()
+        await self.dispatcher.leave.remote(self.name, reason, inside)
         os._exit(1)
 
     def _request(self, row: _Row) -> Request:
@@ -246,11 +269,12 @@ class Worker:
             check_model(request, self.config.engine)
         return request
 
-    async def _convict(self, lease: Lease) -> None:
-        for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
-            completion = Completion(error=Failure("engine_crash", lease.convicted or ""), attempts=0)
+    async def _record_poison(self, lease: Lease) -> None:
+        """Records poison rows as failed, without asking them."""
+        for at, (deaths, key, id) in enumerate(zip(lease.deaths, lease.keys, lease.ids, strict=True)):
+            completion = Completion(error=Failure("engine_crash", lease.poison or ""), attempts=0)
             completion.engine, completion.model = self.config.engine.kind, self.config.engine.model
-            self._record(_Row(lease.number, at, lease.deaths, key, id, b""), completion)
+            self._record(_Row(lease.number, at, deaths, key, id, b""), completion)
         await self._flush()
 
     def _record(self, row: _Row, completion: Completion) -> None:
@@ -348,6 +372,10 @@ class Worker:
         if self.engine is not None:
             self.metrics.tell(self.untold, self.waits, self.engine.counts, self.busy, len(self.queue))
             self.untold, self.waits = [], []
+
+
+def _places(rows: Iterable[_Row]) -> list[tuple[int, int]]:
+    return [(row.lease, row.offset) for row in rows]
 
 
 async def _until(puller: asyncio.Task[None], others: list[asyncio.Task[None]]) -> None:

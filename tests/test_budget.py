@@ -22,10 +22,12 @@ from engines.types import ConfigError, GenerationParams
 from jobs.compose import compose, conf_dir
 from pipeline.budget import FILE, Budget, Seen, read_spent
 from pipeline.crew import Stopped
-from pipeline.feed import Dispatcher
+from pipeline.executors.live.admission import Admission
+from pipeline.executors.live.crash_trial import CrashTrial
+from pipeline.executors.live.lease_table import LeaseTable
 from pipeline.fs import resolve
 from pipeline.lossless import dumps
-from pipeline.ready import Ask
+from pipeline.ready import Ask, Ready
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer, by_hash
@@ -326,13 +328,14 @@ def test_what_was_reserved_and_given_back_is_nothing() -> None:
 
 def test_a_dear_suspect_does_not_keep_a_cheap_one_waiting() -> None:
     budget = Budget(1.0, EngineConfig("echo", price=Price(0.0, None, 1.0)), GenerationParams(), spent=0.0)
-    dispatcher = Dispatcher([], None, [None], False, budget=budget)  # type: ignore[arg-type]
-    for name, limit in (("dear", 10_000_000), ("cheap", 10)):
+    trial = CrashTrial()
+    for name, limit in (("cheap", 10), ("dear", 10_000_000)):
         request = dumps({"messages": [], "generation": {"max_tokens": limit}})
-        dispatcher.suspects.append(Ask(name.encode(), name, request, 0, 0))
-    lease = dispatcher._suspect({})
-    assert lease is not None and lease.ids == ["cheap"] and [row.id for row in dispatcher.suspects] == ["dear"]
-    assert dispatcher._suspect({}) is None
+        trial.accuse([Ask(name.encode(), name, request, 0, 0)])
+    table = LeaseTable(Ready(), trial, Admission(budget, ""))
+    lease = table.lend("w1", 10, 0, True)
+    assert lease is not None and lease.ids == ["cheap"] and [row.id for row in trial.suspects()] == ["dear"]
+    assert table.lend("w2", 10, 0, True) is None
 
 
 def test_a_provider_that_counts_more_from_its_cache_than_there_was_gives_nothing_back() -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
-from pipeline.feed import Dispatcher, Status
+from pipeline.executors.live.dispatcher import Dispatcher
+from pipeline.feed import Status
 from pipeline.formats import Parsed
 from pipeline.ready import Ask, Ready, prefix_of
 
 
 def dispatcher(rows: int) -> Dispatcher:
     made = Dispatcher([], None, [None], False)  # type: ignore[arg-type]  # nothing is read here
-    made.buffer_rows = 1000
-    made.status_.fed = True
+    made.feed.buffer_rows = 1000
+    made.run_status.fed = True
     names = [f"r{i}" for i in range(rows)]
-    made.ready.add(Ask(name.encode(), name, b"", 0, 0) for name in names)
+    made.queue.add(Ask(name.encode(), name, b"", 0, 0) for name in names)
     return made
 
 
@@ -43,24 +44,24 @@ def test_rows_that_came_out_are_not_suspected_and_the_second_death_convicts() ->
         await asyncio.sleep(0.05)
         await d.leave("w1", "killed")
         await waiting
-        assert [row.id for row in d.suspects] == ["r1", "r2"]
+        assert [row.id for row in d.trial.suspects()] == ["r1", "r2"]
         busy = await d.pull("w2", 3, 1, [])
         assert busy is not None and busy.ids == ["r0"]  # who holds a row gets no suspect
         alone = await d.pull("w3", 3, 0, [])
-        assert alone is not None and (alone.ids, alone.alone, alone.convicted) == (["r1"], True, None)
+        assert alone is not None and (alone.ids, alone.alone, alone.poison) == (["r1"], True, None)
         await d.leave("w3", "killed")
         guilty = await d.pull("w4", 3, 0, [])
         assert guilty is not None and guilty.ids == ["r1"]
-        assert "died 2 times" in (guilty.convicted or "")
+        assert "died 2 times" in (guilty.poison or "")
         innocent = await d.pull("w5", 3, 0, [])
-        assert innocent is not None and (innocent.ids, innocent.convicted) == (["r2"], None)
+        assert innocent is not None and (innocent.ids, innocent.poison) == (["r2"], None)
         # It answers, but its worker is killed by something else before the answer is durable.
         last = asyncio.create_task(d.pull("w5", 3, 0, [(innocent.number, [0])]))
         await asyncio.sleep(0.05)
         await d.leave("w5", "killed")
         await last
-        assert d.crashes[b"r2"] == 0
-        assert not d.suspects
+        assert d.trial.deaths[b"r2"] == 0
+        assert not list(d.trial.suspects())
 
     asyncio.run(scene())
 

@@ -1,0 +1,85 @@
+"""Admission by budget: a row is leased only where `run.budget_usd` has room for the most that it may cost.
+
+Without a budget every row is admitted and costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+
+from pipeline.budget import Budget, Seen, write_spent
+from pipeline.fs import resolve
+from pipeline.ready import Ask
+
+
+class Admission:
+    """Reserves the cost of leased rows, and writes down what may be spent before it is spent."""
+
+    def __init__(self, budget: Budget | None, output_path: str) -> None:
+        self.budget, self.output_path = budget, output_path
+        self.writing = asyncio.Lock()
+
+    def admit(self, rows: list[Ask], want: int) -> tuple[list[Ask], list[float], list[Ask]]:
+        """Up to `want` of the rows that the budget has room for, the cost reserved for each, and the other rows. Without a
+        budget there are no costs."""
+        if self.budget is None:
+            return rows[:want], [], rows[want:]
+        fit: list[Ask] = []
+        costs: list[float] = []
+        others: list[Ask] = []
+        for row in rows:
+            cost = self.budget.most(row.request)
+            if len(fit) < want and self.budget.fits(cost):
+                self.budget.reserved += cost
+                fit.append(row)
+                costs.append(cost)
+            else:
+                others.append(row)
+        return fit, costs, others
+
+    def release(self, cost: float, *, spent: bool = False) -> None:
+        """A row is no longer in flight. `spent`: its answer may have to be paid though it was lost."""
+        if self.budget is not None:
+            self.budget.reserved -= cost
+            if spent:
+                self.budget.spent += cost
+
+    def spend(self, cost: float, seen: Seen | None = None) -> None:
+        """Answers, or lost tries, cost so much. `seen` improves the estimates."""
+        if self.budget is not None:
+            self.budget.spent += cost
+            if seen is not None:
+                self.budget.seen.add(seen)
+
+    @property
+    def exceeded(self) -> bool:
+        return self.budget is not None and self.budget.exceeded
+
+    @property
+    def committed(self) -> float:
+        """What is spent and what is reserved, in US dollars."""
+        return 0.0 if self.budget is None else self.budget.spent + self.budget.reserved
+
+    def has_room_for_none(self, rows: Iterable[Ask]) -> bool:
+        """Whether there are rows and the budget has room for none of them."""
+        if self.budget is None:
+            return False
+        costs = [self.budget.most(row.request) for row in rows]
+        return bool(costs) and not any(map(self.budget.fits, costs))
+
+    async def write_down(self) -> None:
+        """Writes what is about to be spent, unless the file has it already."""
+        if self.budget is None:
+            return
+        async with self.writing:
+            if (usd := self.budget.to_write()) is not None:
+                await asyncio.to_thread(write_spent, *resolve(self.output_path), usd)
+                self.budget.written = usd
+
+    async def settle(self) -> None:
+        """Writes what was spent, when nothing is in flight any more."""
+        if self.budget is not None:
+            with contextlib.suppress(OSError):  # then the file keeps a higher sum
+                await asyncio.to_thread(write_spent, *resolve(self.output_path), self.committed)
