@@ -270,11 +270,13 @@ class Status:
     crashes: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    cost_usd: float = 0.0  # of this run, where the price is known
+    cost_usd: float = 0.0  # of this run, as far as it is known
+    cost_unknown: int = 0  # rows whose cost is not known
+    unpriced: list[tuple[int, int]] = field(default_factory=list)  # (lease, row) of these, for the budget
     seen: Seen = field(default_factory=Seen)
     replicas: dict[str, Pulse] = field(default_factory=dict)  # by name
     gone: Pulse = field(default_factory=Pulse)  # sums over the replicas that have left
-    spent: float = 0.0  # of the budget, by all runs
+    spent: float = 0.0  # of the budget, by all runs; in a worker's counts, by its rows since the last ones
     broke: bool = False  # the budget has no room for any row that is left
     left: int = 0  # rows at hand that nobody has
     errors: Counter[str] = field(default_factory=Counter)  # failures by type
@@ -485,12 +487,13 @@ class Dispatcher:
             with contextlib.suppress(OSError):  # then more than was spent stands there
                 await asyncio.to_thread(write_spent, *resolve(self.output_path), self.budget.spent + self.budget.reserved)
 
-    async def lost(self, worker: str, number: int, at: int) -> bool:
-        """A try of this row failed whose answer may have to be paid; whether the budget has room for another."""
+    async def lost(self, worker: str, number: int, at: int, usd: float | None = None) -> bool:
+        """A try of this row failed that may have to be paid, with `usd` if that is known; whether the budget has room for
+        another."""
         out = self.leases.get(worker, {}).get(number)
         if self.budget is None or out is None:
             return True
-        self.budget.spent += out.costs[at]
+        self.budget.spent += out.costs[at] if usd is None else usd
         await self._write_spent()
         return not self.budget.exceeded
 
@@ -531,8 +534,11 @@ class Dispatcher:
         if pulse is not None and worker not in self.gone:
             self.status_.replicas[worker] = pulse
         if self.budget is not None:
-            self.budget.spent += counts.cost_usd
+            self.budget.spent += counts.spent
             self.budget.seen.add(counts.seen)
+            for number, at in counts.unpriced:  # at most what was reserved for them
+                if number in mine:
+                    self.budget.spent += mine[number].costs[at]
         for number, offsets in durable:
             out = mine.get(number)
             if out is None:
@@ -551,6 +557,7 @@ class Dispatcher:
         status.input_tokens += counts.input_tokens
         status.output_tokens += counts.output_tokens
         status.cost_usd += counts.cost_usd
+        status.cost_unknown += counts.cost_unknown
         status.errors.update(counts.errors)
         status.first_errors = {**counts.first_errors, **status.first_errors}
         await self._notify()
