@@ -131,8 +131,9 @@ def test_the_usage_of_messages_and_of_converse() -> None:
     assert messages.completion({**content, "usage": found}, Provider()).usage == expected
     assert not messages.completion(content, Provider()).usage.known
     output = {"output": {"message": {"content": [{"text": "x"}]}}, "stopReason": "end_turn"}
-    found = {"inputTokens": 50, "outputTokens": 5, "totalTokens": 155, "cacheReadInputTokens": 70,
-             "cacheWriteInputTokens": 30, "cacheDetails": [{"ttl": "1h", "inputTokens": 10}, {"ttl": "5m", "inputTokens": 20}]}  # fmt: skip
+    found = {"inputTokens": 50, "outputTokens": 5, "totalTokens": 155, "cacheReadInputTokens": 70}
+    found["cacheWriteInputTokens"] = 30
+    found["cacheDetails"] = [{"ttl": "1h", "inputTokens": 10}, {"ttl": "5m", "inputTokens": 20}]
     expected = Usage(150, 70, 5, 30, cache_write_1h=10)
     assert converse.completion({**output, "usage": found}, Provider()).usage == expected
     assert not converse.completion({**output, "usage": None}, Provider()).usage.known
@@ -440,3 +441,16 @@ def test_batches_of_a_library_user_are_priced(write_jsonl: Write) -> None:
     used = completion.usage
     assert completion.text == "answer to: a"
     assert completion.cost_usd == pytest.approx(PRICE.of(used.input, 0, used.output) / 2)
+
+
+def test_the_batch_price_is_data_by_provider_and_model_and_has_a_date() -> None:
+    rule = {"match": "^dear", "batch": {"price": 0.75}}
+    for kind in ("openai", "anthropic", "together", "fireworks", "parasail", "openai_compatible"):
+        batch = compose([f"engine={kind}", "engine.model=m"]).engine.provider["batch"]
+        assert 0 < batch["price"] <= 1 and str(batch["price_as_of"]) >= "2026-11"
+    provider = {**compose(["engine=openai", "engine.model=m"]).engine.provider, "models": [rule]}
+    price = {"input": 4, "output": 8}
+    with load_engine("openai", model="m", base_url="http://localhost:1", provider=provider, price=price) as engine:
+        assert engine.cost(Usage(10, 0, 5), None, batch=True) == pytest.approx(0.5 * 80 / 1e6)
+        assert engine.cost(Usage(10, 0, 5), None) == pytest.approx(80 / 1e6)
+        assert (engine.batch_share("dear-1"), engine.batch_share("m")) == (0.75, 0.5)
