@@ -404,14 +404,14 @@ def _summed(columns: dict[str, Any]) -> tuple[dict[str, Any], Unanswered]:
     hi, lo, rank, done_at = (columns[name] for name in ("hi", "lo", "rank", "done_at"))
     first = np.ones(len(hi), np.bool_)
     first[1:] = (hi[1:] != hi[:-1]) | (lo[1:] != lo[:-1])
-    again = np.zeros(len(hi), np.bool_)
-    again[1:] = ~first[1:] & (rank[1:] == rank[:-1]) & (done_at[1:] == done_at[:-1])
     del columns["done_at"]  # when it was done has no more to say
     if not first.all():
-        starts, once = np.flatnonzero(first), ~again
+        once = np.ones(len(hi), np.bool_)
+        once[1:] = first[1:] | (rank[1:] != rank[:-1]) | (done_at[1:] != done_at[:-1])
+        starts = np.flatnonzero(first)
         for name in ("tokens", "cost_usd", "attempts"):
-            values = columns[name] * (once[:, None] if name == "tokens" else once)
-            columns[name] = np.add.reduceat(values, starts, axis=0, dtype=columns[name].dtype)
+            columns[name][~once] = 0
+            columns[name] = np.add.reduceat(columns[name], starts, axis=0, dtype=columns[name].dtype)
         columns["flags"] = np.bitwise_or.reduceat(columns["flags"], starts)
         for name in ("hi", "lo", "rank", "segment", "row"):
             columns[name] = columns[name][first]
@@ -452,16 +452,13 @@ def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None
             raise
         return None
     old = "cost_usd" not in table.column_names
-    usage = table["usage"].combine_chunks()
-    there = {field.name for field in usage.type}
-    counts = [
-        np.asarray(pc.fill_null(pc.struct_field(usage, name), 0)) if name in there else np.zeros(len(table), np.int64)
-        for name in TOKENS
-    ]
+    tokens = np.zeros((len(table), len(TOKENS)), np.uint32)
+    for at, name in enumerate(TOKENS):
+        if not old or at < 3:
+            tokens[:, at] = np.asarray(pc.fill_null(pc.struct_field(table["usage"], name), 0))
     if old:
-        costs = None if old_costs is None else old_costs(np.stack(counts[:3], axis=1), path)
-        paid = np.stack(counts, axis=1).any(axis=1)
-        flags = paid.astype(np.uint8) * (REPRICED if costs is not None else UNKNOWN)
+        costs = None if old_costs is None else old_costs(tokens[:, :3].astype(np.int64), path)
+        flags = tokens.any(axis=1).astype(np.uint8) * (REPRICED if costs is not None else UNKNOWN)
         superseded = np.zeros(len(table), np.bool_)
     else:
         costs = np.asarray(pc.fill_null(table["cost_usd"], 0.0))
@@ -472,10 +469,10 @@ def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None
         *split_keys(table["key"].cast(pa.binary(32))),
         np.asarray(np.where(superseded, 2, failed), np.uint8),
         np.asarray(table["done_at"].cast(pa.int64())),
-        np.stack(counts, axis=1).astype(np.uint32),
+        tokens,
         np.zeros(len(table)) if costs is None else costs,
         np.asarray(flags, np.uint8),
-        np.minimum(np.asarray(pc.fill_null(table["attempts"], 1)), 65535).astype(np.uint16),
+        np.asarray(pc.fill_null(table["attempts"], 1)).clip(0, 65535).astype(np.uint16),
     )
 
 
