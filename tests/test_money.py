@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from jobs.infer import changed
 from jobs.infer import main as infer_main
 from jobs.reading import open_output
 from pipeline.budget import Budget, old_costs, read_spent
-from pipeline.crew import Stopped
+from pipeline.crew import Interrupted, Stopped
 from pipeline.fs import resolve
 from pipeline.ledger import TOKENS, UNKNOWN, Record, list_segments, read_index, read_segment, write_segment
 from tests.batch_server import BatchServer
@@ -454,3 +458,31 @@ def test_the_batch_price_is_data_by_provider_and_model_and_has_a_date() -> None:
         assert engine.cost(Usage(10, 0, 5), None, batch=True) == pytest.approx(0.5 * 80 / 1e6)
         assert engine.cost(Usage(10, 0, 5), None) == pytest.approx(80 / 1e6)
         assert (engine.batch_share("dear-1"), engine.batch_share("m")) == (0.75, 0.5)
+
+
+def test_paid_tries_of_a_row_that_goes_back_when_the_run_ends_are_not_forgotten(
+    infer: Infer, write_jsonl: Write, server: ProviderServer
+) -> None:
+    said(server, "a", usage(100, 10), answer=None)  # paid, and asked again
+    server.plan["a"].append("429-after=600")
+    data, more = write_jsonl([ask("a")]), remote(server, *PRICED)
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while len(server.requests) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted):
+        infer(data, *more, engine="openai_compatible")
+    thread.join()
+    assert read_index(*resolve(str(infer.out))).spent() == (pytest.approx(PRICE.of(100, 0, 10)), 0)
+    said(server, "a", usage(100, 20))
+    infer(data, *more, engine="openai_compatible")
+    manifest = manifest_of(infer)
+    assert manifest["requests_sent"] == len(server.requests) == 3
+    assert manifest["cost_usd"] == pytest.approx(PRICE.of(200, 0, 30))
+    assert infer.rows()[0]["cost_usd"] == pytest.approx(PRICE.of(100, 0, 20))

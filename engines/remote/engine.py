@@ -299,9 +299,8 @@ class RemoteEngine(Engine):
             reply = await self.transport.send("POST", endpoint.url, sent, content, events.feed if events else None)
         except httpx.HTTPError as error:
             lost = self._clean(broken(error))
-            if lost.type != "bad_request" and not isinstance(
-                error, (httpx.ConnectError, httpx.ConnectTimeout)
-            ):  # an answer may have been under way
+            connected = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            if connected and lost.type != "bad_request":  # an answer may have been under way
                 lost.usage = Usage(known=False)
             raise lost from None
         except EngineError as error:  # an event that is none
