@@ -30,6 +30,7 @@ from engines.types import (
     GenerationParams,
     Request,
     Stream,
+    Usage,
     check_messages,
     invalid,
     nearest,
@@ -54,16 +55,42 @@ class Price:
     cached_input: float | None = None  # None: as `input`
     output: float | None = None
     as_of: str | None = None  # the day of the list it is from
+    cache_write: float | None = None  # for 5 minutes; None: as `input`
+
+    # Writing to the prompt cache for an hour costs 2.0 times the input where 5 minutes cost 1.25 times.
+    HOUR: ClassVar[float] = 2.0 / 1.25
 
     @property
     def known(self) -> bool:
         return self.input is not None or self.output is not None
 
-    def of(self, input: float, cached_input: float, output: float) -> float:
-        """What so many tokens cost, where `known`; the cached ones are among the input. A rate nobody told adds nothing."""
-        each, cached_input = self.input or 0.0, min(cached_input, input)  # whatever a provider says
+    def parts(
+        self, input: float, cached_input: float, output: float, cache_write: float = 0, cache_write_1h: float = 0
+    ) -> dict[str, float]:
+        """US$ for so many tokens, by kind; cached and written ones are among the input. A rate that is not known adds 0."""
+        each, cached_input = self.input or 0.0, min(cached_input, input)
         cached = self.cached_input if self.cached_input is not None else each
-        return ((input - cached_input) * each + cached_input * cached + output * (self.output or 0.0)) / 1e6
+        write = self.cache_write if self.cache_write is not None else each
+        return {
+            "input": (input - cached_input - cache_write) * each / 1e6,
+            "cached_input": cached_input * cached / 1e6,
+            "cache_write": (cache_write + cache_write_1h * (self.HOUR - 1)) * write / 1e6,
+            "output": output * (self.output or 0.0) / 1e6,
+        }
+
+    def of(
+        self, input: float, cached_input: float, output: float, cache_write: float = 0, cache_write_1h: float = 0
+    ) -> float:
+        """US$ for so many tokens: the sum of `parts`."""
+        return sum(self.parts(input, cached_input, output, cache_write, cache_write_1h).values())
+
+    def cost(self, usage: Usage) -> float | None:
+        """US$ for a usage. None where the usage is not known, unless all is free, or a rate that it needs."""
+        if not usage.known and not (self.input == 0 == self.output):
+            return None
+        if (usage.input and self.input is None) or (usage.output and self.output is None):
+            return None
+        return self.of(usage.input, usage.cached_input, usage.output, usage.cache_write, usage.cache_write_1h)
 
 
 @dataclass(slots=True)
@@ -96,7 +123,10 @@ class EngineConfig:
     fallback: Any = key([], "engines that get a row this one failed for good: names, or mappings of the keys here")
     price: Price = field(
         default_factory=Price,
-        metadata={"help": "input, cached_input, output: US$ per million tokens; unset: the list price, where it is known"},
+        metadata={
+            "help": "input, cached_input, cache_write, output of engine.model: US$ per million tokens; unset: the list "
+            "price, where it is known"
+        },
     )
 
     # The keywords that change what is asked or which numbers answer; the others change only how fast.
@@ -281,13 +311,15 @@ class Engine(Batches, ABC):
     kind: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
     max_outage_s: float = 900.0  # how long a remote engine's server may be silent
-    # Told that a try failed whose answer may have to be paid; whether there is money for another one.
-    afford: Callable[[Request], Awaitable[bool]] | None = None
+    # Told that a try failed which may have to be paid, and its cost in US$ (None: not known); whether there is money for
+    # another one.
+    afford: Callable[[Request, float | None], Awaitable[bool]] | None = None
     outage: str | None = None  # set where it was for longer: rows then fail for no fault of theirs
 
     def __init__(self, config: EngineConfig | None = None, /, **keys: Any) -> None:
         self.config = config if config is not None else config_from_keys(self.kind, keys)
         self._dropped: set[str] = set()
+        self._prices: dict[tuple[str | None, str | None], Price] = {}
         self.counts: Counter[str] = Counter()  # for metrics: what only the engine sees
         self._load()
 
@@ -326,13 +358,34 @@ class Engine(Batches, ABC):
         try:
             completion = await self._generate(self.prepared(request))
         except EngineError as error:
-            completion = Completion(error=Failure.of(error), attempts=error.attempts)
+            completion = Completion(error=Failure.of(error), usage=error.usage or Usage(), attempts=error.attempts)
         if not completion.latency_s:  # a remote engine tells how long the answer itself took, without the waits before it
             completion.latency_s = time.perf_counter() - started
         completion.engine = self.kind
+        completion.cost_usd = self.cost(completion.usage, request.model, completion.model)
         if completion.model is None:
             completion.model = request.model or self.config.model
         return completion
+
+    def cost(self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False) -> float | None:
+        """US$ for the usage of a request for the model `asked` (None: the engine's own), by the price of that model; where
+        it has none, by that of the model that `answered`. None where it is not known. A local engine without a price is
+        free.
+        """
+        if not usage.input and not usage.output and usage.known:
+            return 0.0
+        if not self.config.provider:  # a rate that is not set is free
+            return self.config.price.of(usage.input, usage.cached_input, usage.output, usage.cache_write)
+        if (asked, answered) not in self._prices:
+            from engines.prices import price_of
+
+            self._prices[asked, answered] = price_of(self.config, asked, answered)
+        cost = self._prices[asked, answered].cost(usage)
+        return None if cost is None else cost * (self.batch_share(asked) if batch else 1.0)
+
+    def batch_share(self, model: str | None) -> float:
+        """The price of this model in a provider's batch, as a share of the live one."""
+        return 1.0
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta | Completion, None]:
         """As `generate`, with the text piece by piece as it comes, where the engine can; else whole at the end.
@@ -367,6 +420,7 @@ class Engine(Batches, ABC):
         if self.config.unsupported == "drop":
             request = self._without_unsupported(request, capabilities)
         if refused := capabilities.refuse(request, self.config):
+            refused.attempts = 0
             raise refused
         return request
 

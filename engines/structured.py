@@ -61,7 +61,8 @@ async def ask_in_shape(ask: Ask, request: Request) -> Completion:
             if isinstance(error, Mismatch) and error.retryable and not seen:
                 again = await ask(_corrected(request, completion.choices[at].message, error.reason, f"{at}.{tries}"))
                 again.carry(completion)
-                completion.usage, completion.attempts, completion.latency_s = again.usage, again.attempts, again.latency_s
+                for name in ("usage", "cost_usd", "attempts", "latency_s"):  # `again` has the sums now
+                    setattr(completion, name, getattr(again, name))
                 if again.error is None:
                     completion.choices[at] = again.choices[0]
                     completion.reasoning = again.reasoning if at == 0 else completion.reasoning

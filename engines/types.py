@@ -97,7 +97,7 @@ class EngineError(EaglerayError):
         self.retryable = retryable
         self.retry_after: float | None = None  # seconds a provider asks to wait
         self.attempts = 1
-        self.paid = False  # an answer came, or was under way, that may have to be paid all the same
+        self.usage: Usage | None = None  # of an answer that has to be paid all the same; None: nothing was answered
 
     def __reduce__(self) -> Any:
         return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable)
@@ -297,11 +297,36 @@ class Request:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens; `cached_input` is the part of `input` that was served from a prefix cache."""
+    """Tokens of one request, or of all tries of a row.
+
+    Always cached_input + cache_write <= input, cache_write_1h <= cache_write and reasoning <= output: a provider that
+    reports more has its parts cut. `known` is False where an answer came without its usage; the counts then hold only
+    what other tries reported.
+    """
 
     input: int = 0
-    cached_input: int = 0
+    cached_input: int = 0  # part of `input` that was read from a prompt cache
     output: int = 0
+    cache_write: int = 0  # part of `input` that was written to a prompt cache
+    reasoning: int = 0  # part of `output`
+    cache_write_1h: int = 0  # part of `cache_write` that is kept for an hour, which costs more; not in the ledger
+    known: bool = True
+
+    def __post_init__(self) -> None:
+        self.cached_input = min(self.cached_input, self.input)
+        self.cache_write = min(self.cache_write, self.input - self.cached_input)
+        self.cache_write_1h = min(self.cache_write_1h, self.cache_write)
+        self.reasoning = min(self.reasoning, self.output)
+
+    def add(self, other: Usage) -> None:
+        """Adds the tokens of another try; the sum is known if both are."""
+        self.input += other.input
+        self.cached_input += other.cached_input
+        self.output += other.output
+        self.cache_write += other.cache_write
+        self.reasoning += other.reasoning
+        self.cache_write_1h += other.cache_write_1h
+        self.known = self.known and other.known
 
 
 @dataclass(slots=True)
@@ -340,13 +365,14 @@ class Completion:
     latency_s: float = 0.0
     reasoning: str | None = None
     error: Failure | None = None
+    cost_usd: float | None = 0.0  # US$ for all tries; None: not known. Set by the engine that answered.
     dialogue: list[Message] = field(default_factory=list)  # between a request's messages and the last of its answers
 
     def carry(self, before: Completion) -> None:
-        """Adds what `before`, asked for the same row, has taken."""
-        self.usage.input += before.usage.input
-        self.usage.cached_input += before.usage.cached_input
-        self.usage.output += before.usage.output
+        """Adds what `before`, asked for the same row, has taken. A cost that is not known makes the sum unknown."""
+        self.usage.add(before.usage)
+        known = self.cost_usd is not None and before.cost_usd is not None
+        self.cost_usd = self.cost_usd + before.cost_usd if known else None  # type: ignore[operator]
         self.attempts += before.attempts
         self.latency_s += before.latency_s
 

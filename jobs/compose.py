@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.base import Price
-from engines.prices import priced
+from engines.prices import with_lists
 from engines.types import RESPONSE_FORMATS, ConfigError, nearest
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
@@ -61,7 +61,7 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
         raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
     config.generation["response_format"] = _response_format(config.generation.get("response_format"))
-    config.engine.price = priced(config.engine, Path(config_dir) / "price" if config_dir else None)
+    with_lists(config.engine, Path(config_dir) / "price" if config_dir else None)
     return config
 
 

@@ -209,7 +209,7 @@ def in_our_shape(row: Row, style: str) -> Row:
     if error is not None:
         return {**found, "error": {"type": error["code"], "message": error["message"]}}
     first, usage = body["choices"][0], body["usage"]
-    tokens = {"input": usage["prompt_tokens"], "output": usage["completion_tokens"], "cached_input": 0}
+    tokens = usage and {"input": usage["prompt_tokens"], "output": usage["completion_tokens"], "cached_input": 0}
     message = first["message"]
     text = message.get("content")
     return {**found, "response": text, "messages": [message], "finish_reason": first["finish_reason"],

@@ -35,7 +35,7 @@ from engines.batch.wire import BatchState, BatchStatus, Requests
 from engines.structured import first_mismatch
 from engines.text import one_line
 from engines.types import Completion, ConfigError, EngineError, Failure, Usage
-from pipeline.budget import WRITER, Budget, batch_share, check_model, spent_so_far
+from pipeline.budget import WRITER, Budget, batch_share, check_model, old_costs, spent_so_far
 from pipeline.config import Config
 from pipeline.crew import Interrupted, Stopped
 from pipeline.feed import Interpreter, Piece, Status, Summary, read_piece, request_of
@@ -75,6 +75,7 @@ class Batch:
     file: str | None = None  # its id at the provider
     id: str | None = None  # likewise
     submitting_at: float = 0.0
+    fetched_at: float = 0.0  # when its results were first read: the time of its failed rows, so that none counts twice
     foreign: list[str] = field(default_factory=list)  # ids of others' batches that were taken for this one
     cancelled: bool = False  # at the user's word: its rows do not go again by themselves
     answered: int = 0
@@ -283,7 +284,7 @@ class BatchRun:
                 self.book.forget(batch)
         with RunProgress(console, limits.progress_s, self.config.engine) as progress:
             while True:
-                index = read_index(self.fs, self.root)
+                index = read_index(self.fs, self.root, old_costs(self.config.engine))
                 self.budget = self._budget(index)
                 rows, summaries = self.spool(pieces, index.only(failed_too=failed_too))
                 if self.left:
@@ -291,7 +292,8 @@ class BatchRun:
                     console.print(f"{held}: they wait for what is under way.", highlight=False)
                 if not rows and not self.book.open:
                     if self.left and self.budget and limits.batch_fallback != "live":
-                        raise Stopped(self.budget.told(f"{self.left:,} rows are left"))
+                        self.status.broke = True
+                        raise Stopped(self.budget.told(f"{self.left:,} rows are left"), self.budget.higher)
                     return summaries
                 failed_too = True
                 pause = POLL_FIRST_S
@@ -319,7 +321,7 @@ class BatchRun:
         limit, engine = self.config.run.budget_usd, self.config.engine
         if limit is None:
             return None
-        spent = spent_so_far(engine, index, self.fs, self.root)
+        spent = spent_so_far(engine, self.config.params(), index, self.fs, self.root)
         # No trickle at first: each round of batches may take a day.
         budget = Budget(limit, engine, self.config.params(), spent, batch_share(engine), first_share=1.0)
         budget.reserved = sum(batch.estimate for batch in self.book.open)
@@ -513,6 +515,9 @@ class BatchRun:
     def _fetch(self, batch: Batch, status: BatchStatus) -> None:
         """Everything that an ended batch came to, into the ledger. Raises `EngineError`, with what came before kept."""
         left, found = self._left(batch), Counter[str]()
+        if not batch.fetched_at:
+            batch.fetched_at = time.time()
+            self.book.save(batch)
         for records in _portions(self._records(batch, status, left, found)):
             self._commit(records)
         whole = status.status is BatchState.COMPLETED
@@ -553,6 +558,8 @@ class BatchRun:
         elif self._last(batch):
             last = EngineError("bad_response", f"no answer to it came back, {batch.tries} times", retryable=True)
         settled = [self._failed(key, id, error) for key, id in left.items() if (error := reasons.get(key) or last)]
+        for record in settled:
+            record.completion.attempts = batch.tries
         self._commit(settled)
         batch.again = len(left) - len(settled)
         batch.failed += len(settled)
@@ -584,32 +591,43 @@ class BatchRun:
             id = left.get(key)
             if id is None:  # none of ours, or it came before
                 continue
-            used = Usage()
+            # An answer that cannot be read is paid, and does not tell its usage.
+            used, answered = Usage(known=isinstance(outcome, EngineError)), None
             try:
                 completion = self.engine.read(outcome)
-                used = completion.usage
+                used, answered = completion.usage, completion.model
                 generation = self.generation.override(loads((own.get(key) or "{}").encode()))
                 if wrong := first_mismatch(completion, generation, batch.tries - 1):
                     raise wrong
             except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
                 error = raised if isinstance(raised, EngineError) else _odd(raised)
+                record = self._failed(key, id, error)
+                record.done_at = batch.fetched_at
+                record.completion.usage = used = error.usage or used
+                record.completion.cost_usd = cost = self._cost(batch, used, answered)
                 if error.retryable and not self._last(batch):
+                    if cost != 0:  # it is asked again; this try is paid, and its attempt is counted then
+                        record.completion.attempts, record.superseded = 0, True
+                        yield record
                     continue
                 batch.failed += 1
                 del left[key]
-                record = self._failed(key, id, error)
-                record.completion.usage, record.completion.attempts = used, batch.tries
+                record.completion.attempts = batch.tries
                 yield record
                 continue
+            completion.cost_usd = self._cost(batch, used, answered)
             completion.engine, completion.model = self.engine.kind, completion.model or batch.model
             completion.attempts = batch.tries
             del left[key]
             yield Record(key, id, completion, time.time())
 
+    def _cost(self, batch: Batch, usage: Usage, answered: str | None) -> float | None:
+        return self.engine.cost(usage, batch.model, answered, batch=True)
+
     def _failed(self, key: bytes, id: str, error: EngineError) -> Record:
         said = self.wire.client.clean(" ".join(str(error).split()))[:500]
         failure = dataclasses.replace(Failure.of(error), message=said)
-        completion = Completion(error=failure, engine=self.engine.kind, model=self.config.engine.model)
+        completion = Completion(error=failure, engine=self.engine.kind, model=self.config.engine.model, attempts=0)
         return Record(key, id, completion, time.time())
 
     def _commit(self, records: list[Record]) -> None:
@@ -621,8 +639,10 @@ class BatchRun:
             completion = record.completion
             status.input_tokens += completion.usage.input
             status.output_tokens += completion.usage.output
-            usage, share = completion.usage, batch_share(self.config.engine)
-            status.cost_usd += share * self.config.engine.price.of(usage.input, usage.cached_input, usage.output)
+            status.cost_usd += completion.cost_usd or 0.0
+            status.cost_unknown += completion.cost_usd is None
+            if record.superseded:
+                continue
             if completion.error is None:
                 status.done += 1
             else:

@@ -1,7 +1,8 @@
 """`run.budget_usd`: no row is admitted that could take an output directory's spending past it.
 
-Spent is what the ledger's answers cost, and whatever else may have to be paid: tries whose answer was lost, rows that were
-in an engine when it died. Reserved is the most that the rows in flight may cost: their bytes as tokens, and answers as
+Spent is what the ledger's records cost, and whatever else may have to be paid: tries whose answer was lost, rows that were
+in an engine when it died, answers that came without their usage. What is not known counts as the most that it can be.
+Reserved is the most that the rows in flight may cost: their bytes as tokens, and answers as
 long as `max_tokens` allows. How far off the bytes are, and how long answers are that nothing bounds, is learnt; until then
 little is in flight.
 
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 
-from engines.base import EngineConfig
+from engines.base import EngineConfig, Price
 from engines.prices import most_expensive
+from engines.remote.provider import Provider
 from engines.types import (
     BYTES_PER_TOKEN,
     DEFAULT_MAX_TOKENS,
@@ -32,12 +35,12 @@ from engines.types import (
     Request,
 )
 from pipeline.fs import exists, write_atomic
-from pipeline.ledger import Index
+from pipeline.ledger import Index, OldCosts
 from pipeline.lossless import dumps, loads
 from pipeline.recognise import BUDGET
 
-# The names of segments made of batches begin so, and what all providers ask for a row in one, as a share of the live price.
-WRITER, BATCH_PRICE = "batch", 0.5
+# The names of segments made of batches begin so.
+WRITER = "batch"
 # Answers after which the estimates are trusted; until then they are raised by a half, and this share may be in flight.
 LEARNT, FIRST_FACTOR, FIRST_SHARE = 20, 1.5, 0.1
 # Above the most that was seen so far.
@@ -72,7 +75,8 @@ class Budget:
         share: float = 1.0,  # of the live price
         first_share: float = FIRST_SHARE,
     ) -> None:
-        self.limit, self.price, self.params = limit, most_expensive(engine), params
+        self.limit, self.price, self.params, self.engine = limit, most_expensive(engine), params, engine
+        self.prices: dict[Any, Price] = {None: self.price, engine.model: self.price}
         self.share, self.first_share = share, first_share
         bound = (engine.provider.get("defaults") or {}).get("max_tokens")
         self.bound = bound or (None if engine.provider or engine.kind == "echo" else DEFAULT_MAX_TOKENS)
@@ -93,11 +97,23 @@ class Budget:
         longest = MARGIN * seen.output if self.learnt else max(FIRST_OUTPUT, seen.output)
         output = params.max_tokens or self.bound or longest
         prompt = (len(request) + self.overhead) * a_byte
+        price = self._price(values.get("model"))
+        if b'"cache_control"' in request:  # it may write to the prompt cache, for an hour
+            price = Price(price.cache_write or price.input, None, price.output)
         turns, again = len(values.get("turns") or ()), _again(params)
         asked = (turns + 1) * (again + 1)
         # A turn's prompt has the answers before it; one that is asked again for its shape has the wrong one.
         said = (turns * (turns + 1) // 2 * (again + 1) + (turns + 1) * again) * output
-        return self.share * self.price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
+        return self.share * price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
+
+    def _price(self, model: Any) -> Price:
+        """The most that a row's model may cost; a row whose model has no price is refused before it is asked."""
+        if model not in self.prices:
+            try:
+                self.prices[model] = most_expensive(self.engine, str(model))
+            except ConfigError:
+                self.prices[model] = self.price
+        return self.prices[model]
 
     def fits(self, cost: float) -> bool:
         """Whether so much more may be in flight."""
@@ -118,10 +134,20 @@ class Budget:
             "the same command with a higher budget goes on from here"
         )
 
+    @property
+    def higher(self) -> dict[str, str]:
+        """What to change in the command that goes on: twice the budget."""
+        return {"run.budget_usd": f"{higher(self.limit):g}"}
+
     def to_write(self) -> float | None:
         """How much to write down now, before more is sent; None where enough is."""
         most = self.spent + self.reserved
         return None if most <= self.written else max(most, min(self.limit, most + STEP * self.limit))
+
+
+def higher(limit: float) -> float:
+    """The budget to go on with, where this one was too small."""
+    return 2 * limit
 
 
 def _again(params: GenerationParams) -> int:
@@ -132,38 +158,43 @@ def _again(params: GenerationParams) -> int:
 
 
 def check_model(request: Request, engine: EngineConfig) -> None:
-    """Raises `EngineError` for a row whose model has a price of its own, which nobody told."""
-    if request.model not in (None, engine.model):
+    """Raises `EngineError` for a row whose model has no known price."""
+    if request.model in (None, engine.model):
+        return
+    try:
+        most_expensive(engine, request.model)
+    except ConfigError:
         raise EngineError(
-            "budget", f"run.budget_usd counts by the price of engine.model, and this row asks {request.model!r}"
-        )
+            "budget", f"run.budget_usd needs the price of each model, and this row asks {request.model!r}, which has none"
+        ) from None
 
 
 def batch_share(engine: EngineConfig) -> float:
-    return float((engine.provider.get("batch") or {}).get("price", BATCH_PRICE))
+    """The batch price of `engine.model` as a share of the live one, for estimates."""
+    return float(Provider.of(engine).for_model(engine.model).batch.get("price", 1.0))
 
 
-def cost_of(engine: EngineConfig, index: Index, used: npt.NDArray[np.bool_] | None = None) -> dict[str, float] | None:
-    """What input, cached input and output of a ledger's answers cost, or of those that are `used`; None where the price is
-    not known."""
-    price = engine.price
-    if not price.known and engine.provider:
-        return None
-    counted = np.ones(len(index), np.bool_) if used is None else used
-    batched = np.array([path.rsplit("/", 1)[1].startswith(f"{WRITER}-") for path in index.paths], np.bool_)
-    cheap = counted & batched[index.segment] if batched.any() else np.zeros_like(counted)
-    live, halved = (index.tokens.sum(axis=0, dtype=np.int64, where=rows[:, None]) for rows in (counted & ~cheap, cheap))
-    read, cached, written = (live + batch_share(engine) * halved).tolist()
-    return {
-        "input": price.of(read - cached, 0, 0),
-        "cached_input": price.of(cached, cached, 0),
-        "output": price.of(0, 0, written),
-    }
+def old_costs(engine: EngineConfig) -> OldCosts:
+    """Prices the records of versions that wrote no cost, by today's `engine.price`; batches are known by their writer."""
+
+    def costs(tokens: npt.NDArray[np.int64], path: str) -> npt.NDArray[np.float64] | None:
+        if engine.provider and not engine.price.known:
+            return None
+        share = batch_share(engine) if path.rsplit("/", 1)[1].startswith(f"{WRITER}-") else 1.0
+        rates = np.array([engine.price.of(*one) for one in ((1, 0, 0), (1, 1, 0), (0, 0, 1))])
+        read, cached, written = tokens.T
+        return share * (np.stack([read - cached, cached, written], axis=1) @ rates)
+
+    return costs
 
 
-def spent_so_far(engine: EngineConfig, index: Index, fs: pafs.FileSystem, root: str) -> float:
-    """What an output directory has cost at most: its answers, or what runs with a budget wrote down."""
-    return max(sum((cost_of(engine, index) or {}).values()), read_spent(fs, root))
+def spent_so_far(engine: EngineConfig, params: GenerationParams, index: Index, fs: pafs.FileSystem, root: str) -> float:
+    """What an output directory has cost at most: its records, or what runs with a budget wrote down. A request of unknown
+    cost counts as the dearest one whose cost is known."""
+    known, unknown = index.spent()
+    dearest = most_expensive(engine).of(FIRST_OUTPUT, 0, params.max_tokens or FIRST_OUTPUT) if unknown else 0.0
+    dearest = max(dearest, float(index.cost_usd.max(initial=0.0)))
+    return max(known + unknown * dearest, read_spent(fs, root))
 
 
 def shared_bytes(params: GenerationParams) -> int:

@@ -81,9 +81,12 @@ def _head(asked: Asked, kind: str) -> dict[str, Any]:
     return {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage) -> dict[str, Any] | None:
+    if not usage.known:
+        return None
     return {"prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.input + usage.output,
-            "prompt_tokens_details": {"cached_tokens": usage.cached_input}}  # fmt: skip
+            "prompt_tokens_details": {"cached_tokens": usage.cached_input},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}  # fmt: skip
 
 
 def _logprobs(choice: Choice) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,11 @@ NOTICE_S = 2.0
 
 
 class Stopped(EaglerayError):
-    """The run stopped early; all that is done is committed, and the same command resumes (exit status 4)."""
+    """The run stopped early; all that is done is committed. The same command, with `changes`, resumes (exit status 4)."""
+
+    def __init__(self, message: str, changes: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.changes = dict(changes or {})
 
 
 class EnginesDied(Stopped):

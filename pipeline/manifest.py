@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,16 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 
 from pipeline.batches import Book
-from pipeline.budget import cost_of
+from pipeline.budget import batch_share
 from pipeline.config import Config, without_secrets
 from pipeline.feed import Piece, Status, Summary
 from pipeline.finalize import JobResult
 from pipeline.fs import exists, info_of, listing, resolve
-from pipeline.ledger import Index
+from pipeline.ledger import REPRICED, TOKENS, UNKNOWN, Index
 from pipeline.lossless import canonical
 from pipeline.recognise import DATA, ERRORS, MANIFEST, REPORT
 
@@ -37,8 +39,7 @@ def make_manifest(
     started: float,
 ) -> dict[str, Any]:
     (used,) = result.used
-    tokens = index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None])
-    cost = cost_of(config.engine, index, used)
+    tokens = dict(zip(TOKENS, index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None]).tolist(), strict=True))
     return {
         "status": "complete",
         "rows": {
@@ -50,9 +51,9 @@ def make_manifest(
         },
         "errors": dict(result.errors),
         "this_run": {"asked": asked.done + asked.failed, "failed": asked.failed, "engine_deaths": asked.crashes},
-        "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": None if cost is None else sum(cost.values()),  # null: the price is not known
-        "cost_parts_usd": cost,
+        "requests_sent": int(index.attempts[used].sum(dtype=np.int64)),  # all tries of them
+        "tokens": tokens,  # of all tries
+        **_cost(config, index, used, tokens),
         "price_as_of": config.engine.price.as_of,
         "batches": Book(fs, resolve(str(config.output.path))[1]).told(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
@@ -64,6 +65,33 @@ def make_manifest(
         "started_at": started,
         "finished_at": time.time(),
     }
+
+
+def _cost(config: Config, index: Index, used: npt.NDArray[np.bool_], tokens: dict[str, int]) -> dict[str, Any]:
+    """What the records of the requests in this output cost, superseded ones included; null where one is not known."""
+    flags, known = index.flags[used], float(index.cost_usd[used].sum())
+    unknown, parts = int(np.count_nonzero(flags & UNKNOWN)), None
+    if not unknown:
+        parts = _parts(config, tokens, known)
+        known = sum(parts.values()) if parts else known  # the same but for rounding
+    return {
+        "cost_usd": None if unknown else known,
+        "cost_known_usd": known,
+        "cost_unknown_requests": unknown,
+        "cost_repriced_requests": int(np.count_nonzero(flags & REPRICED)),  # of an older version, by today's price
+        "cost_parts_usd": parts,
+        "spent_usd": index.spent()[0],  # known cost of everything in the ledger, whether this output uses it or not
+    }
+
+
+def _parts(config: Config, tokens: dict[str, int], cost: float) -> dict[str, float] | None:
+    """The cost by kind of token; None where tokens had more than one price, so that one price does not add up to it."""
+    parts = config.engine.price.parts(*(tokens[name] for name in ("input", "cached_input", "output", "cache_write")))
+    shares = (1.0, batch_share(config.engine)) if config.engine.provider else (1.0,)
+    for share in shares:
+        if math.isclose(share * sum(parts.values()), cost, rel_tol=1e-9, abs_tol=1e-12):
+            return {name: share * part for name, part in parts.items()}
+    return None
 
 
 def _fingerprint(config: Config, pieces: list[Piece]) -> dict[str, Any]:

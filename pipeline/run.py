@@ -17,10 +17,11 @@ import orjson
 import pyarrow.fs as pafs
 from rich.console import Console
 
+from engines.base import EngineConfig
 from engines.text import one_line
 from engines.types import ConfigError, EaglerayError
 from pipeline.batches import BatchRun, Book
-from pipeline.budget import Budget, spent_so_far
+from pipeline.budget import Budget, old_costs, spent_so_far
 from pipeline.config import Config
 from pipeline.crew import Crew, Interrupted, Stopped
 from pipeline.executors.live.dispatcher import Dispatcher
@@ -188,11 +189,11 @@ class Answers:
         where = resolve(str(config.output.path))
         self.small = sum(info.size or 0 for info in listing(where[0], f"{where[1]}/{SEGMENTS}")) <= SMALL_BYTES
         if self.small:
-            self.index = read_index(*where).only(failed_too=failed_too)
+            self.index = _read_index(str(config.output.path), failed_too, config.engine)
             self.ref = ray.put(self.index)
         else:
             read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=here())(_read_index)
-            self.ref = read.remote(str(config.output.path), failed_too)
+            self.ref = read.remote(str(config.output.path), failed_too, config.engine)
             self.index = ray.get(self.ref)
         if len(self.index) > FAR_ROWS and len(ray.nodes()) > 1:
             lookup = ray.remote(Lookup).options(num_cpus=0, scheduling_strategy=here())
@@ -200,8 +201,8 @@ class Answers:
             self.ref = ray.put(FarIndex(lookup.remote(self.near), self.index.paths))
 
 
-def _read_index(path: str, failed_too: bool) -> Index:
-    return read_index(*resolve(path)).only(failed_too=failed_too)
+def _read_index(path: str, failed_too: bool, engine: EngineConfig) -> Index:
+    return read_index(*resolve(path), old_costs(engine)).only(failed_too=failed_too)
 
 
 def _plan(config: Config, console: Console) -> tuple[list[Piece], bool]:
@@ -274,7 +275,7 @@ class _Steps:
 
         config, console, state, budget = self.config, self.console, self.state, None
         if (limit := config.run.budget_usd) is not None:
-            spent = spent_so_far(config.engine, known.index, self.fs, self.root)
+            spent = spent_so_far(config.engine, config.params(), known.index, self.fs, self.root)
             budget = Budget(limit, config.engine, config.params(), spent)
         fail = config.dataset.on_bad_input == "fail"
         # In a list, so that the reference itself arrives: only the read tasks look into it.
@@ -290,7 +291,7 @@ class _Steps:
             max_outage_s=config.run.max_outage_s,
             cpus=config.hardware.cpus,
             trace=self.trace,
-            budget_price=budget.price if budget else None,
+            budget=budget is not None,
         )
         crew = Crew(ray.remote(Worker), worker, self.placed, dispatcher, config.run.max_engine_deaths)
         reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
@@ -301,7 +302,8 @@ class _Steps:
         said = False
         finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
         failure: EaglerayError | None = None  # of a replica; the others still commit what they have
-        why, broke, ends_by = "", "", math.inf
+        why, ends_by = "", math.inf
+        broke: Stopped | None = None
         began = time.monotonic()
         try:
             crew.start()
@@ -327,7 +329,8 @@ class _Steps:
                     )
                     if status.broke and budget is not None and not reason:
                         budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
-                        broke = reason = budget.told(f"{status.left:,} rows{more} are left")
+                        broke = Stopped(budget.told(f"{status.left:,} rows{more} are left"), budget.higher)
+                        reason = str(broke)
                     if reason and not why:
                         why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
                         if status.in_flight:
@@ -352,7 +355,7 @@ class _Steps:
         if why:
             if self.interrupts:
                 raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
-            raise Stopped(broke or f"{why}; everything finished is kept, the same command goes on from here")
+            raise broke or Stopped(f"{why}; everything finished is kept, the same command goes on from here")
         return status, summaries
 
     def finalize(self, summaries: dict[int, Summary], answers: Answers) -> JobResult:

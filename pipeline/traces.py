@@ -147,6 +147,12 @@ class RequestSpans:
             told["gen_ai.usage.input_tokens"] = completion.usage.input
             told["gen_ai.usage.cache_read.input_tokens"] = completion.usage.cached_input
             told["gen_ai.usage.output_tokens"] = completion.usage.output
+            if completion.usage.cache_write:
+                told["gen_ai.usage.cache_creation.input_tokens"] = completion.usage.cache_write
+            if completion.usage.reasoning:
+                told["gen_ai.usage.reasoning.output_tokens"] = completion.usage.reasoning
+            if completion.cost_usd:
+                told["eagleray.cost_usd"] = completion.cost_usd
         else:  # not its message, which may quote the row
             told["error.type"] = completion.error.type
             if completion.error.status is not None:

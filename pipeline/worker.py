@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engines.base import Engine, EngineConfig, Price, load_engine
+from engines.base import Engine, EngineConfig, load_engine
 from engines.text import one_line
-from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request
+from engines.types import Completion, EngineError, Failure, GenerationParams, Outage, Request, Usage
 from pipeline.budget import Seen, check_model, shared_bytes
 from pipeline.executors.live.engine_journal import EngineJournal, JournalPlace, journal_place
 from pipeline.feed import Lease, Pulse, Status, request_of
@@ -40,7 +40,7 @@ class WorkerConfig:
     max_outage_s: float
     cpus: float  # 0: the whole machine's
     trace: Trace | None = None
-    budget_price: Price | None = None  # the most that tokens may cost; None: there is no budget
+    budget: bool = False  # whether each try must be asked for
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class _Row:
     id: str
     request: bytes
     since: float = 0.0  # when it came here
+    charged: float = 0.0  # US$ of its failed tries that the budget knows already
 
 
 class Worker:
@@ -119,7 +120,7 @@ class Worker:
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
         engine.attach(source_of, self.config.max_outage_s)
-        if self.config.budget_price is not None:
+        if self.config.budget:
             engine.afford = self._afford
         with contextlib.suppress(OSError):  # without it, all rows held here are suspects if this process dies
             self.journal = EngineJournal(journal_place().path, engine.concurrency)
@@ -228,7 +229,14 @@ class Worker:
             try:
                 completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
-                completion = Completion(error=Failure.of(error), engine=engine.kind)
+                completion = Completion(error=Failure.of(error), engine=engine.kind, attempts=0)
+            except asyncio.CancelledError:  # later than `drain_s`: nobody knows what becomes of it
+                if (cost := engine.cost(Usage(known=False), None)) is None:
+                    lost = Completion(
+                        error=Failure("cancelled", "the run ended before this row was answered"), cost_usd=cost
+                    )
+                    self.records.append(Record(row.key, row.id, lost, time.time(), superseded=True))
+                raise
             except Exception as error:  # a bug, ours or a library's: no row may end the run for all
                 logger.exception("row %s: a bug", row.id)
                 reason = f"a bug: {type(error).__name__}: {one_line(error)}"
@@ -239,12 +247,17 @@ class Worker:
                     self.journal.clear(slot)
             if self.spans is not None:
                 self.spans.add(row.key, row.id, began_ns, completion)
-            if completion.error is not None and completion.error.type == "engine_crash":
-                await self._die(completion.error.message)
-            del self.inside[row.key]
-            if engine.outage is not None and completion.error is not None and completion.error.retryable:
-                raise Outage(engine.outage)
-            if completion.error is None or completion.error.type != "cancelled":  # those go back to the dispatcher
+            failed = completion.error
+            gone = engine.outage if failed is not None and failed.retryable else None
+            if failed is not None and (gone or failed.type in ("cancelled", "engine_crash")):  # it goes back
+                self._record_tries(row, completion)
+                if failed.type == "engine_crash":
+                    await self._die(failed.message)
+                del self.inside[row.key]
+                if gone:
+                    raise Outage(gone)
+            else:
+                del self.inside[row.key]
                 self._record(row, completion)
             self.held -= 1
             self.less.set()
@@ -265,7 +278,7 @@ class Worker:
 
     def _request(self, row: _Row) -> Request:
         request = request_of(loads(row.request), self.config.generation, row.key)
-        if self.config.budget_price is not None:
+        if self.config.budget:
             check_model(request, self.config.engine)
         return request
 
@@ -273,6 +286,8 @@ class Worker:
         """Records poison rows as failed, without asking them."""
         for at, (deaths, key, id) in enumerate(zip(lease.deaths, lease.keys, lease.ids, strict=True)):
             completion = Completion(error=Failure("engine_crash", lease.poison or ""), attempts=0)
+            if self.engine is not None:
+                completion.cost_usd = self.engine.cost(Usage(known=False), None)
             completion.engine, completion.model = self.config.engine.kind, self.config.engine.model
             self._record(_Row(lease.number, at, deaths, key, id, b""), completion)
         await self._flush()
@@ -286,8 +301,9 @@ class Worker:
         counts = self.counts
         counts.input_tokens += completion.usage.input
         counts.output_tokens += completion.usage.output
-        if completion.usage.input or completion.usage.output:  # an answer of the wrong shape is paid, too
-            self._account(row, completion)
+        self._charge(row, completion)
+        if completion.usage.input or completion.usage.output:  # an answer of the wrong shape tells as much
+            self._learn(row, completion)
         if completion.error is None:
             counts.done += 1
         else:
@@ -297,20 +313,34 @@ class Worker:
             counts.errors[completion.error.type] += 1
             counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
 
-    def _account(self, row: _Row, completion: Completion) -> None:
-        """What an answer cost, and what it tells about the estimates of others."""
-        usage, config = completion.usage, self.config
-        price = config.engine.price
-        if completion.engine != config.engine.kind and config.budget_price is not None:
-            price = config.budget_price  # a fallback's, and whoever refused before it may want to be paid too
-        self.counts.cost_usd += price.of(usage.input, usage.cached_input, usage.output)
+    def _record_tries(self, row: _Row, completion: Completion) -> None:
+        """What a row took that goes back to the dispatcher: it is asked again, and its tries may have to be paid."""
+        if completion.cost_usd == 0 and not (self.config.engine.provider and completion.attempts):
+            return
+        self.records.append(Record(row.key, row.id, completion, time.time(), superseded=True))
+        self._charge(row, completion)
+
+    def _charge(self, row: _Row, completion: Completion) -> None:
+        """Adds what a row cost, for the budget without what it knows already."""
+        counts = self.counts
+        if completion.cost_usd is None:
+            counts.cost_unknown += 1
+            counts.unpriced.append((row.lease, row.offset))
+        else:
+            counts.cost_usd += completion.cost_usd
+            counts.spent += completion.cost_usd - row.charged
+
+    def _learn(self, row: _Row, completion: Completion) -> None:
+        """What an answer tells about the estimates of others."""
+        usage = completion.usage
         size = len(row.request) + self.overhead
         each = -(-usage.output // max(1, len(completion.choices)))
         self.counts.seen.add(Seen(1, usage.input / size if size else 0.0, each))
 
-    async def _afford(self, request: Request) -> bool:
+    async def _afford(self, request: Request, usd: float | None) -> bool:
         row = self.inside[bytes.fromhex(request.key[:64])]  # a turn's, or another try's, has more behind it
-        room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset)
+        row.charged += usd or 0.0
+        room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset, usd)
         return room
 
     def _pulse(self) -> Pulse:

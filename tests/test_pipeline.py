@@ -19,8 +19,8 @@ from tests.conftest import Infer, ask
 
 Write = Callable[..., Path]
 
-OURS_AFTER_OWN = ["response", "messages", "finish_reason", "tool_calls", "reasoning", "usage", "model", "engine",
-                  "attempts", "latency_s", "error"]  # fmt: skip
+OURS_AFTER_OWN = ["response", "messages", "finish_reason", "tool_calls", "reasoning", "usage", "cost_usd", "model",
+                  "engine", "attempts", "latency_s", "error"]  # fmt: skip
 
 
 def asked(infer: Infer) -> int:

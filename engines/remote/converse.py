@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from engines.media import image_of
-from engines.remote.chat import bad_response, count
+from engines.remote.chat import bad_response, count, is_count
 from engines.remote.messages import _call_id, call_of, split
 from engines.remote.provider import Provider, put
 from engines.types import (
@@ -116,7 +116,30 @@ def _tool_choice(choice: str | dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def completion(payload: dict[str, Any], _: Provider) -> Completion:
-    """A whole answer, read leniently. Raises `EngineError` where there is none in it."""
+    """A whole answer, read leniently. Raises `EngineError` where there is none in it, with the usage that is paid."""
+    usage = _usage(payload.get("usage"))
+    try:
+        return _completion(payload, usage)
+    except EngineError as error:
+        error.usage = usage
+        raise
+
+
+def _usage(found: Any) -> Usage:
+    """`inputTokens` leaves out what was read from the prompt cache and what was written to it."""
+    if not isinstance(found, dict):
+        return Usage(known=False)
+    cached, write = count(found.get("cacheReadInputTokens")), count(found.get("cacheWriteInputTokens"))
+    details = found.get("cacheDetails")
+    parts = [part for part in details if isinstance(part, dict)] if isinstance(details, list) else []
+    return Usage(
+        count(found.get("inputTokens")) + cached + write, cached, count(found.get("outputTokens")), write,
+        cache_write_1h=sum(count(part.get("inputTokens")) for part in parts if part.get("ttl") == "1h"),
+        known=is_count(found.get("inputTokens")) and is_count(found.get("outputTokens")),
+    )  # fmt: skip
+
+
+def _completion(payload: dict[str, Any], usage: Usage) -> Completion:
     output = payload.get("output")
     message = output.get("message") if isinstance(output, dict) else None
     blocks = message.get("content") if isinstance(message, dict) else None
@@ -141,12 +164,8 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
         raise EngineError("content_filter", f"Bedrock withheld the answer ({reason})")
     if reason is None and not blocks:
         raise bad_response("the answer is empty", payload)
-    found = payload.get("usage")
-    usage = found if isinstance(found, dict) else {}
-    cached = count(usage.get("cacheReadInputTokens"))
-    read = count(usage.get("inputTokens")) + cached + count(usage.get("cacheWriteInputTokens"))
     return Completion(
         [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(str(reason), "stop"))],
-        Usage(read, cached, count(usage.get("outputTokens"))),
+        usage,
         reasoning="\n".join(thoughts) or None,
     )

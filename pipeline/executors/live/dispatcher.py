@@ -115,12 +115,13 @@ class Dispatcher:
                 except TimeoutError:
                     pass
 
-    async def lost(self, worker: str, number: int, at: int) -> bool:
-        """A try of this row failed, and its answer may have to be paid. Returns whether the budget has room for another."""
+    async def lost(self, worker: str, number: int, at: int, usd: float | None = None) -> bool:
+        """A try of this row failed, and its answer may have to be paid, with `usd` where that is known. Returns whether the
+        budget has room for another."""
         lease = self.table.leases.get(worker, {}).get(number)
         if lease is None or not lease.costs:
             return True
-        self.admission.spend(lease.costs[at])
+        self.admission.spend(lease.costs[at] if usd is None else usd)
         await self.admission.write_down()
         return not self.admission.exceeded
 
@@ -131,7 +132,7 @@ class Dispatcher:
         status = self.run_status
         if pulse is not None and worker not in self.table.gone:
             status.replicas[worker] = pulse
-        self.admission.spend(counts.cost_usd, counts.seen)
+        self.admission.spend(counts.spent + self.table.reserved(worker, counts.unpriced), counts.seen)
         self.table.commit(worker, durable)
         if counts.done + counts.failed > counts.errors["engine_crash"]:
             self.trial.finished()
@@ -140,6 +141,7 @@ class Dispatcher:
         status.input_tokens += counts.input_tokens
         status.output_tokens += counts.output_tokens
         status.cost_usd += counts.cost_usd
+        status.cost_unknown += counts.cost_unknown
         status.errors.update(counts.errors)
         status.first_errors = {**counts.first_errors, **status.first_errors}
         await self._notify()

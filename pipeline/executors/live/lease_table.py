@@ -152,6 +152,11 @@ class LeaseTable:
                 self.trial.recording.pop(number, None)
                 del mine[number]
 
+    def reserved(self, worker: str, places: Iterable[tuple[int, int]]) -> float:
+        """The most that these (lease, row) of `worker` may cost, in US dollars; 0 without a budget."""
+        mine = self.leases.get(worker, {})
+        return sum(mine[number].costs[at] for number, at in places if number in mine and mine[number].costs)
+
     def _look_at_trial(self, number: int, lease: LeaseState) -> None:
         if number in self.trial.recording:
             return
