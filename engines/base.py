@@ -13,13 +13,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from dataclasses import replace
 from typing import Any, ClassVar, Self, TypeVar
 
-from engines.config import Capabilities, EngineConfig, SourceOf, config_from_keys
+from engines.config import Capabilities, EngineConfig, Price, SourceOf, config_from_keys
 from engines.errors import ConfigError, EngineError, Failure
 from engines.params import GenerationParams
+from engines.prices import price_of
 from engines.remote.batch.api import Batches
 from engines.structured import generate_validated
 from engines.turns import generate_turns
 from engines.types import Completion, Conversation, Delta, Request, Stream, text_of, to_request
+from engines.usage import Usage
 
 T = TypeVar("T")
 
@@ -33,13 +35,15 @@ class Engine(Batches, ABC):
     kind: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
     max_outage_s: float = 900.0  # how long a remote engine's server may be silent
-    # Told that a try failed whose answer may have to be paid; whether there is money for another one.
-    check_budget: Callable[[Request], Awaitable[bool]] | None = None
+    # Told that a try failed which may have to be paid, and its cost in US$ (None: not known); whether there is money for
+    # another one.
+    check_budget: Callable[[Request, float | None], Awaitable[bool]] | None = None
     outage: str | None = None  # set where it was for longer: rows then fail for no fault of theirs
 
     def __init__(self, config: EngineConfig | None = None, /, **keys: Any) -> None:
         self.config = config if config is not None else config_from_keys(self.kind, keys)
         self._dropped: set[str] = set()
+        self._prices: dict[tuple[str | None, str | None], Price] = {}
         self.counts: Counter[str] = Counter()  # for metrics: what only the engine sees
         self._load()
 
@@ -78,13 +82,32 @@ class Engine(Batches, ABC):
         try:
             completion = await self._generate(self.prepared(request))
         except EngineError as error:
-            completion = Completion(error=Failure.of(error), attempts=error.attempts)
+            completion = Completion(error=Failure.of(error), usage=error.usage or Usage(), attempts=error.attempts)
         if not completion.latency_s:  # a remote engine tells how long the answer itself took, without the waits before it
             completion.latency_s = time.perf_counter() - started
         completion.engine = self.kind
+        completion.cost_usd = self.cost(completion.usage, request.model, completion.model)
         if completion.model is None:
             completion.model = request.model or self.config.model
         return completion
+
+    def cost(self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False) -> float | None:
+        """US$ for the usage of a request for the model `asked` (None: the engine's own), by the price of that model; where
+        it has none, by that of the model that `answered`. None where it is not known. A local engine without a price is
+        free.
+        """
+        if not usage.input and not usage.output and usage.known:
+            return 0.0
+        if not self.config.provider:  # a rate that is not set is free
+            return self.config.price.of(usage.input, usage.cached_input, usage.output, usage.cache_write)
+        if (asked, answered) not in self._prices:
+            self._prices[asked, answered] = price_of(self.config, asked, answered)
+        cost = self._prices[asked, answered].cost(usage)
+        return None if cost is None else cost * (self.batch_share(asked) if batch else 1.0)
+
+    def batch_share(self, model: str | None) -> float:
+        """The price of this model in a provider's batch, as a share of the live one."""
+        return 1.0
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta | Completion, None]:
         """As `generate`, with the text piece by piece as it comes, where the engine can; else whole at the end.
@@ -119,6 +142,7 @@ class Engine(Batches, ABC):
         if self.config.unsupported == "drop":
             request = self._without_unsupported(request, capabilities)
         if refused := capabilities.refuse(request, self.config):
+            refused.attempts = 0
             raise refused
         return request
 

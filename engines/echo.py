@@ -2,8 +2,9 @@
 
 Everything it does follows from the request alone, so two runs agree row by row. `kwargs`:
 `latency_s` (mean time an answer takes), `jitter_s` (spread evenly around it), `failure_rate` (share of requests that
-fail with a `server` error), `crash_rate` (share that kill the process, as a segfault in an engine would), `slow_every`
-and `slow_s` (one request in so many takes this long: stragglers).
+fail with a `server` error), `crash_rate` (share that kill the process, as a segfault in an engine would), `crash_text` (a
+request with this text in its last user message kills the process, after `latency_s`), `slow_every` and `slow_s` (one
+request in so many takes this long: stragglers).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import signal
 from engines.base import Engine
 from engines.config import Capabilities
 from engines.errors import ConfigError, EngineError, nearest
-from engines.types import Choice, Completion, Request, Usage, answer, text_of
+from engines.types import Choice, Completion, Request, answer, text_of
+from engines.usage import Usage
 
 _DEFAULTS = {"latency_s": 0.0, "jitter_s": 0.0, "failure_rate": 0.0, "crash_rate": 0.0, "slow_every": 0.0, "slow_s": 0.0}
 
@@ -27,7 +29,11 @@ class EchoEngine(Engine):
 
     def _load(self) -> None:
         settings = dict(_DEFAULTS)
-        for name, value in self.config.kwargs.items():
+        kwargs = dict(self.config.kwargs)
+        self.crash_text = kwargs.pop("crash_text", "")
+        if not isinstance(self.crash_text, str):
+            raise ConfigError(f"engine.kwargs.crash_text must be a text, not {self.crash_text!r}")
+        for name, value in kwargs.items():
             if name not in settings:
                 raise ConfigError(f"engine.kwargs.{name} is not known to engine=echo{nearest(name, settings)}")
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
@@ -35,7 +41,7 @@ class EchoEngine(Engine):
             settings[name] = float(value)
         self.settings = settings
         # Nothing random to draw: answering costs no hash at all.
-        self.plain = not any(settings.values())
+        self.plain = not any(settings.values()) and not self.crash_text
 
     @property
     def concurrency(self) -> int:
@@ -66,6 +72,8 @@ class EchoEngine(Engine):
             latency = s["slow_s"]
         if latency > 0:
             await asyncio.sleep(latency)
+        if self.crash_text and self.crash_text in text:
+            os.kill(os.getpid(), signal.SIGKILL)
         if fail < s["failure_rate"]:
             raise EngineError("server", "engine=echo was told to fail on this request", status=500, retryable=True)
         return latency

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engines.usage import Usage
+
 ErrorType = Literal[
     "invalid_input",
     "context_length",
@@ -51,7 +53,7 @@ class EngineError(EaglerayError):
         self.retryable = retryable
         self.retry_after: float | None = None  # seconds a provider asks to wait
         self.attempts = 1
-        self.paid = False  # an answer came, or was under way, that may have to be paid all the same
+        self.usage: Usage | None = None  # of an answer that has to be paid all the same; None: nothing was answered
 
     def __reduce__(self) -> Any:
         return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable)

@@ -46,7 +46,7 @@ def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dry:
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     # Whether packages and keys are missing is certain only where Ray is started here.
-    monkeypatch.setattr("pipeline.preflight.checks._joins_a_cluster", lambda: False)
+    monkeypatch.setattr("pipeline.preflight.checks.joins_a_cluster", lambda: False)
     return Dry(tmp_path / "out")
 
 
@@ -200,7 +200,7 @@ def test_a_parameter_that_no_row_could_have_ends_a_run_at_once(
 def test_where_a_cluster_is_joined_its_machines_may_have_what_this_one_lacks(
     dry: Dry, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.preflight.checks._joins_a_cluster", lambda: True)
+    monkeypatch.setattr("pipeline.preflight.checks.joins_a_cluster", lambda: True)
     status, text = dry(write_jsonl([ask("a")]), *OPENAI)
     assert (status, "the replicas' machines may have it" in text) == (0, True)
 
@@ -326,7 +326,7 @@ def test_an_output_is_not_given_up_for_a_run_that_cannot_start(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert infer(data, *more, engine="openai").exit_status == 0
     monkeypatch.delenv("OPENAI_API_KEY")
-    monkeypatch.setattr("pipeline.preflight.checks._joins_a_cluster", lambda: False)
+    monkeypatch.setattr("pipeline.preflight.checks.joins_a_cluster", lambda: False)
     assert infer(data, *more, engine="openai").exit_status == 0  # it is complete, and needs no key
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
         infer(data, *more, "run.resume=false", engine="openai")

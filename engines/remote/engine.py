@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import orjson
 
-from engines.base import Engine, run_sync
+from engines.base import Engine
 from engines.config import Capabilities, SourceOf
 from engines.errors import ConfigError, EngineError, invalid, nearest
 from engines.remote import anthropic_messages, openai_chat
@@ -28,6 +28,7 @@ from engines.remote.provider import Provider, endpoints, merge
 from engines.remote.rate_limits import Limits
 from engines.remote.sse import SSEParser, StreamAccumulator
 from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
+from engines.usage import Usage
 
 WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
 ACCUMULATORS: dict[str, type[StreamAccumulator]] = {
@@ -76,7 +77,6 @@ class RemoteEngine(Engine):
             timeout_s=config.timeout_s,
             connect_timeout_s=min(config.connect_timeout_s, config.timeout_s),
             read_timeout_s=config.read_timeout_s,
-            connections=self.max_concurrency,
         )
         self.transport.check(self.endpoints.urls[0], {**self.headers, **self.auth.fixed})
 
@@ -131,7 +131,7 @@ class RemoteEngine(Engine):
 
     def close(self) -> None:
         if hasattr(self, "transport"):
-            run_sync(self.transport.aclose())
+            self.transport.close()
 
     # -- one request --------------------------------------------------------------------------------------------------
 
@@ -163,31 +163,41 @@ class RemoteEngine(Engine):
     async def _generate(self, request: Request) -> Completion:
         self._bind()
         streams = getattr(self.wire, "STREAM", {}) if request.stream is not None else {}
-        content, size = self.encode({**streams, **self.body(request)})
+        try:
+            content, size = self.encode({**streams, **self.body(request)})
+        except EngineError as error:
+            error.attempts = 0
+            raise
         model = request.model or self.config.model or ""
         cost = size / self.bytes_per_token, float(request.generation.max_tokens or self.mean_output)
         headers = self.headers
         if self.provider.idempotency_header:  # a new one in another run: a failure there must not be replayed here
             headers = {**headers, self.provider.idempotency_header: f"{self.run_id}-{request.key or uuid.uuid4().hex}"}
-        began, tries, counted = time.monotonic(), 0, 0
+        began, tries, counted, failed = time.monotonic(), 0, 0, Usage()
         while True:
             tries += 1
             try:
                 completion = await self._try(request, model, headers, content, cost)
                 completion.attempts = tries
+                completion.usage.add(failed)
                 return completion
             except EngineError as error:
-                error.attempts = tries
+                tries -= error.type == "cancelled"  # it was not sent
                 affordable = True
-                if self.check_budget is not None and (error.paid or error.type in ("timeout", "bad_response")):
-                    affordable = await self.check_budget(request)
+                if error.usage is None and error.type in ("timeout", "bad_response"):
+                    error.usage = Usage(known=False)
+                if error.usage is not None:
+                    failed.add(error.usage)
+                    if self.check_budget is not None:
+                        affordable = await self.check_budget(request, self.cost(error.usage, request.model))
+                error.attempts, error.usage = tries, failed
                 if not error.retryable or (request.stream is not None and request.stream.begun):
                     raise
                 if not affordable:
                     broke = EngineError(
                         "budget", f"run.budget_usd leaves no room for another try ({error})", retryable=True
                     )
-                    broke.attempts = tries
+                    broke.attempts, broke.usage = tries, failed
                     raise broke from None
                 down = self.endpoints.down_s
                 if down > self.max_outage_s:
@@ -200,15 +210,18 @@ class RemoteEngine(Engine):
                     raise
                 self.counts["retried"] += 1
                 wait = random.uniform(0, min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** min(tries, 16)))
-                await self._pause(max(wait + self.retries.wait_s(), error.retry_after or 0.0))
+                if await self._stops_within(max(wait + self.retries.wait_s(), error.retry_after or 0.0)):
+                    back = cancelled()
+                    back.attempts, back.usage = tries, failed
+                    raise back from None
 
-    async def _pause(self, seconds: float) -> None:
-        """Waits, holding no slot; when the run ends, the row goes back instead."""
+    async def _stops_within(self, seconds: float) -> bool:
+        """Waits, holding no slot. True as soon as the run ends: the row then goes back."""
         try:
             await asyncio.wait_for(self.stopping.wait(), seconds)
         except TimeoutError:
-            return
-        raise cancelled()
+            return False
+        return True
 
     async def _try(
         self, request: Request, model: str, headers: dict[str, str], content: Any, cost: tuple[float, float]
@@ -282,7 +295,9 @@ class RemoteEngine(Engine):
             reply = await self.transport.send("POST", endpoint.url, sent, content, parser.feed if parser else None)
         except httpx.HTTPError as error:
             lost = self._clean(broken(error))
-            lost.paid = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            connected = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            if connected and lost.type != "bad_request":  # an answer may have been under way
+                lost.usage = Usage(known=False)
             raise lost from None
         except EngineError as error:  # an event that is none
             raise self._clean(error) from None
@@ -309,11 +324,7 @@ class RemoteEngine(Engine):
             code = inner.get("code") if isinstance(inner, dict) else None
             code = code if isinstance(code, int) and code >= 400 else 502
             raise self._clean(failure(code, orjson.dumps(payload), reply.headers))
-        try:
-            return self.read(payload)
-        except EngineError as error:
-            error.paid = True
-            raise
+        return self.read(payload)
 
     def read(self, answer: dict[str, Any] | EngineError) -> Completion:
         """The completion in an answer's body. Raises `EngineError` where there is none, or the one it is given."""
@@ -324,6 +335,10 @@ class RemoteEngine(Engine):
         except EngineError as error:
             raise self._clean(error) from None
         return completion
+
+    def batch_share(self, model: str | None) -> float:
+        """By `provider.batch.price`; 1 where no discount is declared."""
+        return float(self.provider.for_model(model or self.config.model).batch.get("price", 1.0))
 
     def _clean(self, error: EngineError) -> EngineError:
         error.args = (self.auth.clean(str(error)),)

@@ -23,11 +23,10 @@ from engines.remote.engine import RemoteEngine
 from engines.remote.provider import Provider, endpoints
 from engines.types import Request
 from pipeline.config import Config, without_secrets
-from pipeline.output.manifest import MANIFEST
 from pipeline.preflight.dataset_estimate import Check
 from pipeline.storage.filesystem import exists, listing
-from pipeline.storage.ledger import SEGMENTS
 from pipeline.storage.lock import held
+from pipeline.storage.output_files import MANIFEST, SEGMENTS
 
 
 @dataclass(slots=True)
