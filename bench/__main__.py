@@ -134,6 +134,17 @@ def markdown(results: dict[str, Any]) -> str:
             ("remote, 512 in flight, 200 ms: requests/s, engine alone", f"{slow['req_per_s']:,}", ""),
             ("… share of the possible 2,560", f"{slow['of_possible']:.3f}", "≥ 0.92"),
         ]
+        if one := found.get("transport"):  # measured once, when the transport was changed
+            rows += [
+                (
+                    f"… on aiohttp against pyreqwest, taking turns ({one['date']}): 64 in flight",
+                    f"{one['no_latency']:.2f}",
+                    "",
+                ),
+                ("… 512 in flight, 200 ms", f"{one['latency']:.2f}", ""),
+                ("… processor time a request, µs, pyreqwest → aiohttp: 64 in flight", "{} → {}".format(*one["cpu_us"]), ""),
+                ("… 512 in flight, connections opened included", "{} → {}".format(*one["cpu_us_latency"]), ""),
+            ]
         for workers in (1, 4):
             limit = found[f"limited_{workers}"]
             sent = f"{limit['most_in_60_s']:,}"

@@ -23,7 +23,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage.ledger import SEGMENTS
+from pipeline.storage.output_files import SEGMENTS
 
 
 def write_rows(path: Path, rows: int) -> None:

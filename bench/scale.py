@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 
 from bench.pipeline import _kind, private_mib
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import SEGMENT_SCHEMA, SEGMENTS, USAGE, _put
+from pipeline.storage.ledger import SEGMENT_SCHEMA, TOKENS, USAGE, _put
+from pipeline.storage.output_files import SEGMENTS
 
 # Nothing is started before it is needed, and nothing is ended before the machine is all but full. A worker that has nothing
 # to do is kept for two minutes, longer than a node waits for its next file, and not for the rest of the run, whose memory
@@ -74,7 +75,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 began, cpu = time.perf_counter(), time.process_time()
 index = read_index(*resolve(sys.argv[1]))
 seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-arrays = (index.hi, index.lo, index.segment, index.row, index.failed, index.tokens)
+arrays = (index.hi, index.lo, index.segment, index.row, index.failed, index.tokens, index.cost_usd, index.flags,
+          index.attempts)
 peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 print(json.dumps({"rows": len(index), "segments": len(index.paths), "seconds": seconds, "cpu": cpu, "peak": peak,
                   "bytes": sum(array.nbytes for array in arrays)}))
@@ -199,9 +201,15 @@ def ledger(sizes: tuple[int, ...] = (1_000_000, 5_000_000, 10_000_000)) -> list[
             while written < size:
                 rows = min(65_536, size - written)
                 keys = pa.Array.from_buffers(pa.binary(32), rows, [None, pa.py_buffer(os.urandom(32 * rows))])
-                usage = pa.repeat(pa.scalar({"input": 3, "cached_input": 0, "output": 3}, USAGE), rows)
+                usage = pa.repeat(pa.scalar(dict.fromkeys(TOKENS, 0) | {"input": 3, "output": 3}, USAGE), rows)
                 when = pa.repeat(pa.scalar(written, pa.timestamp("ms", tz="UTC")), rows)
-                known = {"key": keys, "response": pa.repeat("an answer", rows), "usage": usage, "done_at": when}
+                known = {
+                    "key": keys,
+                    "response": pa.repeat("an answer", rows),
+                    "usage": usage,
+                    "done_at": when,
+                    "cost_usd": pa.repeat(0.0, rows),
+                }
                 columns = [known[f.name] if f.name in known else pa.nulls(rows, f.type) for f in SEGMENT_SCHEMA]
                 _put(*resolve(str(work)), "w1", pa.Table.from_arrays(columns, schema=SEGMENT_SCHEMA))
                 written += rows

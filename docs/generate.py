@@ -185,7 +185,7 @@ def batches() -> str:
             continue
         wire = WIRES[declared["wire"]]
         rows, size = declared.get("rows", wire.max_rows), declared.get("bytes", wire.max_bytes)
-        lines.append(f"| `{kind}` | {declared['wire']} | {rows:,} | {size:,} | {declared.get('price', 0.5)} |")
+        lines.append(f"| `{kind}` | {declared['wire']} | {rows:,} | {size:,} | {declared.get('price', 1.0)} |")
     return "\n".join([*lines, "", f"Without one: {', '.join(without)}."])
 
 

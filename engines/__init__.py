@@ -12,18 +12,8 @@ from engines.config import Capabilities, EngineConfig, Price
 from engines.errors import ConfigError, EaglerayError, EngineError, Failure
 from engines.params import GenerationParams
 from engines.registry import HTTP_ENGINES, REGISTRY, load_engine
-from engines.types import (
-    Choice,
-    Completion,
-    ContentPart,
-    Conversation,
-    Delta,
-    FinishReason,
-    Message,
-    Request,
-    ToolCall,
-    Usage,
-)
+from engines.types import Choice, Completion, ContentPart, Conversation, Delta, FinishReason, Message, Request, ToolCall
+from engines.usage import Usage
 
 if TYPE_CHECKING:
     from engines.echo import EchoEngine

@@ -16,13 +16,15 @@ from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from engines.config import Capabilities, EngineConfig, config_from_keys
+from engines.config import Capabilities, EngineConfig, Price, config_from_keys
 from engines.errors import ConfigError, EngineError, Failure, Finding
 from engines.params import GenerationParams
+from engines.prices import price_of
 from engines.rendering import render_messages
 from engines.structured import generate_validated
 from engines.turns import generate_turns
 from engines.types import Completion, Conversation, Delta, Request, Stream, text_of, to_request
+from engines.usage import Usage
 
 if TYPE_CHECKING:
     from engines.remote.controls import RemoteControls
@@ -90,6 +92,7 @@ class Engine(ABC):
                 self._warn_dropped(lack[1])
                 request = replace(request, generation=replace(request.generation, **{lack[0]: None}))
         if refused := capabilities.refuse(request, self.config):
+            refused.attempts = 0
             raise refused
         return request
 
@@ -170,6 +173,31 @@ class Engine(ABC):
 
         return await asyncio.gather(*(one(conversation) for conversation in conversations))
 
+    # -- money --------------------------------------------------------------------------------------------------------
+
+    def cost(self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False) -> float | None:
+        """US$ for the usage of a request, by the price of the model `asked` for (None: the engine's own).
+
+        If that model has no price, the price of the model that `answered` counts. None if neither is known. A local engine
+        without a price is free.
+        """
+        if not usage.input and not usage.output and usage.known:
+            return 0.0
+        if not self.config.provider:  # a rate that is not set is free
+            return self.config.price.of(usage.input, usage.cached_input, usage.output, usage.cache_write)
+        if (asked, answered) not in self._prices:
+            self._prices[asked, answered] = price_of(self.config, asked, answered)
+        cost = self._prices[asked, answered].cost(usage)
+        return None if cost is None else cost * (self.batch_share(asked) if batch else 1.0)
+
+    def batch_share(self, model: str | None) -> float:
+        """The price of this model in a provider's batch, as a share of the live price."""
+        return 1.0
+
+    @functools.cached_property
+    def _prices(self) -> dict[tuple[str | None, str | None], Price]:
+        return {}
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -225,10 +253,11 @@ class ModelEngine(Engine):
         try:
             completion = await self._generate(self.prepared(request))
         except EngineError as error:
-            completion = Completion(error=Failure.of(error), attempts=error.attempts)
+            completion = Completion(error=Failure.of(error), usage=error.usage or Usage(), attempts=error.attempts)
         if not completion.latency_s:  # a remote engine measures the answer alone, without the waits before it
             completion.latency_s = time.perf_counter() - started
         completion.engine = self.kind
+        completion.cost_usd = self.cost(completion.usage, request.model, completion.model)
         if completion.model is None:
             completion.model = request.model or self.config.model
         return completion

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from engines.errors import ConfigError, EngineError, invalid, must_be, nearest, unknown_key
 from engines.params import GenerationParams
 from engines.types import Request
+from engines.usage import Usage
 
 
 def key(default: Any, help: str) -> Any:
@@ -29,16 +30,42 @@ class Price:
     cached_input: float | None = None  # None: as `input`
     output: float | None = None
     as_of: str | None = None  # the day of the list it is from
+    cache_write: float | None = None  # for 5 minutes; None: as `input`
+
+    # Writing to the prompt cache for an hour costs 2.0 times the input where 5 minutes cost 1.25 times.
+    HOUR: ClassVar[float] = 2.0 / 1.25
 
     @property
     def known(self) -> bool:
         return self.input is not None or self.output is not None
 
-    def of(self, input: float, cached_input: float, output: float) -> float:
-        """What so many tokens cost, where `known`; the cached ones are among the input. A rate nobody told adds nothing."""
-        each, cached_input = self.input or 0.0, min(cached_input, input)  # whatever a provider says
+    def parts(
+        self, input: float, cached_input: float, output: float, cache_write: float = 0, cache_write_1h: float = 0
+    ) -> dict[str, float]:
+        """US$ for so many tokens, by kind; cached and written ones are among the input. A rate that is not known adds 0."""
+        each, cached_input = self.input or 0.0, min(cached_input, input)
         cached = self.cached_input if self.cached_input is not None else each
-        return ((input - cached_input) * each + cached_input * cached + output * (self.output or 0.0)) / 1e6
+        write = self.cache_write if self.cache_write is not None else each
+        return {
+            "input": (input - cached_input - cache_write) * each / 1e6,
+            "cached_input": cached_input * cached / 1e6,
+            "cache_write": (cache_write + cache_write_1h * (self.HOUR - 1)) * write / 1e6,
+            "output": output * (self.output or 0.0) / 1e6,
+        }
+
+    def of(
+        self, input: float, cached_input: float, output: float, cache_write: float = 0, cache_write_1h: float = 0
+    ) -> float:
+        """US$ for so many tokens: the sum of `parts`."""
+        return sum(self.parts(input, cached_input, output, cache_write, cache_write_1h).values())
+
+    def cost(self, usage: Usage) -> float | None:
+        """US$ for a usage. None where the usage is not known, unless all is free, or a rate that it needs."""
+        if not usage.known and not (self.input == 0 == self.output):
+            return None
+        if (usage.input and self.input is None) or (usage.output and self.output is None):
+            return None
+        return self.of(usage.input, usage.cached_input, usage.output, usage.cache_write, usage.cache_write_1h)
 
 
 @dataclass(slots=True)
@@ -71,7 +98,10 @@ class EngineConfig:
     fallback: Any = key([], "engines that get a row this one failed for good: names, or mappings of the keys here")
     price: Price = field(
         default_factory=Price,
-        metadata={"help": "input, cached_input, output: US$ per million tokens; unset: the list price, where it is known"},
+        metadata={
+            "help": "input, cached_input, cache_write, output of engine.model: US$ per million tokens; unset: the list "
+            "price, where it is known"
+        },
     )
 
     # The keywords that change the answer; the others change only the speed.

@@ -2,8 +2,9 @@
 
 Its behaviour depends on the request alone, so two runs agree row by row. `kwargs`:
 `latency_s` (mean seconds of an answer), `jitter_s` (spread evenly around that mean), `failure_rate` (share of requests that
-fail with a `server` error), `crash_rate` (share that kill the process, as a segfault in an engine would), `slow_every` and
-`slow_s` (one request in `slow_every` takes `slow_s` seconds).
+fail with a `server` error), `crash_rate` (share that kill the process, as a segfault in an engine would), `crash_text` (a
+request with this text in its last user message kills the process, after `latency_s`), `slow_every` and `slow_s` (one
+request in `slow_every` takes `slow_s` seconds).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import signal
 from engines.base import ModelEngine
 from engines.config import Capabilities, EngineConfig
 from engines.errors import ConfigError, EngineError, must_be, nearest
-from engines.types import Choice, Completion, Request, Usage, answer, text_of
+from engines.types import Choice, Completion, Request, answer, text_of
+from engines.usage import Usage
 
 _DEFAULTS = {"latency_s": 0.0, "jitter_s": 0.0, "failure_rate": 0.0, "crash_rate": 0.0, "slow_every": 0.0, "slow_s": 0.0}
 
@@ -29,7 +31,11 @@ class EchoEngine(ModelEngine):
 
     def _load(self) -> None:
         settings = dict(_DEFAULTS)
-        for name, value in self.config.kwargs.items():
+        kwargs = dict(self.config.kwargs)
+        self.crash_text = kwargs.pop("crash_text", "")
+        if not isinstance(self.crash_text, str):
+            raise ConfigError(f"engine.kwargs.crash_text must be a text, not {self.crash_text!r}")
+        for name, value in kwargs.items():
             if name not in settings:
                 raise ConfigError(f"engine.kwargs.{name} is not known to engine=echo{nearest(name, settings)}")
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
@@ -37,7 +43,7 @@ class EchoEngine(ModelEngine):
             settings[name] = float(value)
         self.settings = settings
         # Without settings nothing is drawn at random, so no request is hashed.
-        self.plain = not any(settings.values())
+        self.plain = not any(settings.values()) and not self.crash_text
 
     @classmethod
     def unloaded(cls, config: EngineConfig) -> EchoEngine:
@@ -72,6 +78,8 @@ class EchoEngine(ModelEngine):
             latency = s["slow_s"]
         if latency > 0:
             await asyncio.sleep(latency)
+        if self.crash_text and self.crash_text in text:
+            os.kill(os.getpid(), signal.SIGKILL)
         if fail < s["failure_rate"]:
             raise EngineError("server", "engine=echo was told to fail on this request", status=500, retryable=True)
         return latency

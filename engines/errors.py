@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+from engines.usage import Usage
+
 # What a failed row's `error` can be. Each type is also an error code.
 ErrorType = Literal[
     "invalid_input",
@@ -124,7 +126,7 @@ class EngineError(EaglerayError):
         self.retryable = retryable
         self.retry_after: float | None = None  # seconds the provider asks us to wait
         self.attempts = 1
-        self.paid = False  # the provider may charge for this request although it failed
+        self.usage: Usage | None = None  # of an answer that may have to be paid; None: nothing was answered
 
     @property
     def code(self) -> str:

@@ -6,6 +6,8 @@
       gpt-4o-mini: {input: 0.15, cached_input: 0.075, output: 0.6}   # US$ per million tokens
 
 A model's dated and `-latest` names (`gpt-4o-mini-2024-07-18`) cost the same, unless they are named themselves.
+`cache_write` is the rate for tokens written to the prompt cache for 5 minutes; for Claude it is 1.25 times `input` where no
+list has it.
 """
 
 from __future__ import annotations
@@ -19,31 +21,54 @@ from typing import Any
 
 from engines.config import EngineConfig, Price
 from engines.errors import ConfigError, nearest
-from engines.registry import fallbacks
 
-RATES = ("input", "cached_input", "output")
+RATES = ("input", "cached_input", "cache_write", "output")
+# Writing to the prompt cache for 5 minutes, as a multiple of `input`, by model (2026-11: Anthropic, and Claude elsewhere).
+_CACHE_WRITE = {re.compile(r"\bclaude\b"): 1.25}
 _VERSION = re.compile(r"-(\d{4}-?\d{2}-?\d{2}|latest)$")
 
 
 def priced(config: EngineConfig, folder: Path | None = None) -> Price:
     """The price of this engine's model: what `config.price` says, the rest from the lists; `folder`'s come first."""
     given = config.price
-    if not config.model or (given.input is not None and given.output is not None):
+    if not config.model:
         return given
-    found = _find(config.kind, config.model, folder) or Price()
-    return replace(found, **{name: value for name, value in asdict(given).items() if value is not None})
+    if given.input is None or given.output is None:
+        found = list_price(config, config.model, folder)
+        given = replace(found, **{name: value for name, value in asdict(given).items() if value is not None})
+    return _with_cache_write(given, config.model)
 
 
-def _find(kind: str, model: str, folder: Path | None) -> Price | None:
-    for where in filter(None, (folder, importlib.resources.files("conf") / "price")):
-        listed = _listed(where / f"{kind}.yaml")
+def price_of(config: EngineConfig, asked: str | None, answered: str | None) -> Price:
+    """The price of a row: that of the model it asked for, else that of the model that answered. `config.price` is the
+    price of `config.model` only.
+    """
+    price = priced(config) if asked in (None, config.model) else list_price(config, str(asked))
+    if not price.known and answered is not None and answered != config.model:
+        return list_price(config, answered)
+    return price
+
+
+def list_price(config: EngineConfig, model: str, folder: Path | None = None) -> Price:
+    """A model's price by `folder`, by `engine.provider.prices`, or by the packaged lists, in this order."""
+    lists = [listed_prices(folder / f"{config.kind}.yaml")] if folder else []
+    lists.append({"models": config.provider.get("prices") or {}, "as_of": None})
+    lists.append(listed_prices(importlib.resources.files("conf") / "price" / f"{config.kind}.yaml"))
+    for listed in lists:
         rates = listed["models"].get(model) or listed["models"].get(_VERSION.sub("", model))
         if rates is not None:
-            return Price(**rates, as_of=listed["as_of"])
-    return None
+            return _with_cache_write(Price(**{"as_of": listed["as_of"], **rates}), model)
+    return Price()
 
 
-def _listed(where: Any) -> dict[str, Any]:
+def _with_cache_write(price: Price, model: str) -> Price:
+    factor = next((factor for name, factor in _CACHE_WRITE.items() if name.search(model)), None)
+    if factor is None or price.cache_write is not None or price.input is None:
+        return price
+    return replace(price, cache_write=factor * price.input)
+
+
+def listed_prices(where: Any) -> dict[str, Any]:
     """A price list, checked. Raises `ConfigError`."""
     import yaml
 
@@ -65,18 +90,3 @@ def _listed(where: Any) -> dict[str, Any]:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"{where}: {name} of '{model}' must be a number of at least 0, not {value!r}")
     return {"models": {str(model): dict(rates) for model, rates in models.items()}, "as_of": str(listed["as_of"])}
-
-
-def most_expensive(config: EngineConfig) -> Price:
-    """What a row may cost at most by its tokens: where it may go on to `engine.fallback`, all of them together. Raises
-    `ConfigError` where the price of one of them is not known."""
-    total = Price(0.0, None, 0.0)
-    for engine in (config, *fallbacks(config)):
-        price = priced(engine)
-        if price.input is None or price.output is None:
-            raise ConfigError(
-                f"run.budget_usd needs a price, and none is known for engine={engine.kind} model={engine.model}: "
-                "give engine.price.input and engine.price.output, in US$ per million tokens"
-            )
-        total = Price((total.input or 0.0) + price.input, None, (total.output or 0.0) + price.output)
-    return total

@@ -51,7 +51,8 @@ async def generate_validated(generate: Generate, request: Request) -> Completion
             if isinstance(error, SchemaMismatch) and error.retryable and not seen:
                 again = await generate(_corrected(request, completion.choices[at].message, error.reason, f"{at}.{tries}"))
                 again.accumulate(completion)
-                completion.usage, completion.attempts, completion.latency_s = again.usage, again.attempts, again.latency_s
+                for name in ("usage", "cost_usd", "attempts", "latency_s"):  # `again` has the sums now
+                    setattr(completion, name, getattr(again, name))
                 if again.error is None:
                     completion.choices[at] = again.choices[0]
                     completion.reasoning = again.reasoning if at == 0 else completion.reasoning

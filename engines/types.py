@@ -14,6 +14,7 @@ from typing import Any, Literal, NotRequired, Required, TypedDict
 
 from engines.errors import Failure, invalid, nearest
 from engines.params import GenerationParams
+from engines.usage import Usage
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool"))
@@ -106,15 +107,6 @@ class Request:
 
 
 @dataclass(slots=True)
-class Usage:
-    """Tokens; `cached_input` is the part of `input` that was served from a prefix cache."""
-
-    input: int = 0
-    cached_input: int = 0
-    output: int = 0
-
-
-@dataclass(slots=True)
 class Choice:
     """One sampled answer. `logprobs` holds one entry per generated token, in OpenAI's `logprobs.content` form."""
 
@@ -138,13 +130,14 @@ class Completion:
     latency_s: float = 0.0
     reasoning: str | None = None
     error: Failure | None = None
+    cost_usd: float | None = 0.0  # US$ for all tries; None: not known. Set by the engine that answered.
     dialogue: list[Message] = field(default_factory=list)  # between a request's messages and the last of its answers
 
     def accumulate(self, before: Completion) -> None:
-        """Adds what `before`, asked for the same row, has taken."""
-        self.usage.input += before.usage.input
-        self.usage.cached_input += before.usage.cached_input
-        self.usage.output += before.usage.output
+        """Adds what `before`, asked for the same row, has taken. A cost that is not known makes the sum unknown."""
+        self.usage.add(before.usage)
+        known = self.cost_usd is not None and before.cost_usd is not None
+        self.cost_usd = self.cost_usd + before.cost_usd if known else None  # type: ignore[operator]
         self.attempts += before.attempts
         self.latency_s += before.latency_s
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from engines.config import Price
 from engines.errors import ConfigError, nearest
+from engines.fallback_prices import with_lists
 from engines.params import RESPONSE_FORMATS
-from engines.prices import priced
 from pipeline.config import OPEN_KEYS, Config, known_keys, without_secrets
 
 GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")
@@ -62,7 +62,7 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
         raise ConfigError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
     config.generation["response_format"] = _response_format(config.generation.get("response_format"))
-    config.engine.price = priced(config.engine, Path(config_dir) / "price" if config_dir else None)
+    with_lists(config.engine, Path(config_dir) / "price" if config_dir else None)
     return config
 
 

@@ -48,8 +48,8 @@ class Side:
             code = self.reasons.setdefault(reason, len(self.reasons))
             calls = row.get("tool_calls") or None  # JSON text in Parquet
             answer = hash((row.get("response"), str(loads(calls.encode()) if isinstance(calls, str) else calls)))
-            summary = (usage.get("input"), usage.get("output"), row.get("latency_s"))
-            unknown = (np.nan if value is None else value for value in summary)
+            values = (usage.get("input"), usage.get("output"), row.get("latency_s"))
+            unknown = (np.nan if value is None else value for value in values)
             yield place, hash(row["id"]), row.get("index", -1), answer, bool(error), code, *unknown
 
     def fetch(self, at: Positions) -> list[StoredRow]:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from engines.errors import ConfigError, EngineError, ErrorCode
@@ -29,6 +29,12 @@ def main(argv: list[str]) -> int:
 def command(job: str, argv: list[str]) -> str:
     """The command to give again; a secret that was typed must be typed again."""
     return shlex.join(["eagleray", job, *map(without_typed_secret, argv)])
+
+
+def changed(command: str, keys: Mapping[str, str]) -> str:
+    """The command with these keys in place of those it has."""
+    words = [word for word in shlex.split(command) if word.lstrip("+").partition("=")[0] not in keys]
+    return shlex.join([*words, *(f"{name}={value}" for name, value in keys.items())]) if keys else command
 
 
 def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config], int]) -> int:
@@ -77,9 +83,9 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
     _check_clash()
     console = Console(stderr=True)
 
-    def go_on(status: int) -> int:
+    def go_on(status: int, changes: Mapping[str, str] | None = None) -> int:
         if again:  # the last line, whole: to be copied
-            console.print(Text(f"To go on: {again}"), soft_wrap=True)
+            console.print(Text(f"To go on: {changed(again, changes or {})}"), soft_wrap=True)
         return status
 
     try:
@@ -89,7 +95,7 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
         return STOPPED
     except Stopped as stop:
         console.print(f"[red]Stopped:[/] {escape(str(stop))} {see(stop)}", highlight=False)
-        return go_on(STOPPED)
+        return go_on(STOPPED, stop.changes)
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)
         return go_on(INTERRUPTED)

@@ -43,6 +43,9 @@ def _cost(manifest: dict[str, Any]) -> str:
     """Of all answers in the output, whichever run asked for them; nothing where they are made here."""
     cost, as_of = manifest["cost_usd"], manifest.get("price_as_of")  # an older output has no date
     if cost is None:
+        known, unknown = manifest.get("cost_known_usd"), manifest.get("cost_unknown_requests", 0)
+        if known:
+            return f"; ${known:,.4f}, and the unknown cost of {unknown:,} requests"
         return "; what they cost is not known"
     of = f" by the list price of {as_of}" if as_of else ""
     return f"; ${cost:,.4f}{of}" if cost else ""

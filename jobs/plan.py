@@ -41,9 +41,13 @@ def _plan(config: Config) -> int:
 
     from engines.errors import ConfigError
     from engines.local.memory_estimate import footprint
+    from pipeline.output.ownership import Ownership
     from pipeline.preflight.dry_run import show
+    from pipeline.storage.filesystem import resolve
 
     config.check(runs=False)
+    if config.output.path and config.dataset.path:
+        Ownership.look(config, *resolve(config.output.path))
     console, model = Console(highlight=False), footprint(config.engine)
     if model is None and not config.dataset.path:
         raise ConfigError(f"engine={config.engine.kind} holds no model here and dataset.path is missing: nothing to plan")

@@ -26,15 +26,13 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from engines.errors import ConfigError, ErrorCode, nearest
 from engines.text import one_line, visible
-from pipeline.monitor.run_state import STATE
 from pipeline.storage.exact_json import loads, plain
 from pipeline.storage.filesystem import exists, listing, resolve
-from pipeline.storage.ledger import SEGMENTS
 from pipeline.storage.ledger_index import read_index
 from pipeline.storage.lock import STALE_S, held
+from pipeline.storage.output_files import BATCHES, MANIFEST, MARKER, SEGMENTS, STATE
 from pipeline.storage.retry import TRIES, steadily
 
-MANIFEST, BATCHES = "manifest.json", "_batches"
 # Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.
 BUFFER = 4 << 20
 StoredRow = dict[str, Any]
@@ -80,20 +78,42 @@ def open_output(path: str) -> Output:
     path = path.removeprefix("output.path=")
     fs, root = resolve(path)
     names = {info.base_name for info in listing(fs, root)}
-    if not names & {MANIFEST, STATE, SEGMENTS, BATCHES}:
+    if not names & {MARKER, MANIFEST, STATE, SEGMENTS, BATCHES}:
         if not names and not exists(fs, root):
             raise ConfigError(f"there is no directory {path}")
         text = f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/"
         raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     live = held(fs, root)
     run, manifest = _json(fs, f"{root}/{STATE}"), _json(fs, f"{root}/{MANIFEST}")
-    if manifest is not None and not {"rows", "config", "files", "finished_at"} <= manifest.keys():
+    if manifest is not None and not _shaped(manifest, _MANIFEST):
         raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's", code=ErrorCode.OUTPUT_NOT_OURS)
+    if run is not None and not (_shaped(run, _RUN) and _shaped(run["config"], _CONFIG) and _samples(run["recent"])):
+        text = f"{path}/{STATE} is not one of eagleray's: delete it, the ledger knows how the run stands"
+        raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     if run is not None and manifest is not None and run["started_at"] < manifest["finished_at"] and not live:
         run = None  # killed after all was done
     if run is not None and run["ended"] is None and run["host"] != socket.gethostname():
         live = live or time.time() - run["beat_at"] < STALE_S  # not every file system tells other hosts of a lock
     return Output(path, fs, root, None if run or live else manifest, run, live)
+
+
+_NUMBER = (int, float)
+_MANIFEST = {"rows": dict, "config": dict, "files": dict, "finished_at": _NUMBER}
+_RUN = {
+    "config": dict, "status": dict, "recent": list, "started_at": _NUMBER, "began_at": _NUMBER, "beat_at": _NUMBER,
+    "pid": int, "host": str, "phase": str, "ended": (str, type(None)),
+}  # fmt: skip
+_CONFIG = {"engine": dict, "run": dict, "output": dict}
+
+
+def _shaped(found: dict[str, Any], shape: dict[str, Any]) -> bool:
+    """Whether these keys are there with values of these types: another program's file of the same name has others."""
+    return all(name in found and isinstance(found[name], kind) for name, kind in shape.items())
+
+
+def _samples(recent: list[Any]) -> bool:
+    fine = (isinstance(one, list) and len(one) == 4 and all(isinstance(n, _NUMBER) for n in one) for one in recent)
+    return bool(recent) and all(fine)
 
 
 def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
@@ -159,7 +179,7 @@ class StoredRows:
                     if at > last:
                         return
                     if wanted is None or at in wanted:
-                        yield at, in_our_shape(loads(line), self.style)
+                        yield at, self._row(self.paths[part], at, line)
                 return
             parquet = pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
             names = [name for name in columns if name in parquet.schema_arrow.names] if columns else None
@@ -170,6 +190,14 @@ class StoredRows:
                 at += len(batch)
                 if at > last:
                     return
+
+    def _row(self, path: str, at: int, line: bytes) -> StoredRow:
+        try:
+            return in_our_shape(loads(line), self.style)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ConfigError(
+                f"{path}, line {at + 1}, is no row of eagleray's: make the output again by its command"
+            ) from None
 
 
 def in_our_shape(row: StoredRow, style: str) -> StoredRow:
@@ -184,7 +212,7 @@ def in_our_shape(row: StoredRow, style: str) -> StoredRow:
     if error is not None:
         return {**found, "error": {"type": error["code"], "message": error["message"]}}
     first, usage = body["choices"][0], body["usage"]
-    tokens = {"input": usage["prompt_tokens"], "output": usage["completion_tokens"], "cached_input": 0}
+    tokens = usage and {"input": usage["prompt_tokens"], "output": usage["completion_tokens"], "cached_input": 0}
     message = first["message"]
     text = message.get("content")
     return {**found, "response": text, "messages": [message], "finish_reason": first["finish_reason"],

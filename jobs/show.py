@@ -170,6 +170,7 @@ def figures(row: StoredRow) -> str:
     parts = [
         row.get("finish_reason"),
         f"{usage['input']:,} tokens in{cached}, {usage['output']:,} out" if usage else None,
+        f"${row['cost_usd']:.4g}" if row.get("cost_usd") else None,
         f"{row['latency_s']:.2f} s" if row.get("latency_s") else None,
         f"{row['attempts']} attempts" if (row.get("attempts") or 0) > 1 else None,
         " ".join(filter(None, (row.get("engine"), row.get("model") and brief(row["model"], 60)))),

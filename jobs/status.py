@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from engines.config import EngineConfig, Price
+from engines.errors import ConfigError
 from engines.text import visible
-from jobs.reading import BATCHES, Arguments, Output, ago, open_output, print_json, steady
-from pipeline.output.cost import batch_share
+from jobs.reading import Arguments, Output, ago, open_output, print_json, steady
+from pipeline.executors.cost_budget import higher
 from pipeline.storage.filesystem import exists, listing
-from pipeline.storage.ledger import SEGMENTS, USAGE
 from pipeline.storage.ledger_index import split_keys
+from pipeline.storage.output_files import BATCHES, SEGMENTS, is_segment
 
 OK, WITH_FAILURES, NOT_COMPLETE = 0, 3, 4
 WATCH_S = 5.0
@@ -63,7 +63,15 @@ def look(out: Output) -> dict[str, Any]:
     summary: dict[str, Any] = {"output": out.path, "engine": engine.get("kind"), "model": engine.get("model")}
     if (done := out.manifest) is not None:
         names = ("rows", "errors", "tokens", "cost_usd", "started_at", "finished_at")
-        return summary | {"state": "complete", **{k: done[k] for k in names}, "last_activity_at": done["finished_at"]}
+        if not (done.keys() >= set(names) and done["rows"].keys() >= {"total", "done", "failed"}):
+            raise ConfigError(f"{out.path}/manifest.json is not one of eagleray's")
+        known = done.get("cost_known_usd", done["cost_usd"])  # an older output has none
+        return summary | {
+            "state": "complete",
+            **{k: done[k] for k in names},
+            "cost_known_usd": known,
+            "last_activity_at": done["finished_at"],
+        }
     summary |= _unfinished(out)
     if exists(out.fs, f"{out.root}/{BATCHES}"):
         from pipeline.executors.batch.store import BatchStore
@@ -73,7 +81,8 @@ def look(out: Output) -> dict[str, Any]:
             for batch in steady(BatchStore, out.fs, out.root).open
         ]
     if not out.live:
-        summary["command"] = out.command()
+        broke = out.run is not None and out.run["status"].get("broke") and out.config["run"]["budget_usd"]
+        summary["command"] = out.command(budget_usd=higher(broke)) if broke else out.command()
     return summary
 
 
@@ -98,7 +107,8 @@ def _unfinished(out: Output) -> dict[str, Any]:
         "rows": {"total": total, "read": counts.get("read"), "done": done, "failed": failed},
         "errors": errors, "workers": counts.get("workers"), "trouble": counts.get("trouble") or None,
         "tokens": {"input": counts.get("input_tokens", 0), "output": counts.get("output_tokens", 0)},
-        "cost_usd": _cost(out.config, counts), "last_activity_at": last,
+        "cost_usd": counts.get("cost_usd", 0.0) if not counts.get("cost_unknown") else None,
+        "cost_known_usd": counts.get("cost_usd", 0.0), "last_activity_at": last,
     }  # fmt: skip
     if run is not None:
         summary |= {name: run[name] for name in ("pid", "host", "started_at")}
@@ -114,42 +124,42 @@ def _unfinished(out: Output) -> dict[str, Any]:
     return summary
 
 
-def _cost(config: dict[str, Any], counts: dict[str, Any]) -> float | None:
-    """At the prices of the configuration; what came from a cache counts in full. None where no price is known."""
-    engine = config.get("engine", {})
-    price = Price(**(engine.get("price") or {}))
-    if not price.input and not price.output:
-        return None
-    batch = config["run"]["mode"] == "batch"
-    share = batch_share(EngineConfig(engine["kind"], provider=engine["provider"])) if batch else 1.0
-    return share * price.of(counts.get("input_tokens", 0), 0, counts.get("output_tokens", 0))
-
-
 def _ledger(out: Output, since: float) -> dict[str, Any]:
     """What the segments hold that was done from then on."""
     done, keys = [], []
     for info in listing(out.fs, f"{out.root}/{SEGMENTS}"):
-        if info.path.endswith(".parquet") and (info.mtime_ns or 0) / 1e9 >= int(since):
+        if is_segment(info.base_name) and (info.mtime_ns or 0) / 1e9 >= int(since):
             with out.fs.open_input_file(info.path) as file:
+                names = ["key", "error.type", "done_at", "usage.input", "usage.output", "cost_usd", "superseded"]
                 try:
-                    table = pq.ParquetFile(file).read(columns=["key", "error.type", "done_at", "usage"])
+                    table = pq.ParquetFile(file).read(columns=names)
                 except pa.ArrowInvalid:  # torn: its rows will be asked again
                     continue
+            if not {"key", "error", "done_at", "usage"} <= set(table.column_names):  # another program's
+                continue
+            if "cost_usd" not in table.column_names:  # an earlier version wrote it
+                unknown, no = pa.nulls(len(table), pa.float64()), pa.repeat(False, len(table))
+                table = table.append_column("cost_usd", unknown).append_column("superseded", no)
             table = table.filter(pc.greater_equal(table["done_at"].cast(pa.int64()), int(since * 1000)))
             keys.append(split_keys(table["key"].cast(pa.binary(32)))[0])
             done.append(table.drop_columns(["key"]))
     if not done:
         return {"last_at": None}
     table = pa.concat_tables(done)
-    # A row may stand there twice: when its segment was being merged, or answered after a failure.
-    at = np.asarray(table["done_at"].cast(pa.int64()))
+    at, key = np.asarray(table["done_at"].cast(pa.int64())), np.concatenate(keys)
+    # A record may stand there twice: when its segment was being merged.
+    once = np.unique(np.stack([key, at.astype(np.uint64)], axis=1), axis=0, return_index=True)[1]
+    table, key = table.take(pa.array(once)), key[once]
+    tokens = {name: pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0 for name in ("input", "output")}
+    cost, unknown = pc.sum(table["cost_usd"]).as_py() or 0.0, table["cost_usd"].null_count
+    # Of several records of a row, an answer counts before a failure, and a superseded try for none.
+    key, table = key[~np.asarray(table["superseded"])], table.filter(pc.invert(table["superseded"]))
     order = np.argsort(np.asarray(pc.is_valid(pc.struct_field(table["error"], "type"))), kind="stable")
-    table = table.take(pa.array(order[np.unique(np.concatenate(keys)[order], return_index=True)[1]]))
+    table = table.take(pa.array(order[np.unique(key[order], return_index=True)[1]]))
     types = Counter(pc.struct_field(table["error"], "type").drop_null().to_pylist())
-    tokens = {f.name: pc.sum(pc.struct_field(table["usage"], f.name)).as_py() or 0 for f in USAGE}
     return {
         "done": len(table) - types.total(), "failed": types.total(), "errors": dict(types),
-        "input_tokens": tokens["input"], "output_tokens": tokens["output"],
+        "input_tokens": tokens["input"], "output_tokens": tokens["output"], "cost_usd": cost, "cost_unknown": unknown,
         "last_at": float(at.max()) / 1000 if len(at) else None,
     }  # fmt: skip
 
@@ -184,8 +194,9 @@ def _shown(summary: dict[str, Any]) -> Text:
     if tokens["input"] or tokens["output"]:
         by = ", by this run" if state != "complete" and rows["total"] else ""
         lines.append(("tokens", f"{tokens['input']:,} in, {tokens['output']:,} out{by}"))
-    if cost := summary["cost_usd"]:
-        lines.append(("cost", f"${cost:,.4f}" if cost < 1 else f"${cost:,.2f}"))
+    if cost := summary["cost_usd"] or summary.get("cost_known_usd"):
+        rest = ", and requests whose cost is not known" if summary["cost_usd"] is None else ""
+        lines.append(("cost", (f"${cost:,.4f}" if cost < 1 else f"${cost:,.2f}") + rest))
     if batches := summary.get("batches"):
         count = sum(batch["rows"] for batch in batches)
         lines.append(("batches", f"{count:,} rows under way in {len(batches)}; eagleray batch status asks the provider"))

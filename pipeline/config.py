@@ -11,8 +11,9 @@ from typing import Any
 
 from engines.config import EngineConfig, key
 from engines.errors import ConfigError, EngineError, ErrorCode, nearest
+from engines.fallback_prices import most_expensive
 from engines.params import GENERATION_FIELDS, GenerationParams, json_schema_of
-from engines.prices import RATES, most_expensive
+from engines.prices import RATES
 from engines.registry import REGISTRY, fallbacks
 from engines.structured import check_schema
 
@@ -40,6 +41,7 @@ class OutputConfig:
     columns: Any = key(
         None, "columns out of answers, typed by the JSON schema: schema (all of it), [score, …] or {name: detail.score, …}"
     )
+    overwrite: bool = key(False, "let another dataset replace the one whose output is in output.path; answers are kept")
     ordered: bool = key(True, "rows in input order (it costs nothing here; false promises no order)")
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from engines.errors import EaglerayError, ErrorCode
 
 
 class Stopped(EaglerayError):
-    """The run stopped early. Everything that is done is committed, and the same command resumes (exit status 4)."""
+    """The run stopped early; all that is done is committed. The same command, with `changes`, resumes (exit status 4)."""
+
+    def __init__(self, message: object, changes: Mapping[str, str] | None = None, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.changes = dict(changes or {})
 
 
 class EnginesDied(Stopped):

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import orjson
-import pyarrow.fs as pafs
 from rich.console import Console
 
 from engines.errors import ConfigError, ErrorCode
@@ -23,8 +22,7 @@ from pipeline.dataset.plan import list_splits
 from pipeline.dataset.reader import RowReader
 from pipeline.errors import Stopped
 from pipeline.executors.batch.runner import BatchRunner
-from pipeline.executors.batch.store import BATCHES, BatchStore
-from pipeline.executors.cost_budget import FILE as BUDGET_FILE
+from pipeline.executors.batch.store import BatchStore
 from pipeline.executors.live.live import LedgerSnapshot, LiveExecutor, plan_reading, why_stop
 from pipeline.executors.live.placement import placement
 from pipeline.executors.live.ray_session import look_for_room, note_signals, running_ray
@@ -32,13 +30,13 @@ from pipeline.monitor.console import warn
 from pipeline.monitor.run_state import keep_run_state
 from pipeline.monitor.status import RunStatus
 from pipeline.monitor.traces import run_span
-from pipeline.output.finalize import DATA, ERRORS, JobResult
-from pipeline.output.manifest import MANIFEST, make_manifest, unchanged
+from pipeline.output.manifest import make_manifest, unchanged
+from pipeline.output.ownership import Ownership
 from pipeline.preflight.dry_run import FIRST_S, dry_run, look_at_configuration, look_at_rows
-from pipeline.report.page import REPORT, write_report
-from pipeline.storage.filesystem import abort_uploads, exists, listing, resolve, write_atomic
-from pipeline.storage.ledger import SEGMENTS
-from pipeline.storage.lock import CLAIM, run_lock
+from pipeline.report.page import write_report
+from pipeline.storage.filesystem import abort_uploads, resolve, write_atomic
+from pipeline.storage.lock import run_lock
+from pipeline.storage.output_files import MANIFEST
 
 OK, BUG, WRONG, WITH_FAILURES, STOPPED = 0, 1, 2, 3, 4  # and INTERRUPTED
 
@@ -67,16 +65,20 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         RequestHasher(config.engine, config.params()),
         config.dataset.max_row_bytes,
     )
+    output = Ownership.look(config, fs, root)
     if config.run.dry_run:
         rows, wrong = dry_run(config, fs, root, row_reader, list_splits(config, console), console)
         return Outcome(WRONG if wrong else WITH_FAILURES if rows.bad else OK)
     check = look_at_configuration(config, fs, root, console)
     with contextlib.ExitStack() as stack:
         span = stack.enter_context(run_span(config.run.traces, config.engine, console))
+        output.begin()
         stack.enter_context(run_lock(fs, root))
+        output = Ownership.look(config, fs, root)  # again: another run may have ended between
+        output.settle()
         started = time.time()
         if not config.run.resume:
-            _remove(fs, root)
+            _remove(BatchStore(fs, root), output)
         state = stack.enter_context(keep_run_state(config, fs, root))
         batches, totals = None, RunStatus()
         if config.run.mode == "batch":
@@ -100,7 +102,7 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
             splits, small = planned.result()
         trace = span.trace if span else None
-        steps = LiveExecutor(config, console, fs, root, row_reader, placed, trace, state, interrupts, splits, small)
+        steps = LiveExecutor(config, console, fs, root, row_reader, placed, trace, state, interrupts, splits, small, output)
         if live:
             look_for_room(placed, own, console)
         from ray.exceptions import RayActorError
@@ -143,10 +145,11 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
         manifest = make_manifest(config, splits, fs, summaries, result, index, totals, started)
         if span is not None:
             span.rows(manifest["rows"])
-        _drop_stale(fs, root, result)
-        abort_uploads(str(config.output.path))
+        output.drop_stale(result.files)
+        abort_uploads(str(config.output.path), output.is_own)
         write_report(fs, root, manifest, result.stats, console)
         write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        output.commit(result.files)
         return Outcome(_exit_status(manifest), manifest)
 
 
@@ -157,29 +160,15 @@ def _exit_status(manifest: dict[str, Any]) -> int:
 # -- before -----------------------------------------------------------------------------------------------------------
 
 
-def _remove(fs: pafs.FileSystem, root: str) -> None:
-    """Clears what earlier runs left: the manifest first, so that nobody takes the rest for whole."""
-    if under_way := [batch.id or batch.name for batch in BatchStore(fs, root).open]:
+def _remove(book: BatchStore, output: Ownership) -> None:
+    """Clears what earlier runs left, and nothing else."""
+    if under_way := [batch.id or batch.name for batch in book.open]:
         raise ConfigError(
             f"run.resume=false would forget {len(under_way)} batches under way ({under_way[0]}, …): "
             "wait for them, or end them with eagleray batch cancel",
             code=ErrorCode.BATCHES_UNDER_WAY,
         )
-    for name in (MANIFEST, REPORT, BUDGET_FILE):
-        if exists(fs, f"{root}/{name}"):
-            fs.delete_file(f"{root}/{name}")
-    for folder in (DATA, ERRORS, SEGMENTS, BATCHES):
-        for info in listing(fs, f"{root}/{folder}"):
-            if info.is_file and not info.base_name.startswith((".lock", CLAIM)):
-                fs.delete_file(info.path)
-
-
-# -- asking, and putting together --------------------------------------------------------------------------------------
-
-
-def _drop_stale(fs: pafs.FileSystem, root: str, result: JobResult) -> None:
-    """Removes what an earlier, longer run or a killed writer left beside the output."""
-    for folder in (DATA, ERRORS):
-        for info in listing(fs, f"{root}/{folder}"):
-            if info.is_file and f"{folder}/{info.base_name}" not in result.files:
-                fs.delete_file(info.path)
+    output.clear()
+    for batch in list(book.batches):
+        book.forget(batch)
+    book.sweep()

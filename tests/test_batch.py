@@ -271,7 +271,8 @@ def test_what_a_batch_leaves_unanswered_goes_live_with_the_same_settings(
     server: BatchServer, infer: Infer, write_jsonl: Write
 ) -> None:
     server.fate = by_text({"question 1": ["expired"], "question 2": ["error400"] * 9})
-    more = ["run.batch_fallback=live", "generation.temperature=0.5", "generation.seed=3", "engine.price.input=2"]
+    more = ["run.batch_fallback=live", "generation.temperature=0.5", "generation.seed=3", "engine.price.input=2",
+            "engine.price.output=0"]  # fmt: skip
     outcome = infer(write_jsonl(conversations(3)), *CASES["openai"].overrides(server, *more), engine="openai")
     assert outcome.exit_status == WITH_FAILURES
     assert [row["response"] for row in infer.rows()] == ["answer to: question 0", "answer to: question 1", None]

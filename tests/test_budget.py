@@ -24,8 +24,10 @@ from engines.registry import REGISTRY
 from jobs.compose import compose, conf_dir
 from pipeline.errors import Stopped
 from pipeline.executors.cost_budget import FILE, CostBudget, read_spent
-from pipeline.executors.live.dispatcher import Dispatcher
-from pipeline.executors.live.queue import PendingRequest
+from pipeline.executors.live.admission import Admission
+from pipeline.executors.live.crash_trial import CrashTrial
+from pipeline.executors.live.lease_table import LeaseTable
+from pipeline.executors.live.queue import PendingRequest, PrefixQueue
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import resolve
@@ -187,11 +189,11 @@ def test_batches_are_cut_and_submitted_within_the_budget(
 
 
 def cost_in(out: Path) -> float:
-    from pipeline.output.cost import cost_of
     from pipeline.storage.ledger_index import read_index
 
-    engine = EngineConfig("openai", "m", price=PRICE)
-    return sum((cost_of(engine, read_index(*resolve(str(out)))) or {}).values())
+    known, unknown = read_index(*resolve(str(out))).spent()
+    assert not unknown
+    return known
 
 
 def test_estimates_grow_with_what_answers_tell() -> None:
@@ -329,13 +331,14 @@ def test_what_was_reserved_and_given_back_is_nothing() -> None:
 
 def test_a_dear_suspect_does_not_keep_a_cheap_one_waiting() -> None:
     budget = CostBudget(1.0, EngineConfig("echo", price=Price(0.0, None, 1.0)), GenerationParams(), spent=0.0)
-    dispatcher = Dispatcher([], None, [None], False, budget=budget)  # type: ignore[arg-type]
-    for name, limit in (("dear", 10_000_000), ("cheap", 10)):
+    trial = CrashTrial()
+    for name, limit in (("cheap", 10), ("dear", 10_000_000)):
         request = dumps({"messages": [], "generation": {"max_tokens": limit}})
-        dispatcher.suspects.append(PendingRequest(name.encode(), name, request, 0, 0))
-    lease = dispatcher._suspect({})
-    assert lease is not None and lease.ids == ["cheap"] and [row.id for row in dispatcher.suspects] == ["dear"]
-    assert dispatcher._suspect({}) is None
+        trial.accuse([PendingRequest(name.encode(), name, request, 0, 0)])
+    table = LeaseTable(PrefixQueue(), trial, Admission(budget, ""))
+    lease = table.lend("w1", 10, 0, True)
+    assert lease is not None and lease.ids == ["cheap"] and [row.id for row in trial.suspects()] == ["dear"]
+    assert table.lend("w2", 10, 0, True) is None
 
 
 def test_a_provider_that_counts_more_from_its_cache_than_there_was_gives_nothing_back() -> None:

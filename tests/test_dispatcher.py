@@ -12,8 +12,8 @@ from pipeline.monitor.status import RunStatus
 
 def dispatcher(rows: int) -> Dispatcher:
     made = Dispatcher([], None, [None], False)  # type: ignore[arg-type]  # nothing is read here
-    made.buffer_rows = 1000
-    made.status_.fed = True
+    made.feed.buffer_rows = 1000
+    made.run_status.fed = True
     names = [f"r{i}" for i in range(rows)]
     made.queue.add(PendingRequest(name.encode(), name, b"", 0, 0) for name in names)
     return made
@@ -44,7 +44,7 @@ def test_rows_that_came_out_are_not_suspected_and_the_second_death_convicts() ->
         await asyncio.sleep(0.05)
         await d.leave("w1", "killed")
         await waiting
-        assert [row.id for row in d.suspects] == ["r1", "r2"]
+        assert [row.id for row in d.trial.suspects()] == ["r1", "r2"]
         busy = await d.pull("w2", 3, 1, [])
         assert busy is not None and busy.ids == ["r0"]  # who holds a row gets no suspect
         alone = await d.pull("w3", 3, 0, [])
@@ -60,8 +60,8 @@ def test_rows_that_came_out_are_not_suspected_and_the_second_death_convicts() ->
         await asyncio.sleep(0.05)
         await d.leave("w5", "killed")
         await last
-        assert d.crashes[b"r2"] == 0
-        assert not d.suspects
+        assert d.trial.deaths[b"r2"] == 0
+        assert not list(d.trial.suspects())
 
     asyncio.run(scene())
 

@@ -15,7 +15,7 @@ FORBIDDEN = {
     "pipeline": {"jobs", "hydra", "omegaconf"},
     "jobs": set[str](),
 }
-HEAVY = "torch transformers llama_cpp vllm ray pyarrow hydra omegaconf"
+HEAVY = "torch transformers llama_cpp vllm ray pyarrow hydra omegaconf aiohttp"
 
 
 def at_the_top(path: Path) -> set[str]:

@@ -30,13 +30,14 @@ from jobs.errors import ADVICE, pattern_of
 from jobs.reading import StoredRows, brief, open_output
 from pipeline.config import without_secrets
 from pipeline.errors import Stopped
-from pipeline.monitor.run_state import STATE, keep_run_state
+from pipeline.monitor.run_state import keep_run_state
 from pipeline.monitor.status import RunStatus
 from pipeline.run import run as run_job
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import list_segments
 from pipeline.storage.lock import held, run_lock
+from pipeline.storage.output_files import STATE
 from tests.conftest import Infer, ask
 from tests.s3_server import S3Server
 

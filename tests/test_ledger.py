@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import Failure
-from engines.types import Choice, Completion, Usage, answer
+from engines.types import Choice, Completion, answer
+from engines.usage import Usage
 from pipeline.storage import ledger
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import ANSWER_SCHEMA, Compactor, Record, list_segments, read_rows, read_segment, write_segment
-from pipeline.storage.ledger_index import DedupFilter, _index_of, read_index, split_keys
+from pipeline.storage.ledger_index import DedupFilter, _index_of, _Keys, read_index, split_keys
 
 
 def key(n: int) -> bytes:
@@ -39,7 +40,7 @@ def test_a_segment_gives_back_what_was_written(tmp_path: Path) -> None:
     path = write_segment(fs, root, "w1", [Record(key(1), "a", good("héllo\n"), 5.0), Record(key(2), "b", bad(), 6.0)])
     rows = read_segment(fs, path).to_pylist()
     assert rows[0]["response"] == "héllo\n"
-    assert rows[0]["usage"] == {"input": 10, "cached_input": 3, "output": 5}
+    assert rows[0]["usage"] == {"input": 10, "cached_input": 3, "output": 5, "cache_write": 0, "reasoning": 0}
     assert rows[0]["error"] is None
     assert rows[1]["error"] == {"type": "server", "message": "down", "status": 503, "retryable": True}
     assert rows[1]["usage"] is None
@@ -57,7 +58,7 @@ def test_a_success_beats_a_failure_and_the_latest_beats_the_earlier(tmp_path: Pa
     segment = read_segment(fs, index.paths[index.segment[at[0]]])
     assert segment["response"][index.row[at[0]]].as_py() == "new"
     assert list(index.only(failed_too=False).find([key(1), key(3)]) >= 0) == [True, False]
-    assert index.tokens[at[0]].tolist() == [10, 3, 5]
+    assert index.tokens[at[0]].tolist() == [20, 6, 10, 0, 0]  # of both its records: both may have been paid
 
 
 def test_a_writers_segments_are_merged_and_no_row_is_ever_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +126,10 @@ def test_the_best_record_of_each_key_is_found_in_any_order(segments: list[list[t
 
     def part(rows: list[tuple[int, bool, int]]) -> Any:
         hi, lo = split_keys([twin(n) for n, _, _ in rows])
-        failed, done_at = np.array([f for _, f, _ in rows], np.bool_), np.array([t for _, _, t in rows], np.int64)
-        return hi, lo, failed, done_at, np.zeros((len(rows), 3), np.uint32)
+        failed, done_at = np.array([f for _, f, _ in rows], np.uint8), np.array([t for _, _, t in rows], np.int64)
+        none = np.zeros(len(rows))
+        return _Keys(hi, lo, failed, done_at, np.zeros((len(rows), 5), np.uint32), none, none.astype(np.uint8),
+                     none.astype(np.uint16))  # fmt: skip
 
     index = _index_of([str(at) for at in range(len(segments))], [part(rows) for rows in segments])
     best: dict[int, tuple[bool, int]] = {}

@@ -20,8 +20,8 @@ from tests.conftest import Infer, ask
 
 Write = Callable[..., Path]
 
-OURS_AFTER_OWN = ["response", "messages", "finish_reason", "tool_calls", "reasoning", "usage", "model", "engine",
-                  "attempts", "latency_s", "error"]  # fmt: skip
+OURS_AFTER_OWN = ["response", "messages", "finish_reason", "tool_calls", "reasoning", "usage", "cost_usd", "model",
+                  "engine", "attempts", "latency_s", "error"]  # fmt: skip
 
 
 def asked(infer: Infer) -> int:
@@ -272,9 +272,29 @@ def test_a_row_that_kills_its_engine_is_found_and_the_others_are_answered(infer:
     assert 0 < len(crashed) < 8
     assert outcome.exit_status == 3
     assert {r["error"]["type"] for r in crashed} == {"engine_crash"}
-    assert {r["attempts"] for r in crashed} == {2}
-    assert "died 2 times with this row in it" in crashed[0]["error"]["message"]
+    # Eight rows are inside at once: the first death, up to three by bisection, and one alone.
+    assert {r["attempts"] for r in crashed} <= {2, 3, 4, 5}
+    assert all(f"died {r['attempts']} times with this row in it" in r["error"]["message"] for r in crashed)
+    assert 2 * len(crashed) <= outcome.manifest["this_run"]["engine_deaths"] <= 5 * len(crashed)
     assert [r["response"] for r in rows if not r["error"]] == [str(i) for i in range(400) if not rows[i]["error"]]
+
+
+def test_a_row_that_kills_an_engine_full_of_rows_is_found_by_bisection(infer: Infer, write_jsonl: Write) -> None:
+    import ray
+
+    texts = [f"{i}" for i in range(300)]
+    texts[130] = "boom"
+    more = ["engine.kwargs.crash_text=boom", "engine.kwargs.latency_s=0.3", "engine.max_concurrency=64"]
+    outcome = infer(write_jsonl([ask(text) for text in texts]), *more)
+    rows = infer.rows()
+    assert [r["response"] for r in rows if not r["error"]] == [text for text in texts if text != "boom"]
+    (crashed,) = [r for r in rows if r["error"]]
+    assert (crashed["index"], crashed["error"]["type"]) == (130, "engine_crash")
+    deaths = outcome.manifest["this_run"]["engine_deaths"]
+    assert f"died {deaths} times with this row in it" in crashed["error"]["message"]
+    assert 3 <= deaths <= 8  # 64 rows are inside at most
+    session = Path(ray.get_runtime_context().get_temp_dir()) / ray.get_runtime_context().get_session_name()
+    assert session.is_dir() and not list(session.glob("*.journal"))
 
 
 def test_an_engine_that_dies_on_everything_stops_the_run_with_the_reason(infer: Infer, write_jsonl: Write) -> None:

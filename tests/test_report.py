@@ -22,7 +22,8 @@ from rich.console import Console
 
 from engines.errors import Failure
 from engines.text import visible
-from engines.types import Completion, Usage
+from engines.types import Completion
+from engines.usage import Usage
 from pipeline.report.charts import LEFT, latency_over_time, series_of, short, short_seconds, ticks
 from pipeline.report.conversation import ROW_CHARS, shown_row
 from pipeline.report.page import SAMPLE_BYTES, write_report

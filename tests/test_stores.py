@@ -159,10 +159,10 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(store: Store) -> None:
 def test_a_segment_of_a_store_that_fails_is_not_taken_for_torn(store: Store) -> None:
     fs, root = resolve(store.uri("out"))
     write_segment(fs, root, "w", [Record(b"k" * 32, "r", Completion(), 0.0)])
-    write_atomic(fs, f"{root}/_segments/torn.parquet", b"PAR1 and no more")
+    write_atomic(fs, f"{root}/_segments/torn-0123456789ab.parquet", b"PAR1 and no more")
     store.failing = 0.5
     index = read_index(fs, root)
-    assert len(index) == 1 and [path.rsplit("/", 1)[1] for path in index.torn] == ["torn.parquet"]
+    assert len(index) == 1 and [path.rsplit("/", 1)[1] for path in index.torn] == ["torn-0123456789ab.parquet"]
 
 
 def test_files_and_directories_are_told_apart(store: Store) -> None:

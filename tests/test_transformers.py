@@ -290,7 +290,7 @@ def test_the_context_is_that_of_the_model(engine: TransformersEngine) -> None:
 @pytest.mark.parametrize(
     ("generation", "reason"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format of type json_object"),
+        ({"response_format": {"type": "grammar", "grammar": "root ::= [a]"}}, "response_format of type grammar"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "has no place for tools"),
         ({"tool_choice": "required"}, "tool_choice auto and none only"),
         ({"reasoning_effort": "low"}, "has no place for reasoning_effort"),

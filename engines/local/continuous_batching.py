@@ -1,8 +1,9 @@
 """transformers' own continuous batching, for the rows of `engine=transformers` that it can do.
 
 It admits rows as others finish and keeps one paged KV cache. It has one set of sampling settings: those of the first
-row that it could do. Rows of other settings, with seeds, penalties, stop texts or log probabilities stay with the
-engine's own batches, and so does every row where the library fails: it is new, and not for every model and device.
+row that it could do. Rows of other settings, with seeds, penalties, stop texts, a response format or log probabilities
+stay with the engine's own batches, and so does every row where the library fails: it is new, and not for every model
+and device.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class Continuous:
 def _settings(params: GenerationParams) -> _Settings | None:
     """What rows must share; None for what the library cannot do, or not for a single row."""
     special = (params.logit_bias, params.frequency_penalty, params.presence_penalty, params.logprobs is not None)
-    if any(special) or params.repetition_penalty not in (None, 1) or params.stop:
+    if any(special) or params.response_format or params.repetition_penalty not in (None, 1) or params.stop:
         return None
     if not params.temperature:
         return (0.0, None, None)

@@ -73,13 +73,16 @@ from engines.local.gguf import (
 # isort: split
 # After engines.local.gguf, which settles how its threads wait.
 import llama_cpp as L
+from llguidance.llamacpp import lltokenizer_from_vocab
 
 from engines.base import ModelEngine
 from engines.errors import ConfigError, EngineError, invalid
 from engines.local.chat_template import ChatTemplate
+from engines.local.grammar import Grammars
 from engines.local.llamacpp_sampling import Candidates, Sampler, TokenBatch
 from engines.text import TOOL_CALL, parse_tool_calls, safe_prefix_length
-from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Delta, FinishReason, Request, Stream, Usage, answer
+from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Delta, FinishReason, Request, Stream, answer
+from engines.usage import Usage
 
 # Each takes `n_ctx` tokens of cache; a CPU gains little from more.
 DEFAULT_SEQUENCES = 16
@@ -177,9 +180,10 @@ class LlamaCppEngine(ModelEngine):
     unified: bool
     slots: list[_Slot]
     filling: list[_Slot]  # those whose prompt is not evaluated yet, in the order of their admission
-    padding_token: int  # a token that keeps another company
+    padding_token: int  # the token of a padding row, beside a token that is decoded alone
     batch: TokenBatch
     candidates: Candidates
+    grammars: Grammars
     turn: int
 
     def _load(self) -> None:
@@ -243,6 +247,7 @@ class LlamaCppEngine(ModelEngine):
             raise ConfigError(f"engine.model: {path} cannot be loaded{log.reason()}")
         self.vocabulary = Tokenizer(self.model)
         self.vocab = self.vocabulary.vocab
+        self.grammars = Grammars(lambda: lltokenizer_from_vocab(self.vocab, eos_token=sorted(self.eog)))
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
         self.padding_token = max(0, L.llama_vocab_bos(self.vocab))
         self.eog = frozenset(t for t in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, t))
@@ -324,7 +329,7 @@ class LlamaCppEngine(ModelEngine):
             _Sequence(
                 prompt,
                 limit,
-                Sampler(self.vocab, self.n_vocab, g, prompt, seed + i, limit),
+                Sampler(self.vocab, self.grammars, self.n_vocab, g, prompt, seed + i, limit),
                 g.stop or [],
                 frozenset(g.stop_token_ids or ()),
                 g.logprobs,
@@ -553,7 +558,7 @@ class LlamaCppEngine(ModelEngine):
             row = rows[place] if count > 1 else rows[0]  # every token of a batch gives a row, or only its last
             sampler = sequence.sampler
             try:
-                if sampler.grammar:
+                if sampler.grammar is not None:
                     token = self.candidates.pick(sampler, row)
                 elif sampler.plain:
                     token = int(row.argmax())

@@ -87,7 +87,7 @@ def prompts(config: EngineConfig) -> Prompts | None:
     if not holds_model(config):
         return None
     if _is_gguf(config):
-        words = _header(config).vocabulary
+        words = _gguf_metadata(config).vocabulary
         tokenize, own, bos, eos = words.tokenize, words.template(), words.special("bos"), words.special("eos")
     else:
         path = _file(config, "tokenizer.json", needed=False)
@@ -116,7 +116,7 @@ def _is_gguf(config: EngineConfig) -> bool:
     return kind_of(config).gguf_only or str(config.model).endswith(".gguf")
 
 
-def _header(config: EngineConfig) -> Any:
+def _gguf_metadata(config: EngineConfig) -> Any:
     from engines.local.gguf import GGUFMetadata, resolve_model
 
     return GGUFMetadata(resolve_model(config, config.kwargs.get("filename")))
@@ -125,7 +125,7 @@ def _header(config: EngineConfig) -> Any:
 def _of_gguf(config: EngineConfig) -> Footprint:
     from engines.local.gguf import check_gguf_kwargs, context_of, requantize_to
 
-    metadata, kwargs = _header(config), config.kwargs
+    metadata, kwargs = _gguf_metadata(config), config.kwargs
 
     def number(name: str, default: float = 0) -> float:
         value = json.loads(metadata.get(f"*.{name}") or str(default))

@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 import transformers
+from llguidance.hf import from_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from engines.base import ModelEngine
@@ -50,11 +51,13 @@ from engines.errors import ConfigError, EngineError, invalid
 from engines.local.continuous_batching import Continuous
 from engines.local.continuous_batching import check as check_continuous
 from engines.local.continuous_batching import suits as suits_continuous
+from engines.local.grammar import Grammars
 from engines.local.transformers_row import GenerationRow
 from engines.local.vision import Vision, has_images, sees, shapes, together
 from engines.params import GenerationParams
 from engines.text import check_kwargs, cut_at_stop, for_template, load_chat_template, one_line, parse_tool_calls
-from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Message, Request, Usage, answer
+from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Message, Request, answer
+from engines.usage import Usage
 
 _DEFAULT_BATCH = 32
 # Rows in the engine where it batches continuously: as many as transformers runs at once.
@@ -76,7 +79,7 @@ _MODEL_KWARGS |= {"attn_implementation", "quantization_config", "use_safetensors
 
 class TransformersEngine(ModelEngine):
     kind = "transformers"
-    capabilities = Capabilities(response_formats=frozenset())
+    capabilities = Capabilities(response_formats=frozenset(("json_object", "json_schema", "regex", "choice")))
 
     # Typed loosely: what these are depends on the checkpoint.
     model: Any
@@ -143,6 +146,8 @@ class TransformersEngine(ModelEngine):
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
         self.eos = frozenset(t for t in [*ends, self.tokenizer.eos_token_id] if t is not None)
+        size = max(self.vocab, len(self.tokenizer))
+        self.grammars = Grammars(lambda: from_tokenizer(self.tokenizer, n_vocab=size, eos_token=sorted(self.eos)))
         # A stop text that is a token of its own never shows in the text, which leaves such tokens out.
         self.special: dict[str, int] = self.tokenizer.get_added_vocab()
         self.template_variables: dict[str, Any] = kwargs.get("chat_template_kwargs", {})
@@ -201,7 +206,13 @@ class TransformersEngine(ModelEngine):
         stop_ids = self.eos | stop_tokens | frozenset(params.stop_token_ids or ())
         seed = random.getrandbits(62) if params.seed is None else params.seed
         generators = [torch.Generator(self.device).manual_seed((seed + i) % 2**63) for i in range(params.n or 1)]
-        return [GenerationRow(prompt, params, limit, stop_ids, generator, images) for generator in generators]
+        wanted = params.response_format
+        return [
+            GenerationRow(
+                prompt, params, limit, stop_ids, generator, self.grammars.matcher(wanted) if wanted else None, images
+            )
+            for generator in generators
+        ]
 
     def _prompt(self, messages: list[Message], params: GenerationParams) -> tuple[list[int], dict[str, torch.Tensor]]:
         if params.tool_choice not in (None, "auto", "none"):
@@ -351,7 +362,8 @@ class TransformersEngine(ModelEngine):
             logits = output.logits[:, -1].to(self.device, torch.float32)
             tokens = _choose(rows, logits)
             for row, token, scores in zip(rows, tokens.tolist(), logits, strict=True):
-                self._advance(row, token, scores)
+                if not row.future.done():
+                    self._advance(row, token, scores)
             live = [i for i, row in enumerate(rows) if not row.future.done()]
             if not live:
                 return
@@ -368,6 +380,8 @@ class TransformersEngine(ModelEngine):
         if token in row.stop_ids:
             return row.settle()
         row.tokens.append(token)
+        if row.matcher is not None:
+            row.matcher.accept(token)
         if row.params.logprobs is not None:
             row.logprobs.append(self._logprob(token, logits.log_softmax(-1), row.params.logprobs))
         if self._stopped(row):
@@ -407,6 +421,12 @@ def _choose(rows: list[GenerationRow], logits: torch.Tensor) -> torch.Tensor:
     sampled: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(rows):
         _penalise(row, scores[i])
+        if row.matcher is not None:
+            try:
+                allowed = torch.from_numpy(row.matcher.allowed(scores.shape[1]))
+                scores[i].masked_fill_(~allowed.to(scores.device), -torch.inf)
+            except EngineError as error:
+                row.settle(error)
         p = row.params
         if p.temperature:
             sampled.setdefault((p.temperature, p.top_k, p.top_p, p.min_p), []).append(i)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engines.local.grammar import Matcher
 from engines.params import GenerationParams
 from engines.types import FinishReason
 
@@ -22,6 +23,7 @@ class GenerationRow:
     limit: int  # tokens it may have
     stop_ids: frozenset[int]
     generator: torch.Generator
+    matcher: Matcher | None = None  # enforces response_format
     images: dict[str, torch.Tensor] = field(default_factory=dict)  # what the processor made of them, a batch of one
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)

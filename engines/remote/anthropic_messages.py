@@ -10,9 +10,10 @@ import orjson
 from engines.errors import EngineError, invalid
 from engines.media import image_of
 from engines.params import json_schema_of
-from engines.remote.openai_chat import bad_response, count, inlined
+from engines.remote.openai_chat import bad_response, count, inlined, is_count
 from engines.remote.provider import Provider, put
-from engines.types import Choice, Completion, Delta, FinishReason, Message, Request, ToolCall, Usage, answer
+from engines.types import Choice, Completion, Delta, FinishReason, Message, Request, ToolCall, answer
+from engines.usage import Usage
 
 _PLAIN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
           "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}  # fmt: skip
@@ -148,7 +149,30 @@ def _tool_choice(choice: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def completion(payload: dict[str, Any], _: Provider) -> Completion:
-    """A whole answer, read leniently; one that is thinking alone is an answer too. Raises `EngineError` for none."""
+    """A whole answer, read leniently; one that is thinking alone is an answer too. Raises `EngineError` for none, with the
+    usage that is paid."""
+    usage = _usage(payload.get("usage"))
+    try:
+        return _completion(payload, usage)
+    except EngineError as error:
+        error.usage = usage
+        raise
+
+
+def _usage(found: Any) -> Usage:
+    """`input_tokens` leaves out what was read from the prompt cache and what was written to it."""
+    if not isinstance(found, dict):
+        return Usage(known=False)
+    cached, write = count(found.get("cache_read_input_tokens")), count(found.get("cache_creation_input_tokens"))
+    by_time = found.get("cache_creation")
+    hour = count(by_time.get("ephemeral_1h_input_tokens")) if isinstance(by_time, dict) else 0
+    return Usage(
+        count(found.get("input_tokens")) + cached + write, cached, count(found.get("output_tokens")), write,
+        cache_write_1h=hour, known=is_count(found.get("input_tokens")) and is_count(found.get("output_tokens")),
+    )  # fmt: skip
+
+
+def _completion(payload: dict[str, Any], usage: Usage) -> Completion:
     blocks = payload.get("content")
     if not isinstance(blocks, list):
         raise bad_response("the answer has no content", payload)
@@ -170,14 +194,10 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
         raise bad_response("the answer is empty", payload)
     if reason == "refusal" and not texts:
         raise EngineError("content_filter", "the model refused to answer")
-    found = payload.get("usage")
-    usage = found if isinstance(found, dict) else {}
-    cached = count(usage.get("cache_read_input_tokens"))
-    read = count(usage.get("input_tokens")) + cached + count(usage.get("cache_creation_input_tokens"))
     model = payload.get("model")
     return Completion(
         [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(str(reason), "stop"))],
-        Usage(read, cached, count(usage.get("output_tokens"))),
+        usage,
         model if isinstance(model, str) else None,
         reasoning="\n".join(thoughts) or None,
     )

@@ -14,9 +14,10 @@ from engines.errors import EngineError, invalid
 from engines.media import image_of
 from engines.params import json_schema_of
 from engines.remote.anthropic_messages import _call_id, call_of, split
-from engines.remote.openai_chat import bad_response, count
+from engines.remote.openai_chat import bad_response, count, is_count
 from engines.remote.provider import Provider, put
-from engines.types import Choice, Completion, FinishReason, Message, Request, ToolCall, Usage, answer
+from engines.types import Choice, Completion, FinishReason, Message, Request, ToolCall, answer
+from engines.usage import Usage
 
 _PLAIN = {"max_tokens": "inferenceConfig.maxTokens", "temperature": "inferenceConfig.temperature",
           "top_p": "inferenceConfig.topP", "stop": "inferenceConfig.stopSequences",
@@ -106,7 +107,30 @@ def _tool_choice(choice: str | dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def completion(payload: dict[str, Any], _: Provider) -> Completion:
-    """A whole answer, read leniently. Raises `EngineError` where there is none in it."""
+    """A whole answer, read leniently. Raises `EngineError` where there is none in it, with the usage that is paid."""
+    usage = _usage(payload.get("usage"))
+    try:
+        return _completion(payload, usage)
+    except EngineError as error:
+        error.usage = usage
+        raise
+
+
+def _usage(found: Any) -> Usage:
+    """`inputTokens` leaves out what was read from the prompt cache and what was written to it."""
+    if not isinstance(found, dict):
+        return Usage(known=False)
+    cached, write = count(found.get("cacheReadInputTokens")), count(found.get("cacheWriteInputTokens"))
+    details = found.get("cacheDetails")
+    parts = [part for part in details if isinstance(part, dict)] if isinstance(details, list) else []
+    return Usage(
+        count(found.get("inputTokens")) + cached + write, cached, count(found.get("outputTokens")), write,
+        cache_write_1h=sum(count(part.get("inputTokens")) for part in parts if part.get("ttl") == "1h"),
+        known=is_count(found.get("inputTokens")) and is_count(found.get("outputTokens")),
+    )  # fmt: skip
+
+
+def _completion(payload: dict[str, Any], usage: Usage) -> Completion:
     output = payload.get("output")
     message = output.get("message") if isinstance(output, dict) else None
     blocks = message.get("content") if isinstance(message, dict) else None
@@ -131,12 +155,8 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
         raise EngineError("content_filter", f"Bedrock withheld the answer ({reason})")
     if reason is None and not blocks:
         raise bad_response("the answer is empty", payload)
-    found = payload.get("usage")
-    usage = found if isinstance(found, dict) else {}
-    cached = count(usage.get("cacheReadInputTokens"))
-    read = count(usage.get("inputTokens")) + cached + count(usage.get("cacheWriteInputTokens"))
     return Completion(
         [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(str(reason), "stop"))],
-        Usage(read, cached, count(usage.get("outputTokens"))),
+        usage,
         reasoning="\n".join(thoughts) or None,
     )

@@ -8,8 +8,9 @@ from typing import Protocol
 from engines.config import SourceOf
 from engines.types import Request
 
-# Called after a try that failed and may have to be paid; says whether the budget has room for another try.
-CheckBudget = Callable[[Request], Awaitable[bool]]
+# Called after a failed try that may have to be paid, with its cost in US$ (None: not known). Returns True if the budget has
+# room for another try.
+CheckBudget = Callable[[Request, float | None], Awaitable[bool]]
 
 
 class RemoteControls(Protocol):

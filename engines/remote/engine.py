@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import orjson
 
-from engines.base import ModelEngine, run_sync
+from engines.base import ModelEngine
 from engines.config import Capabilities, EngineConfig, SourceOf
 from engines.errors import ConfigError, EngineError, Finding, invalid, nearest
 from engines.remote import anthropic_messages, openai_chat
@@ -38,6 +38,7 @@ from engines.remote.rate_limits import Limits
 from engines.remote.sse import SSEParser, StreamAccumulator
 from engines.rendering import render_http
 from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
+from engines.usage import Usage
 
 WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
 ACCUMULATORS: dict[str, type[StreamAccumulator]] = {
@@ -96,7 +97,6 @@ class RemoteEngine(Batches, ModelEngine):
             timeout_s=config.timeout_s,
             connect_timeout_s=min(config.connect_timeout_s, config.timeout_s),
             read_timeout_s=config.read_timeout_s,
-            connections=self.max_concurrency,
         )
         self.transport.check(self.endpoints.urls[0], {**self.headers, **self.auth.fixed})
 
@@ -155,7 +155,7 @@ class RemoteEngine(Batches, ModelEngine):
 
     def close(self) -> None:
         if hasattr(self, "transport"):
-            run_sync(self.transport.aclose())
+            self.transport.close()
 
     # -- before a request ---------------------------------------------------------------------------------------------
 
@@ -205,22 +205,27 @@ class RemoteEngine(Batches, ModelEngine):
 
     async def _generate(self, request: Request) -> Completion:
         streams = getattr(self.wire, "STREAM", {}) if request.stream is not None else {}
-        content, size = self.encode({**streams, **self.body(request)})
+        try:
+            content, size = self.encode({**streams, **self.body(request)})
+        except EngineError as error:
+            error.attempts = 0
+            raise
         model = request.model or self.config.model or ""
         cost = size / self.bytes_per_token, float(request.generation.max_tokens or self.mean_output)
         headers = self.headers
         if self.provider.idempotency_header:  # differs in every run, or a failure of an earlier run would be replayed
             headers = {**headers, self.provider.idempotency_header: f"{self.run_id}-{request.key or uuid.uuid4().hex}"}
-        began, tries, counted = time.monotonic(), 0, 0
+        began, tries, counted, failed = time.monotonic(), 0, 0, Usage()
         while True:
             tries += 1
             try:
                 completion = await self._try(request, model, headers, content, cost)
                 completion.attempts = tries
+                completion.usage.add(failed)
                 return completion
             except EngineError as error:
-                error.attempts = tries
-                await self._raise_if_final(request, error)
+                tries -= error.type == "cancelled"  # it was not sent
+                await self._raise_if_final(request, error, tries, failed)
                 # A row's tries count only while the server answers others. A rate limit is not the row's fault, but a row
                 # that alone is refused for so long must come to an end as well.
                 counted += not self.endpoints.down_s and error.type != "rate_limit"
@@ -228,34 +233,45 @@ class RemoteEngine(Batches, ModelEngine):
                     raise
                 self._count("retried")
                 wait = random.uniform(0, min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** min(tries, 16)))
-                await self._pause(max(wait + self.retries.wait_s(), error.retry_after or 0.0))
+                if await self._stops_within(max(wait + self.retries.wait_s(), error.retry_after or 0.0)):
+                    back = cancelled()
+                    back.attempts, back.usage = tries, failed
+                    raise back from None
 
-    async def _raise_if_final(self, request: Request, error: EngineError) -> None:
-        """Raises `error` if the request must not be tried again, whatever the number of tries."""
+    async def _raise_if_final(self, request: Request, error: EngineError, tries: int, failed: Usage) -> None:
+        """Raises `error` if the request must not be tried again, whatever the number of tries.
+
+        `failed` is the usage of all failed tries; the usage of this one is added to it.
+        """
         affordable = True
-        if self.check_budget is not None and (error.paid or error.type in ("timeout", "bad_response")):
-            affordable = await self.check_budget(request)
+        if error.usage is None and error.type in ("timeout", "bad_response"):
+            error.usage = Usage(known=False)
+        if error.usage is not None:
+            failed.add(error.usage)
+            if self.check_budget is not None:
+                affordable = await self.check_budget(request, self.cost(error.usage, request.model))
+        error.attempts, error.usage = tries, failed
         if not error.retryable or (request.stream is not None and request.stream.begun):
             raise error
         if not affordable:
             text = f"run.budget_usd leaves no room for another try ({error})"
             spent = EngineError("budget", text, retryable=True)
-            spent.attempts = error.attempts
+            spent.attempts, spent.usage = tries, failed
             raise spent from None
         down = self.endpoints.down_s
         if down > self.max_outage_s:
             self.outage = f"engine={self.kind} has not answered for {down:.0f} s ({error})"
             raise error
 
-    async def _pause(self, seconds: float) -> None:
-        """Waits without a slot. Raises a `cancelled` error if the run ends meanwhile, so that the row goes back."""
+    async def _stops_within(self, seconds: float) -> bool:
+        """Waits without a slot. Returns True as soon as the run ends: the row then goes back."""
         stop = self.stops.get()
         if not self.stopping:
             try:
                 await asyncio.wait_for(stop.wait(), seconds)
             except TimeoutError:
-                return
-        raise cancelled()
+                return False
+        return True
 
     async def _try(
         self, request: Request, model: str, headers: dict[str, str], content: Any, cost: tuple[float, float]
@@ -329,7 +345,9 @@ class RemoteEngine(Batches, ModelEngine):
             reply = await self.transport.send("POST", endpoint.url, sent, content, parser.feed if parser else None)
         except httpx.HTTPError as error:
             lost = self._clean(broken(error))
-            lost.paid = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            connected = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            if connected and lost.type != "bad_request":  # an answer may have been under way
+                lost.usage = Usage(known=False)
             raise lost from None
         except EngineError as error:  # an event that cannot be parsed
             raise self._clean(error) from None
@@ -356,11 +374,7 @@ class RemoteEngine(Batches, ModelEngine):
             code = inner.get("code") if isinstance(inner, dict) else None
             code = code if isinstance(code, int) and code >= 400 else 502
             raise self._clean(failure(code, orjson.dumps(payload), reply.headers))
-        try:
-            return self.read(payload)
-        except EngineError as error:
-            error.paid = True
-            raise
+        return self.read(payload)
 
     def read(self, answer: dict[str, Any] | EngineError) -> Completion:
         """The completion in an answer's body. Raises `EngineError` if there is none, or the one it is given."""
@@ -371,6 +385,10 @@ class RemoteEngine(Batches, ModelEngine):
         except EngineError as error:
             raise self._clean(error) from None
         return completion
+
+    def batch_share(self, model: str | None) -> float:
+        """By `provider.batch.price`; 1 where no discount is declared."""
+        return float(self.provider.for_model(model or self.config.model).batch.get("price", 1.0))
 
     def _clean(self, error: EngineError) -> EngineError:
         error.args = (self.auth.clean(str(error)),)

@@ -1,42 +1,59 @@
-"""httpx's API over reqwest (Rust): httpx's own connection pool collapses at a few hundred requests in flight.
+"""One HTTP client for all requests: aiohttp's connections, httpx's exceptions.
 
-The engine calls the transport directly, without `httpx.AsyncClient`: cookies, redirects and event hooks are not wanted
-here, and cost as much as the request itself. `httpx.AsyncClient(transport=Transport(…))` works too. Proxies come from
-HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, a CA bundle from SSL_CERT_FILE.
+httpx's own connection pool collapses at a few hundred requests in flight. aiohttp's does not, but its session belongs to
+one event loop, and an engine may be used from several: `Transport` keeps one session for each running loop.
+
+Proxies come from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, further CA certificates from SSL_CERT_FILE. `~/.netrc` is
+not read: aiohttp's `trust_env` would send its credentials, so it stays off.
 """
 
 from __future__ import annotations
 
-import atexit
+import asyncio
+import base64
+import contextlib
 import functools
+import ipaddress
 import os
-import time
-from collections.abc import Callable, Mapping
+import re
+import socket
+import ssl
+import urllib.request
+import weakref
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
+import aiohttp
+import certifi
 import httpx
-from pyreqwest import exceptions
-from pyreqwest.client import Client, ClientBuilder
+from aiohttp.http_exceptions import ContentEncodingError
+from yarl import URL
 
 from engines.errors import ConfigError
 
-# A longer answer is none: it would fill the memory of a worker with hundreds in flight.
+# A longer answer is refused: with hundreds in flight it would fill the memory of a worker. Counted after decompression.
 MAX_BODY_BYTES = 64 << 20
+# Below the 60 s after which most load balancers close a connection that is idle.
+IDLE_S = 50.0
+# A NAT or load balancer forgets a connection that is silent while a long answer is generated.
+KEEPALIVE_PROBE_S = 60
+# The longest line of a response's head; some gateways send long headers.
+MAX_HEAD_LINE = 1 << 16
 
-_ERRORS: tuple[tuple[type[Exception], type[httpx.RequestError]], ...] = (
-    (exceptions.ConnectTimeoutError, httpx.ConnectTimeout),
-    (exceptions.RequestTimeoutError, httpx.ReadTimeout),
-    (exceptions.ConnectError, httpx.ConnectError),
-    (exceptions.DecodeError, httpx.DecodingError),
-    (exceptions.RequestError, httpx.ReadError),
-)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NO_HEADER_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+# One event loop's session, and the generator that opened it and closes it.
+_Opened = tuple[aiohttp.ClientSession, AsyncGenerator[aiohttp.ClientSession, None]]
+_Sessions = dict[asyncio.AbstractEventLoop, _Opened]
+# Generators that their running loop was told to end. A loop that ends first still finds them here, and ends them itself.
+_closing: dict[AsyncGenerator[aiohttp.ClientSession, None], asyncio.AbstractEventLoop] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole response; the names in `headers` are matched in any case."""
+    """A whole response; the names in `headers` are matched in any case. `content` is decompressed."""
 
     status: int
     headers: Mapping[str, str]
@@ -44,37 +61,31 @@ class Reply:
 
 
 class Transport(httpx.AsyncBaseTransport):
-    """Sends `httpx.Request`s and reads the whole response. Raises httpx's exceptions."""
+    """Sends requests and reads the whole response. Raises httpx's exceptions. May be used from any thread and loop.
 
-    def __init__(
-        self, *, timeout_s: float, connect_timeout_s: float, read_timeout_s: float | None, connections: int
-    ) -> None:
-        builder = (
-            ClientBuilder()
-            .user_agent("eagleray")
-            .timeout(timedelta(seconds=timeout_s))
-            .connect_timeout(timedelta(seconds=connect_timeout_s))
-            .follow_redirects(False)  # none may carry the key to another host
-            .referer(False)
-            .gzip(True)
-            .tcp_nodelay(True)
-            .tcp_keepalive(timedelta(seconds=60))
-            .pool_idle_timeout(timedelta(seconds=50))  # below the 60 s after which most load balancers close
-            .pool_max_idle_per_host(connections)
-        )
-        _exit_quietly()
-        if read_timeout_s is not None:
-            builder = builder.read_timeout(timedelta(seconds=read_timeout_s))
-        if bundle := os.environ.get("SSL_CERT_FILE"):
-            try:
-                builder = builder.add_root_certificate_pem(Path(bundle).read_bytes())
-            except OSError as error:
-                raise ConfigError(f"SSL_CERT_FILE={bundle} cannot be read: {error.strerror}") from None
-        self.client: Client = builder.build()
+    The engine calls `send` with plain values: making httpx's objects costs as much as the request itself.
+    """
+
+    def __init__(self, *, timeout_s: float, connect_timeout_s: float, read_timeout_s: float | None) -> None:
+        self.timeout = aiohttp.ClientTimeout(total=timeout_s, connect=connect_timeout_s, sock_read=read_timeout_s)
+        self.ssl = ssl_context(os.environ.get("SSL_CERT_FILE"))
+        self.proxies = urllib.request.getproxies_environment()
+        self.target = functools.lru_cache(64)(functools.partial(target_of, self.proxies))
+        self.sessions: _Sessions = {}
+        # Also closes the sessions of a transport that is dropped, or still there when the interpreter ends.
+        self.close = weakref.finalize(self, _close_sessions, self.sessions)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """For `httpx.AsyncClient(transport=…)`."""
         reply = await self.send(request.method, str(request.url), dict(request.headers), await request.aread())
-        return httpx.Response(reply.status, headers=list(reply.headers.items()), content=reply.content)
+        decoded = ("content-encoding", "content-length", "transfer-encoding")
+        headers = [(name, value) for name, value in reply.headers.items() if name.lower() not in decoded]
+        return httpx.Response(reply.status, headers=headers, content=reply.content)
+
+    async def aclose(self) -> None:
+        if opened := self.sessions.pop(asyncio.get_running_loop(), None):
+            await opened[1].aclose()
+        self.close()
 
     async def send(
         self,
@@ -84,54 +95,197 @@ class Transport(httpx.AsyncBaseTransport):
         content: bytes,
         feed: Callable[[bytes], None] | None = None,
     ) -> Reply:
-        """The same without httpx's objects, whose making takes a third of the time. Raises httpx's exceptions.
+        """Sends one request and reads its whole response. Raises httpx's exceptions.
 
-        `feed` gets the body in the pieces that come where it is a stream of events.
+        `feed` gets the body of a stream of events piece by piece, as the pieces arrive.
         """
-        builder = self.client.request(method, url).headers(headers).body_bytes(content)
-        if feed is not None:  # else the head comes with the first 64 KiB, which is whole answers
-            builder = builder.streamed_read_buffer_limit(0)
-        request = builder.build_streamed()
+        opened = self.sessions.get(asyncio.get_running_loop())
+        session = opened[0] if opened else await self._open()
         try:
-            async with request as response:
-                chunks: list[bytes] = []
-                size = 0
-                events = response.status < 300 and response.headers.get("content-type", "").startswith("text/event-stream")
-                while (chunk := await response.body_reader.read_chunk()) is not None:
-                    size += len(chunk)
-                    if size > MAX_BODY_BYTES:
-                        raise httpx.DecodingError(f"the answer is longer than {MAX_BODY_BYTES >> 20} MiB")
-                    chunks.append(bytes(chunk))
-                    if events and feed is not None:
-                        feed(chunks[-1])
-                return Reply(response.status, response.headers, b"".join(chunks))
-        except exceptions.PyreqwestError as error:
+            place, credentials, proxy = self.target(url)
+            if credentials and not any(name.lower() == "authorization" for name in headers):
+                headers = {**headers, "authorization": credentials}
+            response = await session.request(
+                method, place, headers=headers, data=content or None, proxy=proxy, allow_redirects=False
+            )
+            try:
+                body = await _read(response, feed)
+            except BaseException:  # also a cancelled task, and what `feed` raises
+                response.close()
+                raise
+            return Reply(response.status, response.headers, body)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _translated(error) from None
+        except ValueError:  # its text may hold the value of a header, which may be a secret
+            raise httpx.UnsupportedProtocol("the request's URL or one of its headers is not valid in HTTP") from None
+
+    async def _open(self) -> aiohttp.ClientSession:
+        """The session of the running loop."""
+        loop = asyncio.get_running_loop()
+        for other in list(self.sessions):
+            if other.is_closed():
+                _close_session(other, self.sessions.pop(other, None))
+        # The loop itself closes the session at its end: `asyncio.run` ends the asynchronous generators of its loop.
+        generator = _session(self.timeout, self.ssl)
+        session = await anext(generator)
+        self.sessions[loop] = session, generator
+        return session
 
     def check(self, url: str, headers: Mapping[str, str]) -> None:
-        """Raises `ConfigError` for headers that HTTP does not allow; their values, which may be secrets, are not said."""
+        """Raises `ConfigError` for what HTTP does not allow. It does not name header values, which may be secrets."""
         for name, value in headers.items():
-            try:
-                self.client.post(url).headers({name: value})
-            except ValueError:
-                raise ConfigError(f"the header {name!r} or its value is not valid in HTTP") from None
-
-    async def aclose(self) -> None:
-        await self.client.close()
-
-
-@functools.cache
-def _exit_quietly() -> None:
-    """Its thread may still be letting go of the last response when the interpreter ends, and would abort the process:
-    give it the GIL for a moment before."""
-    atexit.register(time.sleep, 0.05)
+            if not _HEADER_NAME.fullmatch(name) or _NO_HEADER_VALUE.search(value):
+                raise ConfigError(f"the header {name!r} or its value is not valid in HTTP")
+        try:
+            self.target(url)
+        except ValueError:
+            raise ConfigError(f"engine.base_url: {url!r} is not a URL") from None
 
 
-def _translated(error: exceptions.PyreqwestError) -> httpx.RequestError:
-    causes = getattr(error, "details", None) or {}
-    found = [cause.get("message", "") for cause in causes.get("causes") or ()]
-    said = ": ".join(dict.fromkeys([error.message, *found[-1:]]))
-    for ours, theirs in _ERRORS:
-        if isinstance(error, ours):
-            return theirs(said)
-    return httpx.TransportError(said)
+async def _session(timeout: aiohttp.ClientTimeout, context: ssl.SSLContext) -> AsyncGenerator[aiohttp.ClientSession, None]:
+    connector = aiohttp.TCPConnector(
+        limit=0,  # the engine bounds what is in flight
+        keepalive_timeout=IDLE_S,
+        ssl=context,
+        resolver=aiohttp.ThreadedResolver(),  # not c-ares where aiodns happens to be installed
+        socket_factory=_socket,
+    )
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=timeout,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": "eagleray", "Accept-Encoding": "gzip"},
+        skip_auto_headers=("Content-Type",),
+        max_line_size=MAX_HEAD_LINE,
+        max_field_size=MAX_HEAD_LINE,
+    ) as session:
+        yield session
+
+
+def _socket(address: tuple) -> socket.socket:
+    made = socket.socket(address[0], address[1], address[2])
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_PROBE_S)
+    return made
+
+
+async def _read(response: aiohttp.ClientResponse, feed: Callable[[bytes], None] | None) -> bytes:
+    events = response.status < 300 and response.headers.get("content-type", "").startswith("text/event-stream")
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await response.content.readany():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise httpx.DecodingError(f"the answer is longer than {MAX_BODY_BYTES >> 20} MiB")
+        chunks.append(chunk)
+        if events and feed is not None:
+            feed(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _close_sessions(sessions: _Sessions) -> None:
+    while sessions:
+        with contextlib.suppress(KeyError):  # another thread took the last one
+            _close_session(*sessions.popitem())
+
+
+def _close_session(loop: asyncio.AbstractEventLoop, opened: _Opened | None) -> None:
+    """Closes a session from any thread. A loop that runs does it by itself, and is not waited for: it may wait for us."""
+    if opened is None:
+        return
+    _, generator = opened
+    with contextlib.suppress(RuntimeError):  # the loop ends at this moment, and closes the session itself
+        if loop.is_closed():  # nothing to wait for: one step ends it
+            with contextlib.suppress(StopIteration):
+                generator.aclose().__await__().send(None)
+        elif loop.is_running() or asyncio._get_running_loop() is not None:
+            for other in [other for other, its in list(_closing.items()) if its.is_closed()]:
+                _closing.pop(other, None)
+            _closing[generator] = loop
+            loop.call_soon_threadsafe(lambda: asyncio.ensure_future(_aclose(generator), loop=loop))
+        else:
+            loop.run_until_complete(generator.aclose())
+
+
+async def _aclose(generator: AsyncGenerator[aiohttp.ClientSession, None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop's end closes it at the same time
+        await generator.aclose()
+    _closing.pop(generator, None)
+
+
+def ssl_context(bundle: str | None) -> ssl.SSLContext:
+    """Trusts certifi's certificates, the system's, and those in the file `bundle`. Raises `ConfigError`."""
+    try:
+        return _ssl_context(bundle, Path(bundle).stat().st_mtime_ns if bundle else 0)
+    except ssl.SSLError:
+        raise ConfigError(f"SSL_CERT_FILE={bundle} holds no certificate in PEM form") from None
+    except OSError as error:
+        raise ConfigError(f"SSL_CERT_FILE={bundle} cannot be read: {error.strerror}") from None
+
+
+@functools.lru_cache(4)  # it takes 20 ms to make, and there may be an engine in each thread of a server
+def _ssl_context(bundle: str | None, changed_ns: int) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=certifi.where())
+    context.load_default_certs()
+    if bundle:
+        context.load_verify_locations(cafile=bundle)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def target_of(proxies: Mapping[str, str], url: str) -> tuple[URL, str | None, URL | None]:
+    """Where a request goes: its URL without credentials, these as the header Authorization, and the proxy.
+
+    `proxies` are those of `urllib.request.getproxies_environment`. Raises `ValueError` and `ConfigError`.
+    """
+    place = URL(url)
+    host = place.host
+    if place.scheme not in ("http", "https") or not host:
+        raise ValueError(url)
+    credentials = None
+    if place.user:
+        pair = f"{place.user}:{place.password or ''}".encode()
+        credentials, place = f"Basic {base64.b64encode(pair).decode()}", place.with_user(None)
+    found = proxies.get(place.scheme) or proxies.get("all")
+    if not found or _bypassed(host, place.port, proxies):
+        return place, credentials, None
+    proxy = URL(found if "://" in found else f"http://{found}")
+    if proxy.scheme not in ("http", "https"):
+        raise ConfigError(
+            f"{host} would be reached through a proxy of the kind {proxy.scheme}:// (from the environment), which is "
+            "not supported: set HTTPS_PROXY and HTTP_PROXY to an http:// proxy, or add the host to NO_PROXY"
+        )
+    return place, credentials, proxy
+
+
+def _bypassed(host: str, port: int | None, proxies: Mapping[str, str]) -> bool:
+    """Whether NO_PROXY names the host: itself, a domain above it, with a port, an address or a network (10.0.0.0/8)."""
+    if urllib.request.proxy_bypass_environment(f"{host}:{port}", dict(proxies)):  # type: ignore[attr-defined]
+        return True
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        for part in proxies.get("no", "").split(","):
+            with contextlib.suppress(ValueError):
+                if address in ipaddress.ip_network(part.strip(), strict=False):
+                    return True
+    return False
+
+
+def _translated(error: Exception) -> httpx.RequestError:
+    """httpx's exception for one of aiohttp's, by which `engines.remote.errors` decides what to do."""
+    said = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return httpx.ConnectTimeout(said)
+    if isinstance(error, TimeoutError):
+        return httpx.ReadTimeout(str(error) or "the time for the whole answer is over")
+    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
+        return httpx.ConnectError(said)
+    if isinstance(error, aiohttp.InvalidURL):
+        return httpx.UnsupportedProtocol(said)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ContentEncodingError):
+            return httpx.DecodingError(cause.message)
+        cause = cause.__cause__
+    return httpx.ReadError(said)

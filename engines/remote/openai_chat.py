@@ -15,7 +15,8 @@ from engines.errors import EngineError, invalid
 from engines.media import image_of
 from engines.params import json_schema_of
 from engines.remote.provider import Provider, inline_refs, put
-from engines.types import Choice, Completion, Delta, FinishReason, Message, Request, ToolCall, Usage
+from engines.types import Choice, Completion, Delta, FinishReason, Message, Request, ToolCall
+from engines.usage import Usage
 
 _PLAIN = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "seed", "n", "frequency_penalty",
@@ -104,7 +105,16 @@ def _response_format(out: dict[str, Any], given: dict[str, Any], provider: Provi
 
 
 def completion(payload: dict[str, Any], _: Provider) -> Completion:
-    """A whole answer, read leniently. Raises `EngineError` where there is none in it."""
+    """A whole answer, read leniently. Raises `EngineError` where there is none in it, with the usage that is paid."""
+    usage = _usage(payload.get("usage"))
+    try:
+        return _completion(payload, usage)
+    except EngineError as error:
+        error.usage = usage
+        raise
+
+
+def _completion(payload: dict[str, Any], usage: Usage) -> Completion:
     found = payload.get("choices")
     if not isinstance(found, list) or not found:
         raise bad_response("the answer has no choices", payload)
@@ -132,7 +142,7 @@ def completion(payload: dict[str, Any], _: Provider) -> Completion:
         content = logprobs.get("content") if isinstance(logprobs, dict) else None
         choices.append(Choice(out, finish, content if isinstance(content, list) else None))
     model = payload.get("model")
-    return Completion(choices, _usage(payload.get("usage")), model if isinstance(model, str) else None, reasoning=reasoning)
+    return Completion(choices, usage, model if isinstance(model, str) else None, reasoning=reasoning)
 
 
 class ChatAccumulator:
@@ -211,16 +221,38 @@ def tool_calls(found: Any) -> list[ToolCall]:
 
 
 def _usage(found: Any) -> Usage:
+    """OpenAI's `usage`, with what DeepSeek (prompt_cache_hit_tokens), OpenRouter (cache_write_tokens), xAI and Gemini
+    (reasoning beside the completion) make of it."""
     if not isinstance(found, dict):
-        return Usage()
-    details = found.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else found.get("prompt_cache_hit_tokens")
-    return Usage(count(found.get("prompt_tokens")), count(cached), count(found.get("completion_tokens")))
+        return Usage(known=False)
+    into, out_of = (_details(found.get(f"{name}_tokens_details")) for name in ("prompt", "completion"))
+    cached = into.get("cached_tokens", found.get("prompt_cache_hit_tokens"))
+    read, written, reasoning = (
+        count(value)
+        for value in (found.get("prompt_tokens"), found.get("completion_tokens"), out_of.get("reasoning_tokens"))
+    )
+    # Some do not count reasoning among the completion: the total tells. Others do, and their total is the plain sum.
+    beside = count(found.get("total_tokens")) - read - written
+    if read and beside > 0 and beside == (reasoning or beside):
+        written, reasoning = written + beside, beside
+    return Usage(
+        read, count(cached), written, count(into.get("cache_write_tokens")), reasoning,
+        known=is_count(found.get("prompt_tokens")) and is_count(found.get("completion_tokens")),
+    )  # fmt: skip
+
+
+def _details(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def is_count(value: Any) -> bool:
+    """Whether a provider told a number of tokens."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
 def count(value: Any) -> int:
     """A number of tokens; 0 for what is none."""
-    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**62 else 0
+    return int(value) if is_count(value) else 0
 
 
 def bad_response(what: str, payload: Any) -> EngineError:

@@ -26,8 +26,9 @@ from engines.errors import ConfigError, nearest
 from engines.params import GENERATION_FIELDS
 
 # wire: openai, anthropic, together or fireworks; rows and bytes: the most in one batch, where less than the provider takes;
-# queued_tokens: the most in all batches at once; price: of the live one.
-BATCH_KEYS = ("wire", "rows", "bytes", "queued_tokens", "price")
+# queued_tokens: the most in all batches at once; price: the share of the live price, as it was on price_as_of. A rule of
+# `models` may have a `batch` with another price.
+BATCH_KEYS = ("wire", "rows", "bytes", "queued_tokens", "price", "price_as_of")
 
 WIRE_PATHS = {"chat": "/chat/completions", "messages": "/messages", "converse": ""}
 
@@ -53,6 +54,7 @@ class Provider:
     idempotency_header: str | None = None
     kwargs: list[str] = field(default_factory=list)  # the keys under engine.kwargs
     batch: dict[str, Any] = field(default_factory=dict)  # the batch API: `wire`, and the limits in BATCH_KEYS
+    prices: dict[str, Any] = field(default_factory=dict)  # by model: rates as in conf/price, before those lists
     models: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod

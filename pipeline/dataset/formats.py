@@ -38,8 +38,8 @@ _IDS = ("id", "conversation_id", "custom_id")
 
 # fmt: off
 OUTPUT_COLUMNS: tuple[str, ...] = (
-    "id", "index", "response", "messages", "finish_reason", "tool_calls", "reasoning", "usage", "model", "engine",
-    "attempts", "latency_s", "error", "choices", "logprobs",
+    "id", "index", "response", "messages", "finish_reason", "tool_calls", "reasoning", "usage", "cost_usd", "model",
+    "engine", "attempts", "latency_s", "error", "choices", "logprobs",
 )
 # fmt: on
 # A table with all of these is a data/ file of ours: its `model`, `messages` … are what an earlier run wrote.

@@ -8,16 +8,12 @@ from pipeline.config import Config
 from pipeline.dataset.reader import ReadSplit
 from pipeline.dataset.source import list_file_splits, read_file_split
 from pipeline.monitor.console import warn
-from pipeline.storage.filesystem import resolve
 
 
 def list_splits(config: Config, console: Console) -> list[ReadSplit]:
     """What is to be read, in its order."""
     dataset = config.dataset
     file_splits = list_file_splits(dataset.path, chunk_bytes=dataset.chunk_bytes, on_bad_input=dataset.on_bad_input)
-    if config.output.path:  # inside the dataset's own directory, it must not be its input the next time
-        out = resolve(config.output.path)[1] + "/"
-        file_splits = [file_split for file_split in file_splits if not resolve(file_split.file)[1].startswith(out)]
     for file_split in file_splits:
         if file_split.kind == "bad":
             warn(console, f"{file_split.name}: {file_split.reason}; it becomes one error row.")

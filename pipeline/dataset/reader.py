@@ -42,7 +42,7 @@ class RowReader:
     max_row_bytes: int
 
     def read(self, split: ReadSplit) -> Iterator[list[ParsedRow]]:
-        """The items of a piece in order, in batches."""
+        """The items of a split in order, in batches."""
         left = split.limit
         for rows in read_file_split(split.file_split, max_row_bytes=self.max_row_bytes):
             if left is not None:
@@ -74,7 +74,7 @@ def _invalid_row(place: str, reason: str) -> Failure:
 
 @dataclass(slots=True)
 class SplitSummary:
-    """What reading one piece found."""
+    """What reading one split found."""
 
     rows: int = 0
     invalid: int = 0

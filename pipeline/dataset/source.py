@@ -1,4 +1,4 @@
-"""From paths to rows: files are found, cut into chunks, and read as a stream. A bad row is a row with an error."""
+"""From paths to rows: files are found, cut into file splits, and read as a stream. A bad row is a row with an error."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from pyarrow import fs as pafs
 from engines.errors import ConfigError, nearest
 from engines.text import one_line
 from pipeline.dataset.formats import ArrowRow
+from pipeline.dataset.tree import Entry, Tree, below, once, walk
 from pipeline.storage.exact_json import has_long_number, loads
-from pipeline.storage.filesystem import resolve, split_options
+from pipeline.storage.filesystem import GLOB, resolve, split_options
 from pipeline.storage.retry import steadily, store_failed
 
 BATCH_ROWS = 2000
@@ -39,7 +40,6 @@ OPEN_AT_ONCE = 16
 
 _DATA_NAME = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$|\.(parquet|pq)$", re.IGNORECASE)
 _HIDDEN = re.compile(r"(^|/)[._]")
-_GLOB = re.compile(r"[*?\[]")
 _GZIP, _ZSTD = re.compile(rb"\x1f\x8b"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _BOM = b"\xef\xbb\xbf"
 
@@ -77,18 +77,22 @@ def list_file_splits(
 
     A directory is searched recursively for .jsonl, .ndjson, .json, .parquet and .pq (.gz, .zst); what begins with "."
     or "_" is passed over. Files that are named, or matched by a glob, need no such name: their content tells. A file
-    that is named twice is read once. Large plain JSONL files are read through here, to count their lines, which for
-    remote ones takes as long as their download.
+    that is named twice, or that symbolic links lead to as well, is read once. Outputs of Eagleray's below a directory or
+    glob are passed over; whoever wants one names its data directory. Large plain JSONL files are read through here, to
+    count their lines, which for remote ones takes as long as their download.
 
     Raises `ConfigError` where nothing is found, where no file can be read, and with `on_bad_input="fail"` where one
-    cannot; otherwise that file is a chunk of kind "bad".
+    cannot; otherwise that file is a file split of kind "bad".
     """
     paths = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else [os.fspath(p) for p in path]
     if not paths or not all(paths):
         raise ConfigError("dataset.path is empty")
     files: dict[str, str] = {}
+    real: dict[str, str] = {}
     for one in paths:
-        files.update(_find(one))
+        for uri, entry in _find(one).items():
+            if real.setdefault(entry.real, uri) == uri:
+                files[uri] = entry.name
     if len(set(files.values())) < len(files):  # two entries of the list have files of one name
         common = os.path.commonprefix(list(files)).rpartition("/")[0]  # noqa: RUF071 -- URIs and paths may be mixed
         files = {uri: uri[len(common) :].lstrip("/") for uri in files}
@@ -102,62 +106,74 @@ def list_file_splits(
     return file_splits
 
 
-def _find(path: str) -> dict[str, str]:
-    """URI and name, relative to its directory or glob, of each file of one entry. Raises `ConfigError` for none."""
+def _find(path: str) -> dict[str, Entry]:
+    """URI of each file of one entry, with its name relative to its directory or glob. Raises `ConfigError` for none."""
     fs, inner = resolve(path)
-    base, options = (inner, "") if isinstance(fs, pafs.LocalFileSystem) else split_options(path)
+    local = isinstance(fs, pafs.LocalFileSystem)
+    base, options = (inner, "") if local else split_options(path)
     try:
         kind = fs.get_file_info(inner).type
         if kind == pafs.FileType.File:  # also one whose name has a glob's characters in it
-            return {base + options: posixpath.basename(base)}
+            real = os.path.realpath(inner) if local else f"{fs.type_name}:{inner}"
+            return {base + options: Entry(posixpath.basename(base), True, real)}
         if kind == pafs.FileType.Directory:
-            names, root, name = _below(fs, inner, inner), inner, ""
-            wrong = "there is no .jsonl or .parquet file in"
-        elif glob := _GLOB.search(base):
+            root, name = inner, ""
+            tree, wrong = _below(fs, inner), "there is no .jsonl or .parquet file in"
+        elif glob := GLOB.search(base):
             base = base[: base.rfind("/", 0, glob.start()) + 1]
             root = resolve(base + options)[1]
             name = _relative(inner, root)
-            names, wrong = _matching(fs, root, inner), "nothing matches"
+            tree, wrong = _matching(fs, root, inner), "nothing matches"
         else:
             root, _, name = inner.rpartition("/")
-            names, wrong = [], "there is no file or directory"
-        if not names:
+            tree, wrong = Tree(), "there is no file or directory"
+        if not tree.entries:
+            if tree.outputs:
+                output = f"{root}/{tree.outputs[0]}".rstrip("/")
+                wrong = f"{output} is an output of Eagleray's, which is read only where {output}/data is named: {wrong}"
             there = fs.get_file_info(pafs.FileSelector(root or "/", allow_not_found=True))
             raise ConfigError(f"{wrong} '{path}'{nearest(name, [info.base_name for info in there]) if there else ''}")
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(f"cannot read '{path}': {one_line(error)}") from None
-    return {f"{base.removesuffix('/')}/{name}{options}": name for name in sorted(names)}
+    return {f"{base.removesuffix('/')}/{entry.name}{options}": entry for entry in once(tree.entries)}
 
 
 def _relative(path: str, root: str) -> str:
     return path.removeprefix(root).lstrip("/")
 
 
-def _below(fs: pafs.FileSystem, directory: str, root: str) -> list[str]:
-    """The data files in a directory, relative to `root`."""
-    return [
-        _relative(info.path, root)
-        for info in fs.get_file_info(pafs.FileSelector(directory, recursive=True))
-        if info.is_file and _DATA_NAME.search(info.path) and not _HIDDEN.search(_relative(info.path, directory))
-    ]
+def _below(fs: pafs.FileSystem, directory: str) -> Tree:
+    """The data files in a directory."""
+    tree = walk(fs, directory)
+    tree.entries = [e for e in tree.entries if e.is_file and _DATA_NAME.search(e.name) and not _HIDDEN.search(e.name)]
+    return tree
 
 
-def _matching(fs: pafs.FileSystem, root: str, pattern: str) -> list[str]:
-    """What a glob matches, relative to `root`, the directory above its first special character."""
+def _matching(fs: pafs.FileSystem, root: str, pattern: str) -> Tree:
+    """The files that a glob matches; `root` is the directory above its first special character."""
     regex = re.compile(glob_translate(pattern))
-    below = _relative(pattern, root)
-    names = []
-    deep = "/" in below or "**" in below
-    for info in fs.get_file_info(pafs.FileSelector(root or "/", recursive=deep, allow_not_found=True)):
-        name = _relative(info.path, root)
+    parts = _relative(pattern, root).split("/")
+    below_hidden, deep = _HIDDEN.search("/".join(parts)), any("**" in part for part in parts)
+
+    def wanted(name: str) -> bool:
+        """`runs/*/data` names the data directories of outputs; `**` names nothing."""
+        depth = name.count("/")
+        return not deep and depth < len(parts) and name.endswith(f"/{parts[depth]}")
+
+    there = fs.get_file_info(root or "/").type != pafs.FileType.NotFound
+    levels = None if deep else len(parts)
+    tree = walk(fs, root, levels=levels, hidden=True, wanted=wanted) if there else Tree()
+    found = Tree(outputs=tree.outputs)
+    for entry in tree.entries:
         # An explicit "_parts/*" asks for what is otherwise passed over.
-        if not regex.match(info.path) or (_HIDDEN.search(name) and not _HIDDEN.search(below)):
+        if not regex.match(f"{root}/{entry.name}") or (_HIDDEN.search(entry.name) and not below_hidden):
             continue
-        if info.is_file:
-            names.append(name)
-        elif "**" not in below:  # "2024-*" may name directories; "**" has their files already
-            names.extend(_below(fs, info.path, root))
-    return names
+        if entry.is_file:
+            found.entries.append(entry)
+        elif not deep:  # "2024-*" may name directories; "**" has their files already
+            inside = _below(fs, f"{root}/{entry.name}")
+            found.entries += below(entry, inside.entries)
+    return found
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -227,10 +243,10 @@ def _row_groups(uri: str, name: str, file: pq.ParquetFile, chunk_bytes: int) -> 
 def read_file_split(
     file_split: FileSplit, *, max_row_bytes: int = 32 << 20, batch_rows: int = BATCH_ROWS
 ) -> Iterator[list[RawRow]]:
-    """The rows of a chunk in order, in batches; memory is bounded by a batch and one line of `max_row_bytes`.
+    """The rows of a file split in order, in batches; memory is bounded by a batch and one line of `max_row_bytes`.
 
     Blank lines are counted and skipped. What cannot be read is a row with an error: nothing in a file raises, only a
-    store that stays away does (`store_failed`). The batches of a Parquet chunk are those of `read_table`, row for row.
+    store that stays away does (`store_failed`). The batches of a Parquet file split are those of `read_table`, row for row.
     """
     return steadily(lambda: _read_file_split(file_split, max_row_bytes, batch_rows))
 
@@ -304,7 +320,7 @@ def _lines(file_split: FileSplit, limit: int) -> Iterator[tuple[list[bytes], int
 
 
 def _text_of(file: pa.NativeFile, file_split: FileSplit) -> Any:
-    """The chunk's text, decompressed where need be; beyond `stop` it goes on."""
+    """The file split's text, decompressed where need be; beyond `stop` it goes on."""
     head = file.read(4) if file_split.stop < 0 else b""
     file.seek(file_split.start)
     stream = pa.BufferedInputStream(file, REMOTE_BLOCK)
@@ -330,14 +346,14 @@ def _parse_line(number: int, text: bytes, long_number: bool) -> RawRow:
 
 
 def parquet_schema(file_split: FileSplit) -> pa.Schema:
-    """The columns of a Parquet chunk's batches. Raises what pyarrow does where the file is gone."""
+    """The columns of a Parquet file split's batches. Raises what pyarrow does where the file is gone."""
     fs, path = resolve(file_split.file)
     with fs.open_input_file(path) as stream:
         return pq.ParquetFile(stream).schema_arrow.remove_metadata()
 
 
 def read_table(file_split: FileSplit, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """The batches of a Parquet chunk with their own types, one for each batch of `read_file_split`.
+    """The batches of a Parquet file split with their own types, one for each batch of `read_file_split`.
 
     Rows that cannot be read are one row of nulls, as they are one row with an error there.
     """

@@ -1,1 +1,0 @@
-"""Executors take the split input and write durable records: live or through batch APIs."""

@@ -1,7 +1,8 @@
 """`run.budget_usd`: no row is admitted that could take an output directory's spending past it.
 
-Spent is what the ledger's answers cost, and whatever else may have to be paid: tries whose answer was lost, rows that were
-in an engine when it died. Reserved is the most that the rows in flight may cost: their bytes as tokens, and answers as
+Spent is what the ledger's records cost, and whatever else may have to be paid: tries whose answer was lost, rows that were
+in an engine when it died, answers that came without their usage. What is not known counts as the most that it can be.
+Reserved is the most that the rows in flight may cost: their bytes as tokens, and answers as
 long as `max_tokens` allows. How far off the bytes are, and how long answers are that nothing bounds, is learnt; until then
 little is in flight.
 
@@ -11,22 +12,24 @@ in flight, and the next one counts that as spent: nobody knows what became of it
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import orjson
 import pyarrow.fs as pafs
 
-from engines.config import EngineConfig
-from engines.errors import EngineError
+from engines.config import EngineConfig, Price
+from engines.errors import ConfigError, EngineError
+from engines.fallback_prices import most_expensive
 from engines.params import GenerationParams
-from engines.prices import most_expensive
 from engines.registry import kind_of
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, Request
 from pipeline.monitor.status import UsageStats
-from pipeline.output.cost import cost_of
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import exists, write_atomic
 from pipeline.storage.ledger_index import Index
+from pipeline.storage.output_files import BUDGET
 
-FILE = "_budget.json"
 # Answers after which the estimates are trusted; until then they are raised by a half, and this share may be in flight.
 LEARNT, FIRST_FACTOR, FIRST_SHARE = 20, 1.5, 0.1
 # Above the most that was seen so far.
@@ -47,7 +50,8 @@ class CostBudget:
         share: float = 1.0,  # of the live price
         first_share: float = FIRST_SHARE,
     ) -> None:
-        self.limit, self.price, self.params = limit, most_expensive(engine), params
+        self.limit, self.price, self.params, self.engine = limit, most_expensive(engine), params, engine
+        self.prices: dict[Any, Price] = {None: self.price, engine.model: self.price}
         self.share, self.first_share = share, first_share
         bound = (engine.provider.get("defaults") or {}).get("max_tokens")
         self.bound = bound or (DEFAULT_MAX_TOKENS if kind_of(engine).holds_model else None)
@@ -68,11 +72,23 @@ class CostBudget:
         longest = MARGIN * seen.output if self.learnt else max(FIRST_OUTPUT, seen.output)
         output = params.max_tokens or self.bound or longest
         prompt = (len(request) + self.overhead) * a_byte
+        price = self._price(values.get("model"))
+        if b'"cache_control"' in request:  # it may write to the prompt cache, for an hour
+            price = Price(price.cache_write or price.input, None, price.output)
         turns, again = len(values.get("turns") or ()), _again(params)
         asked = (turns + 1) * (again + 1)
         # A turn's prompt has the answers before it; one that is asked again for its shape has the wrong one.
         said = (turns * (turns + 1) // 2 * (again + 1) + (turns + 1) * again) * output
-        return self.share * self.price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
+        return self.share * price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
+
+    def _price(self, model: Any) -> Price:
+        """The most that a row's model may cost; a row whose model has no price is refused before it is asked."""
+        if model not in self.prices:
+            try:
+                self.prices[model] = most_expensive(self.engine, str(model))
+            except ConfigError:
+                self.prices[model] = self.price
+        return self.prices[model]
 
     def fits(self, cost: float) -> bool:
         """Whether so much more may be in flight."""
@@ -93,10 +109,20 @@ class CostBudget:
             "the same command with a higher budget goes on from here"
         )
 
+    @property
+    def higher(self) -> dict[str, str]:
+        """What to change in the command that goes on: twice the budget."""
+        return {"run.budget_usd": f"{higher(self.limit):g}"}
+
     def to_write(self) -> float | None:
         """How much to write down now, before more is sent; None where enough is."""
         most = self.spent + self.reserved
         return None if most <= self.written else max(most, min(self.limit, most + STEP * self.limit))
+
+
+def higher(limit: float) -> float:
+    """The budget to go on with, where this one was too small."""
+    return 2 * limit
 
 
 def _again(params: GenerationParams) -> int:
@@ -107,16 +133,24 @@ def _again(params: GenerationParams) -> int:
 
 
 def check_model(request: Request, engine: EngineConfig) -> None:
-    """Raises `EngineError` for a row whose model has a price of its own, which nobody told."""
-    if request.model not in (None, engine.model):
+    """Raises `EngineError` for a row whose model has no known price."""
+    if request.model in (None, engine.model):
+        return
+    try:
+        most_expensive(engine, request.model)
+    except ConfigError:
         raise EngineError(
-            "budget", f"run.budget_usd counts by the price of engine.model, and this row asks {request.model!r}"
-        )
+            "budget", f"run.budget_usd needs the price of each model, and this row asks {request.model!r}, which has none"
+        ) from None
 
 
-def spent_so_far(engine: EngineConfig, index: Index, fs: pafs.FileSystem, root: str) -> float:
-    """What an output directory has cost at most: its answers, or what runs with a budget wrote down."""
-    return max(sum((cost_of(engine, index) or {}).values()), read_spent(fs, root))
+def spent_so_far(engine: EngineConfig, params: GenerationParams, index: Index, fs: pafs.FileSystem, root: str) -> float:
+    """What an output directory has cost at most: its records, or what runs with a budget wrote down. A request of unknown
+    cost counts as the dearest one whose cost is known."""
+    known, unknown = index.spent()
+    dearest = most_expensive(engine).of(FIRST_OUTPUT, 0, params.max_tokens or FIRST_OUTPUT) if unknown else 0.0
+    dearest = max(dearest, float(index.cost_usd.max(initial=0.0)))
+    return max(known + unknown * dearest, read_spent(fs, root))
 
 
 def shared_bytes(params: GenerationParams) -> int:
@@ -126,12 +160,22 @@ def shared_bytes(params: GenerationParams) -> int:
 
 def read_spent(fs: pafs.FileSystem, root: str) -> float:
     """What earlier runs may have spent; 0 where they kept to no budget."""
-    path = f"{root}/{FILE}"
+    path = f"{root}/{BUDGET}"
     if not exists(fs, path):
         return 0.0
     with fs.open_input_stream(path) as stream:
-        return float(orjson.loads(stream.read())["usd"])
+        data = stream.read()
+    try:
+        spent = float(orjson.loads(data)["usd"])
+        if 0 <= spent < math.inf:
+            return spent
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ConfigError(
+        f'{path} cannot be read: it says how many US dollars earlier runs may have spent. Write {{"usd": AMOUNT}} into it, '
+        "or delete it: then only the answers in the ledger count"
+    )
 
 
 def write_spent(fs: pafs.FileSystem, root: str, usd: float) -> None:
-    write_atomic(fs, f"{root}/{FILE}", orjson.dumps({"usd": usd}))
+    write_atomic(fs, f"{root}/{BUDGET}", orjson.dumps({"usd": usd}))

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.config import EngineConfig
-from pipeline.storage.ledger import Record
+from pipeline.storage.ledger import TOKENS, Record
 
 TAGS = ("engine", "model")
 COUNTERS = {
     "eagleray_rows": "rows that are done, by result: ok, or the type of the error",
-    "eagleray_tokens": "tokens, by kind: input, cached_input (of the input), output",
-    "eagleray_cost_usd": "what the tokens cost, where the price is known",
+    "eagleray_tokens": "tokens, by kind: input, cached_input and cache_write (of the input), output, reasoning (of it)",
+    "eagleray_cost_usd": "US$ for the rows, as far as it is known",
     "eagleray_retries": "tries beyond each row's first",
     "eagleray_throttled": "answers of a provider that said: too many requests",
     "eagleray_limiter_wait_seconds": "time that requests waited for the cluster's limits",
@@ -42,7 +42,6 @@ class Metrics:
         from ray.util.metrics import Counter as RayCounter
         from ray.util.metrics import Gauge, Histogram
 
-        self.price = config.price
         self.tags = {"engine": config.kind, "model": config.model or ""}
         self.found: dict[str, Any] = {}
         for name, about in COUNTERS.items():
@@ -59,21 +58,22 @@ class Metrics:
         self, records: Sequence[Record], waits: Sequence[float], engine: Mapping[str, float], in_flight: int, at_hand: int
     ) -> None:
         """What has happened since the last call; `engine` are the engine's own counts since its start."""
-        results = Counter(record.completion.error.type if record.completion.error else "ok" for record in records)
+        rows_done = [record for record in records if not record.superseded]
+        results = Counter(record.completion.error.type if record.completion.error else "ok" for record in rows_done)
         for result, rows in results.items():
             self._add("eagleray_rows", rows, {"result": result})
         usage = [record.completion.usage for record in records]
-        sums = {kind: sum(getattr(one, kind) for one in usage) for kind in ("input", "cached_input", "output")}
+        sums = {kind: sum(getattr(one, kind) for one in usage) for kind in TOKENS}
         for kind, tokens in sums.items():
             self._add("eagleray_tokens", tokens, {"kind": kind})
-        self._add("eagleray_cost_usd", self.price.of(**sums))
+        self._add("eagleray_cost_usd", sum(record.completion.cost_usd or 0.0 for record in records))
         self._add("eagleray_retries", sum(max(0, record.completion.attempts - 1) for record in records))
         for name in ("throttled", "limiter_wait_seconds"):
             self._add(f"eagleray_{name}", engine.get(name, 0.0) - self.reported[name])
         self.reported.update({name: engine.get(name, 0.0) - self.reported[name] for name in engine})
         self.found["eagleray_rows_in_flight"].set(in_flight)
         self.found["eagleray_rows_at_hand"].set(at_hand)
-        for record in records:
+        for record in rows_done:
             if record.completion.latency_s > SLOW_S:
                 self.found["eagleray_latency_seconds"].observe(record.completion.latency_s)
         for wait in waits:

@@ -111,11 +111,13 @@ class RunProgress:
     def _cost(self) -> Iterable[str]:
         status = self.status
         finished = status.done + status.failed
-        if not self.priced or not finished:
+        priced = finished - status.cost_unknown
+        if not finished or not (self.priced or status.cost_usd):
             return
-        yield f"${status.cost_usd:.4g} so far"
-        if status.fed:
-            yield f"${status.cost_usd / finished * (finished + max(0, status.read - self.settled)):.4g} projected"
+        unknown = f" and the unknown cost of {status.cost_unknown:,} rows" if status.cost_unknown else ""
+        yield f"${status.cost_usd:.4g}{unknown} so far"
+        if status.fed and priced > 0:
+            yield f"${status.cost_usd / priced * (finished + max(0, status.read - self.settled)):.4g} projected"
         if self.budget_usd is not None:
             yield f"${status.spent:.4g} of ${self.budget_usd:g} spent or in flight"
 

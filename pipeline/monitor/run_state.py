@@ -20,9 +20,9 @@ from engines.text import one_line
 from pipeline.config import Config, without_secrets
 from pipeline.monitor.status import RunStatus
 from pipeline.storage.filesystem import write_atomic
+from pipeline.storage.output_files import STATE
 from pipeline.storage.retry import patiently
 
-STATE = "_run.json"
 EVERY_S = 10.0
 # What "lately" means for rates: the last minute.
 SAMPLES = 7

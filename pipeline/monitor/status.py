@@ -50,11 +50,13 @@ class RunStatus:
     crashes: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    cost_usd: float = 0.0  # of this run, where the price is known
+    cost_usd: float = 0.0  # of this run, as far as it is known
+    cost_unknown: int = 0  # rows whose cost is not known
+    unpriced: list[tuple[int, int]] = field(default_factory=list)  # (lease, row) of these, for the budget
     seen: UsageStats = field(default_factory=UsageStats)
     replicas: dict[str, ReplicaHeartbeat] = field(default_factory=dict)  # by name
     gone: ReplicaHeartbeat = field(default_factory=ReplicaHeartbeat)  # sums over the replicas that have left
-    spent: float = 0.0  # of the budget, by all runs
+    spent: float = 0.0  # of the budget, by all runs; in a worker's counts, by its rows since the last ones
     broke: bool = False  # the budget has no room for any row that is left
     left: int = 0  # rows at hand that nobody has
     errors: Counter[str] = field(default_factory=Counter)  # failures by type

@@ -149,6 +149,12 @@ class RequestSpans:
             attributes["gen_ai.usage.input_tokens"] = completion.usage.input
             attributes["gen_ai.usage.cache_read.input_tokens"] = completion.usage.cached_input
             attributes["gen_ai.usage.output_tokens"] = completion.usage.output
+            if completion.usage.cache_write:
+                attributes["gen_ai.usage.cache_creation.input_tokens"] = completion.usage.cache_write
+            if completion.usage.reasoning:
+                attributes["gen_ai.usage.reasoning.output_tokens"] = completion.usage.reasoning
+            if completion.cost_usd:
+                attributes["eagleray.cost_usd"] = completion.cost_usd
         else:  # not its message, which may quote the row
             attributes["error.type"] = completion.error.type
             if completion.error.status is not None:

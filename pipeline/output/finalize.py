@@ -35,9 +35,9 @@ from pipeline.storage.exact_json import dumps, loads, plain
 from pipeline.storage.filesystem import resolve, write_atomic
 from pipeline.storage.ledger import ANSWER_SCHEMA, COMPLETION_FIELDS, ERROR, completion_columns, read_rows
 from pipeline.storage.ledger_index import Index, RemoteIndex
+from pipeline.storage.output_files import DATA, ERRORS
 
 ROWS_PER_PART = 32_768
-DATA, ERRORS = "data", "errors"
 
 # Columns that are there only where some row sets the parameter they come from.
 OPTIONAL = {"choices": "n", "logprobs": "logprobs"}
@@ -57,7 +57,7 @@ class OutputColumn:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Whole pieces that lie together, and the part files they become. `index` is the first row's in the whole input."""
+    """Whole splits that lie together, and the part files they become. `index` is the first row's in the whole input."""
 
     splits: list[ReadSplit]
     rows: int
@@ -82,7 +82,7 @@ class JobResult:
 def plan_jobs(
     splits: Sequence[ReadSplit], summaries: Mapping[int, SplitSummary], rows_per_part: int = ROWS_PER_PART
 ) -> list[Job]:
-    """Groups the pieces, in order, into jobs of about a part or more; a large piece becomes several parts."""
+    """Groups the splits, in order, into jobs of about a part or more; a large split becomes several parts."""
     jobs: list[Job] = []
     group: list[ReadSplit] = []
     rows = index = part = 0
@@ -95,6 +95,18 @@ def plan_jobs(
             index, part = index + rows, part + parts
             group, rows = [], 0
     return jobs
+
+
+def part_names(jobs: Sequence[Job], form: str) -> Iterator[str]:
+    """Every file that these jobs may write, below the output."""
+    for job in jobs:
+        for part in range(job.first_part, job.first_part + job.parts):
+            yield from (part_name(folder, part, form) for folder in (DATA, ERRORS))
+
+
+def part_name(folder: str, part: int, form: str) -> str:
+    """The path of a part file below the output."""
+    return f"{folder}/part-{part:05d}.{form}"
 
 
 def plan_columns(
@@ -241,11 +253,11 @@ class PartWriter:
         result.errors.update(error["type"] for error in completions["error"].drop_null().to_pylist())
         result.used.append(at[at >= 0].astype(np.uint32))
         own = pa.concat_tables(rows.own) if rows.own else self.own_schema.empty_table()
-        name = f"part-{part:05d}.{self.output.format}"
-        self._save(f"{DATA}/{name}", self._data(rows, own, completions, first), rows.values, result)
+        form = self.output.format
+        self._save(part_name(DATA, part, form), self._data(rows, own, completions, first), rows.values, result)
         if failed.any():
             wrong = np.flatnonzero(failed)
-            self._save(f"{ERRORS}/{name}", self._errors(rows, own, completions, wrong), [], result)
+            self._save(part_name(ERRORS, part, form), self._errors(rows, own, completions, wrong), [], result)
         self._count(at, first, rows, completions, done_at, result.stats)
 
     def _count(

@@ -37,11 +37,13 @@ def openai_batch(row: OutputRow) -> OutputRow:
             }
             for at, choice in enumerate(choices)
         ],
-        "usage": {
+        "usage": usage
+        and {
             "prompt_tokens": usage["input"],
             "completion_tokens": usage["output"],
             "total_tokens": usage["input"] + usage["output"],
             "prompt_tokens_details": {"cached_tokens": usage["cached_input"]},
+            "completion_tokens_details": {"reasoning_tokens": usage["reasoning"] or 0},
         },
     }
     response = {"status_code": 200, "request_id": row["id"], "body": body}

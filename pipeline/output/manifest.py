@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 
@@ -19,14 +21,13 @@ from pipeline.config import Config, without_secrets
 from pipeline.dataset.reader import ReadSplit, SplitSummary
 from pipeline.executors.batch.store import BatchStore
 from pipeline.monitor.status import RunStatus
-from pipeline.output.cost import cost_of
-from pipeline.output.finalize import DATA, ERRORS, JobResult
-from pipeline.report.page import REPORT
+from pipeline.output.cost import batch_share
+from pipeline.output.finalize import JobResult
 from pipeline.storage.exact_json import canonical
 from pipeline.storage.filesystem import exists, info_of, listing, resolve
-from pipeline.storage.ledger_index import Index
-
-MANIFEST = "manifest.json"
+from pipeline.storage.ledger import TOKENS
+from pipeline.storage.ledger_index import REPRICED, UNKNOWN, Index
+from pipeline.storage.output_files import DATA, ERRORS, MANIFEST, REPORT
 
 
 def make_manifest(
@@ -40,8 +41,7 @@ def make_manifest(
     started: float,
 ) -> dict[str, Any]:
     (used,) = result.used
-    tokens = index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None])
-    cost = cost_of(config.engine, index, used)
+    tokens = dict(zip(TOKENS, index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None]).tolist(), strict=True))
     return {
         "status": "complete",
         "rows": {
@@ -53,9 +53,9 @@ def make_manifest(
         },
         "errors": dict(result.errors),
         "this_run": {"asked": totals.done + totals.failed, "failed": totals.failed, "engine_deaths": totals.crashes},
-        "tokens": {"input": int(tokens[0]), "cached_input": int(tokens[1]), "output": int(tokens[2])},
-        "cost_usd": None if cost is None else sum(cost.values()),  # null: the price is not known
-        "cost_parts_usd": cost,
+        "requests_sent": int(index.attempts[used].sum(dtype=np.int64)),  # all tries of them
+        "tokens": tokens,  # of all tries
+        **_cost(config, index, used, tokens),
         "price_as_of": config.engine.price.as_of,
         "batches": BatchStore(fs, resolve(str(config.output.path))[1]).summary(),
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
@@ -69,13 +69,41 @@ def make_manifest(
     }
 
 
+def _cost(config: Config, index: Index, used: npt.NDArray[np.bool_], tokens: dict[str, int]) -> dict[str, Any]:
+    """What the records of the requests in this output cost, superseded ones included; null where one is not known."""
+    flags, known = index.flags[used], float(index.cost_usd[used].sum())
+    unknown, parts = int(np.count_nonzero(flags & UNKNOWN)), None
+    if not unknown:
+        parts = _parts(config, tokens, known)
+        known = sum(parts.values()) if parts else known  # the same but for rounding
+    return {
+        "cost_usd": None if unknown else known,
+        "cost_known_usd": known,
+        "cost_unknown_requests": unknown,
+        "cost_repriced_requests": int(np.count_nonzero(flags & REPRICED)),  # of an older version, by today's price
+        "cost_parts_usd": parts,
+        "spent_usd": index.spent()[0],  # known cost of everything in the ledger, whether this output uses it or not
+    }
+
+
+def _parts(config: Config, tokens: dict[str, int], cost: float) -> dict[str, float] | None:
+    """The cost by kind of token; None where tokens had more than one price, so that one price does not add up to it."""
+    parts = config.engine.price.parts(*(tokens[name] for name in ("input", "cached_input", "output", "cache_write")))
+    shares = (1.0, batch_share(config.engine)) if config.engine.provider else (1.0,)
+    for share in shares:
+        if math.isclose(share * sum(parts.values()), cost, rel_tol=1e-9, abs_tol=1e-12):
+            return {name: share * part for name, part in parts.items()}
+    return None
+
+
 def _fingerprint(config: Config, splits: list[ReadSplit]) -> dict[str, Any]:
     """The input files as they are now, and a digest over them and all that shapes the output."""
     names = list(dict.fromkeys(split.file_split.file for split in splits))
     with ThreadPoolExecutor(16) as pool:  # a store answers one at a time in tens of milliseconds
         found = pool.map(lambda name: info_of(*resolve(name)), names)
         files = [{"path": name, "bytes": i.size, "modified_ns": i.mtime_ns} for name, i in zip(names, found, strict=True)]
-    shape = [files, asdict(config.dataset), asdict(config.output), config.engine.identity(), config.params().given()]
+    output = {name: value for name, value in asdict(config.output).items() if name != "overwrite"}
+    shape = [files, asdict(config.dataset), output, config.engine.identity(), config.params().given()]
     return {"files": files, "digest": hashlib.sha256(canonical(shape)).hexdigest()}
 
 

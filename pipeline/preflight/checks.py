@@ -18,11 +18,10 @@ from engines.registry import fallbacks, preflight, request_check, unloaded_engin
 from engines.remote.batch.factory import no_batch_api
 from engines.types import Request
 from pipeline.config import Config, without_secrets
-from pipeline.output.manifest import MANIFEST
 from pipeline.preflight.dataset_estimate import Check
 from pipeline.storage.filesystem import exists, listing
-from pipeline.storage.ledger import SEGMENTS
 from pipeline.storage.lock import held
+from pipeline.storage.output_files import MANIFEST, SEGMENTS
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from pipeline.storage.ledger_index import Index
 
 SHOWN = 3  # requests, and examples of what is wrong
 
-Line = tuple[str, str, bool]  # title, text, whether it tells a problem
+ReportLine = tuple[str, str, bool]  # title, text, whether it tells a problem
 Check = Callable[[Request], None]  # raises `EngineError` where a request cannot be asked
 
 
@@ -144,7 +144,7 @@ class DatasetEstimate:
         words = "at most" if self.bounded else "about (nothing bounds all of them; see generation.max_tokens)"
         return f"{words} {self.output:,.0f}"
 
-    def lengths(self, bad: bool) -> Iterator[Line]:
+    def lengths(self, bad: bool) -> Iterator[ReportLine]:
         """What does not fit the context."""
         if self.too_long + self.cut:
             fit = f"{self.too_long:,} prompts do not fit {self.context:,} tokens"

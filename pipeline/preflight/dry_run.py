@@ -24,11 +24,12 @@ from engines.text import visible
 from engines.types import Request
 from pipeline.config import Config
 from pipeline.dataset.reader import ReadSplit, RowReader
-from pipeline.output.manifest import MANIFEST, unchanged
+from pipeline.output.manifest import unchanged
 from pipeline.preflight.checks import examine, output_state
-from pipeline.preflight.dataset_estimate import Check, DatasetEstimate, Line
+from pipeline.preflight.dataset_estimate import Check, DatasetEstimate, ReportLine
 from pipeline.storage.filesystem import exists
 from pipeline.storage.ledger_index import read_index
+from pipeline.storage.output_files import MANIFEST
 
 # A real run's look at its input: at most so many rows, and so long for listing it and for reading them.
 FIRST_ROWS, FIRST_S = 1000, 1.0
@@ -138,7 +139,7 @@ def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
 
 def _about(
     config: Config, found: DatasetEstimate, doubtful: list[str], wrong: list[str], state: str, unusable: bool
-) -> Iterable[Line]:
+) -> Iterable[ReportLine]:
     yield (
         "dataset",
         f"{found.rows:,} rows in {found.files:,} files: {len(found.keys):,} requests to ask, "
@@ -164,7 +165,7 @@ def _about(
         yield "cannot run", text, True
 
 
-def show(lines: Iterable[Line], console: Console) -> None:
+def show(lines: Iterable[ReportLine], console: Console) -> None:
     """A table of titles and texts, problems in red."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)

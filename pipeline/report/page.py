@@ -28,8 +28,8 @@ from engines.text import one_line, visible
 from pipeline.report import charts
 from pipeline.report.stats import Stats
 from pipeline.storage.filesystem import write_atomic
+from pipeline.storage.output_files import REPORT
 
-REPORT = "report.html"
 # Of the conversations, as they stand in the file.
 SAMPLE_BYTES = 1_200_000
 FILES_SHOWN, BATCHES_SHOWN = 10, 20

@@ -13,7 +13,8 @@ from typing import Any
 
 from engines.errors import EngineError, Failure, invalid
 from engines.params import GenerationParams
-from engines.types import Choice, Completion, Delta, Request, Usage
+from engines.types import Choice, Completion, Delta, Request
+from engines.usage import Usage
 from pipeline.dataset.formats import RowParser
 from pipeline.storage.exact_json import dumps
 
@@ -83,9 +84,12 @@ def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
     return {"id": request.id, "object": kind, "created": request.created, "model": request.model}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage) -> dict[str, Any] | None:
+    if not usage.known:
+        return None
     return {"prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.input + usage.output,
-            "prompt_tokens_details": {"cached_tokens": usage.cached_input}}  # fmt: skip
+            "prompt_tokens_details": {"cached_tokens": usage.cached_input},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}  # fmt: skip
 
 
 def _logprobs(choice: Choice) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import posixpath
 import re
 import urllib.parse
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +25,9 @@ _AZURE = ("az", "abfs", "abfss")
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{2}(.*)$", re.DOTALL)
 # "?endpoint_override=…" after an s3:// path, a signature after an https:// one; a bare "?" is a glob character.
 _OPTIONS = re.compile(r"\?[\w-]+=[^/].*$")
+GLOB = re.compile(r"[*?\[]")
+# What `write_atomic` names a file until it is whole.
+TEMPORARY = re.compile(r"\.eagleray-[0-9a-f]{32}\.tmp")
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
@@ -55,6 +59,38 @@ def split_options(path: str) -> tuple[str, str]:
     """`("s3://bucket/key", "?region=…")` of `s3://bucket/key?region=…`."""
     options = _OPTIONS.search(path)
     return (path[: options.start()], options[0]) if options else (path, "")
+
+
+def canonical_place(path: str) -> str:
+    """The same text for every spelling of a path, glob or URI: links are followed on disks, a URI has no options and no
+    credentials. Touches no store."""
+    return posixpath.join(*split_glob(path)).rstrip("/") or "/"
+
+
+def split_glob(path: str) -> tuple[str, str]:
+    """The canonical place of a path or, for a glob, that of the directory that it searches; and the rest of the glob."""
+    uri = _URI.match(path)
+    local = not uri or uri[1].lower() == "file"
+    place = resolve(path)[1] if local else _canonical_uri(path)
+    # A file may have a glob's characters in its name; on a store only asking would tell.
+    glob = None if local and os.path.lexists(place) else GLOB.search(place)
+    at = place.rfind("/", 0, glob.start()) if glob else len(place)
+    base, rest = place[:at], place[at + 1 :]
+    return (os.path.realpath(base or "/") if local else base), rest
+
+
+def _canonical_uri(path: str) -> str:
+    scheme, _, rest = split_options(path)[0].partition("://")
+    scheme = scheme.lower()
+    bucket, slash, key = rest.rstrip("/").partition("/")
+    if scheme in _AZURE:
+        return f"az://{bucket}{slash}{key}"
+    return f"{'gs' if scheme == 'gcs' else scheme}://{bucket.rpartition('@')[2]}{slash}{key}"
+
+
+def is_within(place: str, other: str) -> bool:
+    """Whether one `canonical_place` is the other, or lies below it."""
+    return place == other or place.startswith(f"{other.rstrip('/')}/")
 
 
 @functools.lru_cache(maxsize=32)
@@ -108,8 +144,9 @@ def listing(fs: pafs.FileSystem, directory: str) -> list[pafs.FileInfo]:
     return patiently(lambda: fs.get_file_info(pafs.FileSelector(directory, allow_not_found=True)))
 
 
-def abort_uploads(path: str) -> None:
-    """Ends what killed writers began below an s3:// path and did not finish: it is in no listing, and is paid for.
+def abort_uploads(path: str, ours: Callable[[str], bool]) -> None:
+    """Ends uploads that killed writers began below an s3:// path and did not finish: they are in no listing, and are paid
+    for. `ours` tells from a key, relative to `path`, whether Eagleray began it.
 
     Nothing elsewhere and without boto3: there a lifecycle rule of the bucket does it.
     """
@@ -128,8 +165,11 @@ def abort_uploads(path: str) -> None:
     url = endpoint and f"{given.get('scheme', 'https')}://{endpoint}"
     with contextlib.suppress(BotoCoreError, ClientError):  # not allowed to, say
         client = boto3.client("s3", endpoint_url=url, region_name=given.get("region"))
-        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key.rstrip("/") + "/")
+        prefix = key.strip("/") + "/" if key.strip("/") else ""
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
         for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+            if not ours(upload["Key"].removeprefix(prefix)):
+                continue
             client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
@@ -147,7 +187,7 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(f".eagleray-{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)

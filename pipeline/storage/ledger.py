@@ -16,21 +16,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from engines.types import Completion, Usage
+from engines.types import Completion
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import listing, write_atomic
+from pipeline.storage.output_files import SEGMENTS, is_segment
 from pipeline.storage.retry import patiently
 
-SEGMENTS = "_segments"
 # So many segments become one, while they have less than so many bytes.
 FAN, FULL_BYTES = 64, 128 << 20
 # A merged segment holds hours of one worker, of which a part of the output wants seconds: it reads these groups only.
 GROUP_ROWS = 4096
 
-USAGE = pa.struct([("input", pa.int64()), ("cached_input", pa.int64()), ("output", pa.int64())])
+# The token counts of `Usage`, in its order.
+TOKENS = ("input", "cached_input", "output", "cache_write", "reasoning")
+USAGE = pa.struct([(name, pa.int64()) for name in TOKENS])
 ERROR = pa.struct([("type", pa.string()), ("message", pa.string()), ("status", pa.int64()), ("retryable", pa.bool_())])
 
 # What a completion becomes, in a segment and in the final output alike.
@@ -40,6 +43,7 @@ COMPLETION_FIELDS = [
     ("tool_calls", pa.string()),
     ("reasoning", pa.string()),
     ("usage", USAGE),
+    ("cost_usd", pa.float64()),  # of all tries in this record; null: not known
     ("model", pa.string()),
     ("engine", pa.string()),
     ("attempts", pa.int32()),
@@ -51,7 +55,8 @@ COMPLETION_FIELDS = [
 ]
 # What finalize reads of a segment.
 ANSWER_SCHEMA = pa.schema([*COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))])
-SEGMENT_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), *ANSWER_SCHEMA])
+# `superseded`: a try that was paid, or may have been, while its row is asked again. It answers no row.
+SEGMENT_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), *ANSWER_SCHEMA, ("superseded", pa.bool_())])
 
 
 @dataclass(slots=True)
@@ -62,6 +67,7 @@ class Record:
     id: str
     completion: Completion
     done_at: float  # seconds since the epoch
+    superseded: bool = False
 
 
 def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
@@ -71,9 +77,8 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
         [c.finish_reason for c in completions],
         [_json(c.tool_calls) for c in completions],
         [c.reasoning for c in completions],
-        [None if c.error and c.usage == Usage() else
-         {"input": c.usage.input, "cached_input": c.usage.cached_input, "output": c.usage.output}
-         for c in completions],
+        [_usage(c) for c in completions],
+        [c.cost_usd for c in completions],
         [c.model for c in completions],
         [c.engine for c in completions],
         [c.attempts for c in completions],
@@ -85,6 +90,14 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
         [_json(c.dialogue) for c in completions],
     )  # fmt: skip
     return [pa.array(values, type) for values, (_, type) in zip(columns, COMPLETION_FIELDS, strict=True)]
+
+
+def _usage(completion: Completion) -> dict[str, int] | None:
+    """None where no try was answered, or none told its usage."""
+    usage = completion.usage
+    if not (usage.input or usage.output) and (completion.error or not usage.known):
+        return None
+    return {name: getattr(usage, name) for name in TOKENS}
 
 
 def _json(value: Any) -> str | None:
@@ -107,6 +120,7 @@ def write_segment(fs: pafs.FileSystem, root: str, writer: str, records: Sequence
         pa.array([r.id for r in records], pa.string()),
         *completion_columns([r.completion for r in records]),
         pa.array([int(r.done_at * 1000) for r in records], pa.timestamp("ms", tz="UTC")),
+        pa.array([r.superseded for r in records], pa.bool_()),
     ]
     return _put(fs, root, writer, pa.Table.from_arrays(columns, schema=SEGMENT_SCHEMA))
 
@@ -151,7 +165,7 @@ class Compactor:
 
 def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
     """The paths of all segments, sorted."""
-    return sorted(f.path for f in listing(fs, f"{root}/{SEGMENTS}") if f.is_file and f.path.endswith(".parquet"))
+    return sorted(f.path for f in listing(fs, f"{root}/{SEGMENTS}") if f.is_file and is_segment(f.base_name))
 
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
@@ -160,11 +174,20 @@ def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
 
 
 def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table in this schema; columns that an earlier version did not write are null."""
+    """The table in this schema; columns, and counts of `usage`, that an earlier version did not write are null."""
     for part in schema:
         if part.name not in table.column_names:
             table = table.append_column(part, pa.nulls(len(table), part.type))
+    at = table.column_names.index("usage")
+    if table.schema.field(at).type != USAGE:
+        table = table.set_column(at, "usage", _as_usage(table["usage"].combine_chunks()))
     return table.select(schema.names).cast(schema)
+
+
+def _as_usage(usage: pa.StructArray) -> pa.StructArray:
+    names = [field.name for field in usage.type]
+    counts = [pc.struct_field(usage, name) if name in names else pa.nulls(len(usage), pa.int64()) for name in TOKENS]
+    return pa.StructArray.from_arrays(counts, fields=list(USAGE), mask=pc.is_null(usage))
 
 
 def read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:

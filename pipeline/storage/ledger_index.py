@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from pipeline.storage.ledger import USAGE, list_segments, read_columns
+from pipeline.storage.ledger import TOKENS, list_segments, read_columns
 from pipeline.storage.retry import TRIES, patiently, store_failed
+
+# Flags of a request in the index.
+UNKNOWN, REPRICED = 1, 2
+# Prices the records of an earlier version, which wrote no cost: their tokens (input, cached input, output) and the path of
+# their segment -> US$ for each; None where the price is not known.
+OldCosts = Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.float64] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """Sums over the records of requests that an index leaves out: they have no answer yet."""
+
+    cost_usd: float = 0.0
+    unknown: int = 0  # requests with a try of unknown cost
+    attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Where the best record of every key lies: successes before failures, then the latest.
+    """Where the best record of every key lies: successes before failures, then the latest. And what all records of the
+    key took, superseded ones included.
 
-    Arrays of one length, sorted by key (`hi`, then `lo`: the first 16 of its 32 bytes); 37 bytes a request.
+    Arrays of one length, sorted by key (`hi`, then `lo`: the first 16 of its 32 bytes); 56 bytes a request.
     """
 
     hi: npt.NDArray[np.uint64]
@@ -29,9 +45,13 @@ class Index:
     segment: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
     failed: npt.NDArray[np.bool_]
-    tokens: npt.NDArray[np.uint32]  # (requests, 3): input, cached input, output
+    tokens: npt.NDArray[np.uint32]  # (requests, 5): in the order of `TOKENS`
+    cost_usd: npt.NDArray[np.float64]  # of the records whose cost is known
+    flags: npt.NDArray[np.uint8]  # UNKNOWN: the cost of a record is not known; REPRICED: an `OldCosts` gave it
+    attempts: npt.NDArray[np.uint16]
     paths: list[str]
     torn: list[str]  # segments that could not be read
+    unanswered: Unanswered = Unanswered()
 
     def __len__(self) -> int:
         return len(self.hi)
@@ -63,25 +83,22 @@ class Index:
         return _index_of([], [])
 
     def only(self, *, failed_too: bool) -> Index:
-        """What the feed skips: the answered requests and, if asked, also the failed ones."""
+        """What the feed skips: the answered requests and, if asked, also the failed ones. `spent` stays what it was."""
         if failed_too or not self.failed.any():
             return self
         at = np.flatnonzero(~self.failed)
-        return Index(
-            self.hi[at],
-            self.lo[at],
-            self.segment[at],
-            self.row[at],
-            self.failed[at],
-            self.tokens[at],
-            self.paths,
-            self.torn,
-        )
+        left = _sums(self.cost_usd[self.failed], self.flags[self.failed], self.attempts[self.failed], self.unanswered)
+        return replace(self, **{name: getattr(self, name)[at] for name in _COLUMNS}, unanswered=left)
+
+    def spent(self) -> tuple[float, int]:
+        """US$ for everything in the ledger, as far as it is known, and the number of requests where it is not."""
+        unknown = int((self.flags & UNKNOWN).astype(np.bool_).sum())
+        return float(self.cost_usd.sum()) + self.unanswered.cost_usd, unknown + self.unanswered.unknown
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteIndex:
-    """An index that stays where it is, and is asked: 37 bytes a request on every node would be too much."""
+    """An index that stays where it is, and is asked: 56 bytes a request on every node would be too much."""
 
     lookup: Any  # the actor
     paths: list[str]
@@ -113,9 +130,25 @@ class IndexActor:
 
 # Positions in the index or -1; segments and rows of those that are there.
 Located = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]
-_Keys = tuple[
-    npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_], npt.NDArray[np.int64], npt.NDArray[np.uint32]
-]
+_COLUMNS = ("hi", "lo", "segment", "row", "failed", "tokens", "cost_usd", "flags", "attempts")
+
+
+@dataclass(slots=True)
+class _Keys:
+    """What the index reads of one segment; arrays of one length."""
+
+    hi: npt.NDArray[np.uint64]
+    lo: npt.NDArray[np.uint64]
+    rank: npt.NDArray[np.uint8]  # 0: answered, 1: failed, 2: superseded
+    done_at: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.uint32]
+    cost_usd: npt.NDArray[np.float64]  # 0 where it is not known
+    flags: npt.NDArray[np.uint8]
+    attempts: npt.NDArray[np.uint16]
+
+
+_DTYPES = {"hi": np.uint64, "lo": np.uint64, "rank": np.uint8, "done_at": np.int64, "tokens": np.uint32,
+           "cost_usd": np.float64, "flags": np.uint8, "attempts": np.uint16}  # fmt: skip
 
 
 def split_keys(keys: Sequence[bytes] | pa.Array) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
@@ -130,13 +163,14 @@ def split_keys(keys: Sequence[bytes] | pa.Array) -> tuple[npt.NDArray[np.uint64]
     return halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64)
 
 
-def read_index(fs: pafs.FileSystem, root: str) -> Index:
-    """Reads the keys of all segments. A segment that cannot be read is passed over and named in `torn`."""
+def read_index(fs: pafs.FileSystem, root: str, old_costs: OldCosts | None = None) -> Index:
+    """Reads the keys of all segments. A segment that cannot be read is passed over and named in `torn`. Without `old_costs`
+    the cost of what an earlier version wrote is not known."""
     for _ in range(TRIES):
         paths = list_segments(fs, root)
         try:
             with ThreadPoolExecutor(8) as pool:
-                return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path), paths)))
+                return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path, old_costs), paths)))
         except FileNotFoundError:  # merged meanwhile, into one that the next listing has
             continue
     raise OSError(f"the segments under {root} change faster than they can be read")
@@ -146,52 +180,104 @@ def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
     """Holds little more than its result: each column is joined, then put in order, and what it came from is gone."""
     torn = [path for path, part in zip(paths, parts, strict=True) if part is None]
     numbers = [number for number, part in enumerate(parts) if part is not None]
-    sizes = [len(part[0]) for part in parts if part is not None]
-    columns: list[Any] = [list(column) for column in zip(*filter(None, parts), strict=True)] or [[]] * 5
+    sizes = [len(part.hi) for part in parts if part is not None]
+    columns: dict[str, Any] = {}
+    for name, dtype in _DTYPES.items():
+        found = [getattr(part, name) for part in parts if part is not None]
+        columns[name] = np.concatenate(found) if found else np.empty((0, len(TOKENS)) if name == "tokens" else 0, dtype)
+        for part in filter(None, parts):
+            setattr(part, name, None)
     parts.clear()
-    for at, dtype in enumerate((np.uint64, np.uint64, np.bool_, np.int64, np.uint32)):
-        columns[at] = np.concatenate(columns[at]) if columns[at] else np.empty((0, 3) if at == 4 else 0, dtype)
-    columns.append(np.repeat(np.array(numbers, np.int32), sizes))
-    columns.append(np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]) if sizes else np.empty(0, np.int32))
-    order = _order(*columns[:4])
-    del columns[3]  # when it was done has no more to say
-    for at, column in enumerate(columns):
-        columns[at] = column[order]
-    hi, lo, *_ = columns
+    columns["segment"] = np.repeat(np.array(numbers, np.int32), sizes)
+    columns["row"] = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]) if sizes else np.empty(0, np.int32)
+    order = _order(*(columns[name] for name in ("hi", "lo", "rank", "done_at")))
+    for name, column in columns.items():
+        columns[name] = column[order]
+    del order
+    columns, unanswered = _summed(columns)
+    columns["failed"] = columns.pop("rank") > 0
+    return Index(**columns, paths=paths, torn=torn, unanswered=unanswered)
+
+
+def _summed(columns: dict[str, Any]) -> tuple[dict[str, Any], Unanswered]:
+    """One row for each key, of records in order: the place of the first record, and the sums of all; keys that have only
+    superseded records apart. A record that stands there twice, since its segment was being merged, counts once."""
+    hi, lo, rank, done_at = (columns[name] for name in ("hi", "lo", "rank", "done_at"))
     first = np.ones(len(hi), np.bool_)
     first[1:] = (hi[1:] != hi[:-1]) | (lo[1:] != lo[:-1])
+    del columns["done_at"]  # when it was done has no more to say
     if not first.all():
-        columns = [column[first] for column in columns]
-    hi, lo, failed, tokens, segment, row = columns
-    return Index(hi, lo, segment, row, failed, tokens, paths, torn)
+        once = np.ones(len(hi), np.bool_)
+        once[1:] = first[1:] | (rank[1:] != rank[:-1]) | (done_at[1:] != done_at[:-1])
+        starts = np.flatnonzero(first)
+        for name in ("tokens", "cost_usd", "attempts"):
+            columns[name][~once] = 0
+            columns[name] = np.add.reduceat(columns[name], starts, axis=0, dtype=columns[name].dtype)
+        columns["flags"] = np.bitwise_or.reduceat(columns["flags"], starts)
+        for name in ("hi", "lo", "rank", "segment", "row"):
+            columns[name] = columns[name][first]
+    tried = columns["rank"] == 2
+    if not tried.any():
+        return columns, Unanswered()
+    left = _sums(*(columns[name][tried] for name in ("cost_usd", "flags", "attempts")))
+    return {name: column[~tried] for name, column in columns.items()}, left
+
+
+def _sums(cost_usd: Any, flags: Any, attempts: Any, more: Unanswered = Unanswered()) -> Unanswered:
+    unknown = int((flags & UNKNOWN).astype(np.bool_).sum())
+    sums = more.cost_usd + float(cost_usd.sum()), more.unknown + unknown, more.attempts + int(attempts.sum(dtype=np.int64))
+    return Unanswered(*sums)
 
 
 def _order(
-    hi: npt.NDArray[np.uint64], lo: npt.NDArray[np.uint64], failed: npt.NDArray[np.bool_], done_at: npt.NDArray[np.int64]
+    hi: npt.NDArray[np.uint64], lo: npt.NDArray[np.uint64], rank: npt.NDArray[np.uint8], done_at: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """By key, successes before failures, then the latest. Nearly all keys differ in `hi`; only the rest is looked at."""
+    """By key, then rank, then the latest. Nearly all keys differ in `hi`; only the rest is looked at."""
     order = np.argsort(hi, kind="stable")
     equal = np.zeros(len(order) + 1, np.bool_)
     equal[1:-1] = hi[order[1:]] == hi[order[:-1]]
     at = np.flatnonzero(equal[1:] | equal[:-1])
     some = order[at]
-    order[at] = some[np.lexsort((-done_at[some], failed[some], lo[some], hi[some]))]
+    order[at] = some[np.lexsort((-done_at[some], rank[some], lo[some], hi[some]))]
     return order
 
 
-def _read_keys(fs: pafs.FileSystem, path: str) -> _Keys | None:
+def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None) -> _Keys | None:
+    names = ["key", "error.type", "done_at", "usage", "cost_usd", "attempts", "superseded"]
     try:
-        table = patiently(lambda: read_columns(fs, path, ["key", "error.type", "done_at", "usage"]))
+        table = patiently(lambda: read_columns(fs, path, names))
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
         if store_failed(error):  # it may be whole; asking its rows again would cost them a second time
             raise
         return None
-    hi, lo = split_keys(table["key"].cast(pa.binary(32)))
-    failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))
-    usage = [np.asarray(pc.fill_null(pc.struct_field(table["usage"], f.name), 0)).astype(np.uint32) for f in USAGE]
-    return hi, lo, failed, np.asarray(table["done_at"].cast(pa.int64())), np.stack(usage, axis=1)
+    try:
+        old = "cost_usd" not in table.column_names
+        tokens = np.zeros((len(table), len(TOKENS)), np.uint32)
+        for at, name in enumerate(TOKENS):
+            if not old or at < 3:
+                tokens[:, at] = np.asarray(pc.fill_null(pc.struct_field(table["usage"], name), 0))
+        if old:
+            costs = None if old_costs is None else old_costs(tokens[:, :3].astype(np.int64), path)
+            flags = tokens.any(axis=1).astype(np.uint8) * (REPRICED if costs is not None else UNKNOWN)
+            superseded = np.zeros(len(table), np.bool_)
+        else:
+            costs = np.asarray(pc.fill_null(table["cost_usd"], 0.0))
+            flags = np.asarray(pc.is_null(table["cost_usd"])).astype(np.uint8) * UNKNOWN
+            superseded = np.asarray(pc.fill_null(table["superseded"], False))
+        failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))
+        return _Keys(
+            *split_keys(table["key"].cast(pa.binary(32))),
+            np.asarray(np.where(superseded, 2, failed), np.uint8),
+            np.asarray(table["done_at"].cast(pa.int64())),
+            tokens,
+            np.zeros(len(table)) if costs is None else costs,
+            np.asarray(flags, np.uint8),
+            np.asarray(pc.fill_null(table["attempts"], 1)).clip(0, 65535).astype(np.uint16),
+        )
+    except (pa.ArrowException, KeyError, TypeError, ValueError):  # another program's Parquet file, with other columns
+        return None
 
 
 class DedupFilter:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
 from pipeline.storage.filesystem import listing, write_atomic
-from pipeline.storage.ledger import SEGMENTS
+from pipeline.storage.output_files import LOCK, SEGMENTS, is_claim
 
 BEAT_S = 10.0
 STALE_S = 60.0  # six beats missed: whoever held it is dead
@@ -37,7 +37,7 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
     text = f"another run is writing into {root}: wait for it, stop it, or choose another output.path"
     held = ConfigError(text, code=ErrorCode.OUTPUT_BUSY)
     if isinstance(fs, pafs.LocalFileSystem):
-        lock = FileLock(f"{root}/{SEGMENTS}/.lock")
+        lock = FileLock(f"{root}/{SEGMENTS}/{LOCK}")
         try:
             os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
             lock.acquire(timeout=1)  # not 0: `held` looks by holding it for a moment
@@ -57,13 +57,13 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
 def held(fs: pafs.FileSystem, root: str) -> bool:
     """Whether a run holds the output directory. Changes nothing there, and needs no right to."""
     if isinstance(fs, pafs.LocalFileSystem):
-        with suppress(FileNotFoundError), Path(root, SEGMENTS, ".lock").open("rb") as file:
+        with suppress(FileNotFoundError), Path(root, SEGMENTS, LOCK).open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False
-    claims = [info for info in listing(fs, f"{root}/{SEGMENTS}") if info.base_name.startswith(CLAIM)]
+    claims = [info for info in listing(fs, f"{root}/{SEGMENTS}") if is_claim(info.base_name)]
     return any(time.time() - (claim.mtime_ns or 0) / 1e9 < STALE_S for claim in claims)
 
 
@@ -87,7 +87,7 @@ def _claim(fs: pafs.FileSystem, root: str, held: ConfigError) -> Iterator[None]:
 
     try:
         write()
-        claims = {info.base_name: info for info in listing(fs, f"{root}/{SEGMENTS}") if info.base_name.startswith(CLAIM)}
+        claims = {info.base_name: info for info in listing(fs, f"{root}/{SEGMENTS}") if is_claim(info.base_name)}
     except OSError as error:
         raise ConfigError(f"output.path: cannot write into {root}: {one_line(error)}") from None
     now = claims[mine].mtime_ns or 0

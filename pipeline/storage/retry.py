@@ -18,6 +18,7 @@ _PASSING = re.compile(
     r"|google::cloud::Status\((UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)"
     r"|Azure Error (Service(Request|Response)(Timeout)?Error|IncompleteReadError|HTTP (408|429|5\d\d))"
 )
+
 # Beyond the tries of the store's own client, which are over in seconds.
 PATIENCE_S, TRIES = 120.0, 8
 

@@ -14,6 +14,7 @@ import orjson
 from engines.errors import ConfigError, EngineError, Failure
 from engines.params import GenerationParams
 from engines.types import Completion, Conversation, Request, to_request
+from engines.usage import Usage
 
 if TYPE_CHECKING:
     from engines.remote.batch.client import BatchEngine, BatchStatus
@@ -80,16 +81,18 @@ class Batches:
         status = wire.status(batch_id)
         if status.status is BatchState.IN_PROGRESS:
             raise EngineError("not_found", f"batch {batch_id} is still in progress", retryable=True)
-        found = {}
+        asked, found = dict(_named(engine, conversations, generation)), {}
         for custom_id, outcome in wire.results(status):
+            if custom_id not in asked:
+                continue
             try:
-                found[custom_id] = engine.read(outcome)
+                completion = engine.read(outcome)
             except EngineError as error:
-                found[custom_id] = Completion(error=Failure.of(error))
+                completion = Completion(error=Failure.of(error), usage=error.usage or Usage())
+            completion.cost_usd = engine.cost(completion.usage, asked[custom_id].model, completion.model, batch=True)
+            found[custom_id] = completion
         absent = Completion(error=Failure("not_found", status.error or f"batch {batch_id} has no answer to this"))
-        completions = [
-            in_shape(found.get(id, absent), request.generation) for id, request in _named(engine, conversations, generation)
-        ]
+        completions = [in_shape(found.get(id, absent), request.generation) for id, request in asked.items()]
         for completion in completions:
             completion.engine, completion.model = engine.kind, completion.model or engine.config.model
         return completions

@@ -22,6 +22,7 @@ from engines.remote.concurrency import EndpointPool
 from engines.remote.errors import broken, failure
 from engines.remote.provider import Provider
 from engines.types import Completion, Request
+from engines.usage import Usage
 
 # A file of hundreds of MB is on its way for minutes, with the server silent.
 TIMEOUT = httpx.Timeout(connect=10.0, read=600.0, write=600.0, pool=10.0)
@@ -228,6 +229,10 @@ class BatchEngine(Protocol):
     def encode(self, body: dict[str, Any]) -> tuple[Any, int]: ...
 
     def read(self, answer: dict[str, Any] | EngineError) -> Completion: ...
+
+    def cost(
+        self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False
+    ) -> float | None: ...
 
     def prepared(self, request: Request) -> Request: ...
 

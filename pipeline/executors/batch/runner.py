@@ -30,16 +30,17 @@ from engines.remote.batch.client import BatchState, BatchStatus
 from engines.remote.batch.factory import encoded, no_batch_api, wire_of
 from engines.structured import first_schema_error
 from engines.text import one_line
-from engines.types import Completion, Usage
+from engines.types import Completion
+from engines.usage import Usage
 from pipeline.config import Config
 from pipeline.dataset.reader import ReadSplit, RowReader, SplitSummary
 from pipeline.errors import Interrupted, Stopped
-from pipeline.executors.batch.store import BYTES_PER_TOKEN, Batch, BatchFileWriter, BatchStore
+from pipeline.executors.batch.store import BYTES_PER_TOKEN, NEXT_STEP, Batch, BatchFileWriter, BatchStore
 from pipeline.executors.cost_budget import CostBudget, check_model, spent_so_far
 from pipeline.executors.live.requests import read_split, request_of
 from pipeline.monitor.progress import RunProgress
 from pipeline.monitor.status import RunStatus
-from pipeline.output.cost import WRITER, batch_share
+from pipeline.output.cost import WRITER, batch_share, old_costs
 from pipeline.storage.exact_json import loads
 from pipeline.storage.ledger import Record, write_segment
 from pipeline.storage.ledger_index import DedupFilter, Index, read_index
@@ -112,7 +113,7 @@ class BatchRunner:
                 self.store.forget(batch)
         with RunProgress(console, limits.progress_s, self.config.engine) as progress:
             while True:
-                index = read_index(self.fs, self.root)
+                index = read_index(self.fs, self.root, old_costs(self.config.engine))
                 self.budget = self._budget(index)
                 rows, summaries = self.write_batches(splits, index.only(failed_too=failed_too))
                 if self.left:
@@ -120,8 +121,9 @@ class BatchRunner:
                     console.print(f"{held}: they wait for what is under way.", highlight=False)
                 if not rows and not self.store.open:
                     if self.left and self.budget and limits.batch_fallback != "live":
+                        self.status.broke = True
                         text = self.budget.summary(f"{self.left:,} rows are left")
-                        raise Stopped(text, code=ErrorCode.BUDGET_SPENT)
+                        raise Stopped(text, self.budget.higher, code=ErrorCode.BUDGET_SPENT)
                     return summaries
                 failed_too = True
                 pause = POLL_FIRST_S
@@ -149,7 +151,7 @@ class BatchRunner:
         limit, engine = self.config.run.budget_usd, self.config.engine
         if limit is None:
             return None
-        spent = spent_so_far(engine, index, self.fs, self.root)
+        spent = spent_so_far(engine, self.config.params(), index, self.fs, self.root)
         # No trickle at first: each round of batches may take a day.
         budget = CostBudget(limit, engine, self.config.params(), spent, batch_share(engine), first_share=1.0)
         budget.reserved = sum(batch.estimate for batch in self.store.open)
@@ -257,7 +259,7 @@ class BatchRunner:
                 raise Stopped(text, code=ErrorCode.KEY_REFUSED) from None
             if not error.retryable:
                 file = self.store.path(batch, "json")
-                reason = f"batch {batch.id or batch.name} cannot be {_NEXT[batch.state]}: {error}"
+                reason = f"batch {batch.id or batch.name} cannot be {NEXT_STEP[batch.state]}: {error}"
                 hint = f"if the provider has it no longer, delete {file}: its rows go again"
                 text = f"{reason} ({hint if error.type == 'not_found' else CANCEL})"
                 raise Stopped(text, code=ErrorCode.BATCHES_UNDER_WAY) from None
@@ -345,6 +347,9 @@ class BatchRunner:
     def _fetch(self, batch: Batch, status: BatchStatus) -> None:
         """Everything that an ended batch came to, into the ledger. Raises `EngineError`, with what came before kept."""
         left, found = self._left(batch), Counter[str]()
+        if not batch.fetched_at:
+            batch.fetched_at = time.time()
+            self.store.save(batch)
         for records in _portions(self._records(batch, status, left, found)):
             self._commit(records)
         whole = status.status is BatchState.COMPLETED
@@ -385,6 +390,8 @@ class BatchRunner:
         elif self._last(batch):
             last = EngineError("bad_response", f"no answer to it came back, {batch.tries} times", retryable=True)
         settled = [self._failed(key, id, error) for key, id in left.items() if (error := reasons.get(key) or last)]
+        for record in settled:
+            record.completion.attempts = batch.tries
         self._commit(settled)
         batch.again = len(left) - len(settled)
         batch.failed += len(settled)
@@ -416,32 +423,43 @@ class BatchRunner:
             id = left.get(key)
             if id is None:  # none of ours, or it came before
                 continue
-            used = Usage()
+            # An answer that cannot be read is paid, and does not tell its usage.
+            used, answered = Usage(known=isinstance(outcome, EngineError)), None
             try:
                 completion = self.engine.read(outcome)
-                used = completion.usage
+                used, answered = completion.usage, completion.model
                 generation = self.generation.override(loads((own.get(key) or "{}").encode()))
                 if wrong := first_schema_error(completion, generation, batch.tries - 1):
                     raise wrong
             except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
                 error = raised if isinstance(raised, EngineError) else _odd(raised)
+                record = self._failed(key, id, error)
+                record.done_at = batch.fetched_at
+                record.completion.usage = used = error.usage or used
+                record.completion.cost_usd = cost = self._cost(batch, used, answered)
                 if error.retryable and not self._last(batch):
+                    if cost != 0:  # it is asked again; this try is paid, and its attempt is counted then
+                        record.completion.attempts, record.superseded = 0, True
+                        yield record
                     continue
                 batch.failed += 1
                 del left[key]
-                record = self._failed(key, id, error)
-                record.completion.usage, record.completion.attempts = used, batch.tries
+                record.completion.attempts = batch.tries
                 yield record
                 continue
+            completion.cost_usd = self._cost(batch, used, answered)
             completion.engine, completion.model = self.engine.kind, completion.model or batch.model
             completion.attempts = batch.tries
             del left[key]
             yield Record(key, id, completion, time.time())
 
+    def _cost(self, batch: Batch, usage: Usage, answered: str | None) -> float | None:
+        return self.engine.cost(usage, batch.model, answered, batch=True)
+
     def _failed(self, key: bytes, id: str, error: EngineError) -> Record:
         said = self.wire.client.clean(" ".join(str(error).split()))[:500]
         failure = dataclasses.replace(Failure.of(error), message=said)
-        completion = Completion(error=failure, engine=self.engine.kind, model=self.config.engine.model)
+        completion = Completion(error=failure, engine=self.engine.kind, model=self.config.engine.model, attempts=0)
         return Record(key, id, completion, time.time())
 
     def _commit(self, records: list[Record]) -> None:
@@ -453,8 +471,10 @@ class BatchRunner:
             completion = record.completion
             status.input_tokens += completion.usage.input
             status.output_tokens += completion.usage.output
-            usage, share = completion.usage, batch_share(self.config.engine)
-            status.cost_usd += share * self.config.engine.price.of(usage.input, usage.cached_input, usage.output)
+            status.cost_usd += completion.cost_usd or 0.0
+            status.cost_unknown += completion.cost_usd is None
+            if record.superseded:
+                continue
             if completion.error is None:
                 status.done += 1
             else:
@@ -487,10 +507,6 @@ def _odd(error: Exception) -> EngineError:
 def _plain(value: Any) -> Any:
     """As it comes back from a JSON file."""
     return orjson.loads(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
-
-
-# What the next step of a batch is, for an error that keeps it from there.
-_NEXT = {"spooled": "uploaded", "uploaded": "submitted", "submitting": "submitted", "submitted": "fetched"}
 
 
 def done_of(rows: int, status: BatchStatus | None) -> int:

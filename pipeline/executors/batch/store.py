@@ -14,14 +14,27 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from engines.errors import ConfigError
 from engines.remote.batch.client import BatchStatus, Requests
+from engines.text import one_line
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import exists, listing, write_atomic
-
-BATCHES = "_batches"
+from pipeline.storage.output_files import BATCHES, is_batch_file, is_temporary
 
 # Bytes of a request for each token of it, where a limit of queued tokens must be kept.
 BYTES_PER_TOKEN = 4
+
+
+def damaged_batch(path: str, error: Exception, id: str | None = None) -> ConfigError:
+    known = f" (batch {id})" if id else ""
+    return ConfigError(
+        f"{path} cannot be read: {one_line(error)}. It belongs to a batch that may be at the provider and paid{known}. "
+        f"Restore the file. If you do without that batch, delete {path.rpartition('.')[0]}.*: its rows are asked again"
+    )
+
+
+# What the next step of a batch is, for an error that keeps it from there.
+NEXT_STEP = {"spooled": "uploaded", "uploaded": "submitted", "submitting": "submitted", "submitted": "fetched"}
 
 
 @dataclass(slots=True)
@@ -40,6 +53,7 @@ class Batch:
     file: str | None = None  # its id at the provider
     id: str | None = None  # likewise
     submitting_at: float = 0.0
+    fetched_at: float = 0.0  # when its results were first read: the time of its failed rows, so that none counts twice
     foreign: list[str] = field(default_factory=list)  # ids of others' batches that were taken for this one
     cancelled: bool = False  # at the user's word: its rows do not go again by themselves
     answered: int = 0
@@ -64,7 +78,7 @@ class Batch:
 
 @dataclass
 class BatchStore:
-    """All batches of one output directory."""
+    """All batches of one output directory. Raises `ConfigError` for a batch's file that is damaged."""
 
     fs: pafs.FileSystem
     root: str
@@ -74,9 +88,9 @@ class BatchStore:
         for info in sorted(
             listing(self.fs, f"{self.root}/{BATCHES}"), key=lambda info: info.path.rsplit("-", 1)[-1]
         ):  # by number
-            if info.path.endswith(".json"):
+            if is_batch_file(info.base_name) and info.path.endswith(".json"):
                 with self.fs.open_input_stream(info.path) as file:
-                    self.batches.append(Batch(**orjson.loads(file.read())))
+                    self.batches.append(_read_batch(info.path, file.read()))
 
     def path(self, batch: Batch, kind: str) -> str:
         return f"{self.root}/{BATCHES}/{batch.name}.{kind}"
@@ -86,8 +100,15 @@ class BatchStore:
         write_atomic(self.fs, self.path(batch, "json"), orjson.dumps(values, option=orjson.OPT_INDENT_2))
 
     def keys(self, batch: Batch) -> pa.Table:
-        with self.fs.open_input_file(self.path(batch, "parquet")) as file:
-            return pq.read_table(file)
+        path = self.path(batch, "parquet")
+        try:
+            with self.fs.open_input_file(path) as file:
+                table = pq.read_table(file)
+            if {"key", "id"} <= set(table.column_names):
+                return table
+            raise pa.ArrowInvalid("it has not the columns of one of ours")
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise damaged_batch(path, error, batch.id) from None
 
     def requests(self, batch: Batch) -> Requests:
         path = self.path(batch, "jsonl")
@@ -101,7 +122,9 @@ class BatchStore:
         """Deletes copies of the dataset that whoever was killed left: of no batch, or of one that is done."""
         needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
         for info in listing(self.fs, f"{self.root}/{BATCHES}"):
-            if info.is_file and not info.path.endswith(".json") and info.base_name not in needed:
+            name = info.base_name
+            ours = is_temporary(name) or (is_batch_file(name) and not name.endswith(".json"))
+            if info.is_file and ours and name not in needed:
                 self.fs.delete_file(info.path)
 
     def forget(self, batch: Batch) -> None:
@@ -124,6 +147,19 @@ class BatchStore:
     @property
     def open(self) -> list[Batch]:
         return [batch for batch in self.batches if batch.open]
+
+
+def _read_batch(path: str, data: bytes) -> Batch:
+    """Raises `ConfigError`: a batch that is passed over in silence would be paid, and its rows asked and paid again."""
+    try:
+        batch = Batch(**orjson.loads(data))
+        state = batch.state == "fetched" or batch.state in NEXT_STEP
+        numbers = all(isinstance(value, int) for value in (batch.round, batch.first, batch.rows, batch.size))
+        if not (state and numbers and isinstance(batch.settings, dict)):
+            raise ValueError("its values are not those of a batch")
+    except (ValueError, TypeError) as error:
+        raise damaged_batch(path, error) from None
+    return batch
 
 
 class BatchFileWriter:

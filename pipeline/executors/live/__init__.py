@@ -1,1 +1,0 @@
-"""The live executor: Ray actors that lease rows to engine replicas."""

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.fs as pafs
 from rich.console import Console
 
+from engines.config import EngineConfig
 from engines.errors import EaglerayError, ErrorCode
 from engines.text import one_line
 from pipeline.config import Config
@@ -31,11 +32,12 @@ from pipeline.monitor.run_state import RunState
 from pipeline.monitor.status import RunStatus
 from pipeline.monitor.traces import Trace
 from pipeline.output.answer_columns import plan_answer_columns
-from pipeline.output.finalize import OPTIONAL, Job, JobResult, PartWriter, plan_columns, plan_jobs
-from pipeline.output.manifest import MANIFEST
+from pipeline.output.cost import old_costs
+from pipeline.output.finalize import OPTIONAL, Job, JobResult, PartWriter, part_names, plan_columns, plan_jobs
+from pipeline.output.ownership import Ownership
 from pipeline.storage.filesystem import exists, info_of, listing, resolve
-from pipeline.storage.ledger import SEGMENTS
 from pipeline.storage.ledger_index import Index, IndexActor, RemoteIndex, read_index
+from pipeline.storage.output_files import MANIFEST, SEGMENTS
 
 # A drain has `run.drain_s`, and this long to write and leave.
 GRACE_S = 20.0
@@ -59,11 +61,11 @@ class LedgerSnapshot:
         where = resolve(str(config.output.path))
         self.small = sum(info.size or 0 for info in listing(where[0], f"{where[1]}/{SEGMENTS}")) <= SMALL_BYTES
         if self.small:
-            self.index = read_index(*where).only(failed_too=failed_too)
+            self.index = _read_index(str(config.output.path), failed_too, config.engine)
             self.ref = ray.put(self.index)
         else:
             read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=here())(_read_index)
-            self.ref = read.remote(str(config.output.path), failed_too)
+            self.ref = read.remote(str(config.output.path), failed_too, config.engine)
             self.index = ray.get(self.ref)
         if len(self.index) > FAR_ROWS and len(ray.nodes()) > 1:
             index_actor = ray.remote(IndexActor).options(num_cpus=0, scheduling_strategy=here())
@@ -71,12 +73,12 @@ class LedgerSnapshot:
             self.ref = ray.put(RemoteIndex(index_actor.remote(self.near), self.index.paths))
 
 
-def _read_index(path: str, failed_too: bool) -> Index:
-    return read_index(*resolve(path)).only(failed_too=failed_too)
+def _read_index(path: str, failed_too: bool, engine: EngineConfig) -> Index:
+    return read_index(*resolve(path), old_costs(engine)).only(failed_too=failed_too)
 
 
 def plan_reading(config: Config, console: Console) -> tuple[list[ReadSplit], bool]:
-    """The pieces, and whether they are so small that no other process is started to read them."""
+    """The splits, and whether they are so small that no other process is started to read them."""
     splits = list_splits(config, console)
     few = list(dict.fromkeys(split.file_split.file for split in splits))[: SMALL_FILES + 1]
     small = len(few) <= SMALL_FILES and sum(info_of(*resolve(name)).size for name in few) <= SMALL_BYTES
@@ -98,6 +100,7 @@ class LiveExecutor:
     interrupts: list[int]
     splits: list[ReadSplit]
     small: bool  # no other process is started to read them
+    output: Ownership
 
     def ask(self, known: LedgerSnapshot) -> tuple[RunStatus, dict[int, SplitSummary]]:
         """Feeds all rows that `known` does not have to the workers, until every one of them is durable."""
@@ -105,7 +108,7 @@ class LiveExecutor:
 
         config, console, state, budget = self.config, self.console, self.state, None
         if (limit := config.run.budget_usd) is not None:
-            spent = spent_so_far(config.engine, known.index, self.fs, self.root)
+            spent = spent_so_far(config.engine, config.params(), known.index, self.fs, self.root)
             budget = CostBudget(limit, config.engine, config.params(), spent)
         fail = config.dataset.on_bad_input == "fail"
         # In a list, so that the reference itself arrives: only the read tasks look into it.
@@ -121,7 +124,7 @@ class LiveExecutor:
             max_outage_s=config.run.max_outage_s,
             cpus=config.hardware.cpus,
             trace=self.trace,
-            budget_price=budget.price if budget else None,
+            budget=budget is not None,
         )
         replica_pool = ReplicaPool(ray.remote(Worker), worker, self.placed, dispatcher, config.run.max_engine_deaths)
         reads = dispatcher.start.remote(dispatcher.report, 8 * 1024)
@@ -132,7 +135,8 @@ class LiveExecutor:
         said = False
         finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
         failure: EaglerayError | None = None  # of a replica; the others still commit what they have
-        why, broke, code, ends_by = "", "", str(ErrorCode.STOPPED), math.inf
+        why, code, ends_by = "", str(ErrorCode.STOPPED), math.inf
+        broke: Stopped | None = None
         began = time.monotonic()
         try:
             replica_pool.start()
@@ -159,8 +163,9 @@ class LiveExecutor:
                     reason = str(stop) if stop else "Interrupted" if self.interrupts else ""
                     if status.broke and budget is not None and not reason:
                         budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
-                        broke = reason = budget.summary(f"{status.left:,} rows{more} are left")
-                        stop = Stopped(broke, code=ErrorCode.BUDGET_SPENT)
+                        text = budget.summary(f"{status.left:,} rows{more} are left")
+                        broke = Stopped(text, budget.higher, code=ErrorCode.BUDGET_SPENT)
+                        reason = str(broke)
                     if reason and not why:
                         why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
                         code = stop.code if stop else code
@@ -186,8 +191,8 @@ class LiveExecutor:
         if why:
             if self.interrupts:
                 raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
-            text = broke or f"{why}; everything finished is kept, the same command goes on from here"
-            raise Stopped(text, code=code)
+            text = f"{why}; everything finished is kept, the same command goes on from here"
+            raise broke or Stopped(text, code=code)
         return status, summaries
 
     def finalize(self, summaries: dict[int, SplitSummary], snapshot: LedgerSnapshot) -> JobResult:
@@ -195,6 +200,9 @@ class LiveExecutor:
         from ray.exceptions import RayError, RayTaskError
 
         config, row_reader = self.config, self.row_reader
+        jobs, total = plan_jobs(self.splits, summaries), JobResult()
+        if foreign := self.output.intend(part_names(jobs, config.output.format)):
+            raise Stopped(f"{self.output.in_the_way(foreign)}; the same command goes on from here")
         if exists(self.fs, f"{self.root}/{MANIFEST}"):  # until it is written again, no reader may trust the files
             self.fs.delete_file(f"{self.root}/{MANIFEST}")
         answer_columns = plan_answer_columns(config.output.columns, config.params().response_format)
@@ -203,7 +211,6 @@ class LiveExecutor:
         optional = [name for name, param in OPTIONAL.items() if param in params]
         raw = any(summary.invalid for summary in summaries.values())
         writer = PartWriter(row_reader, columns, optional, raw, config.output, answer_columns)
-        jobs, total = plan_jobs(self.splits, summaries), JobResult()
         used = np.zeros(len(snapshot.index), np.bool_)
         with self.console.status("putting the output together"):
             try:

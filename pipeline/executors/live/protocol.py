@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -13,9 +13,9 @@ class Lease:
     keys: list[bytes]
     ids: list[str]
     requests: list[bytes]
-    alone: bool = False  # a suspect: nothing else may be in the engine beside it
-    deaths: int = 0  # engine processes that died with these rows in them
-    poison: str | None = None  # not to be asked at all: why
+    alone: bool = False  # on trial: no other row may be in the engine
+    deaths: list[int] = field(default_factory=list)  # of engine processes, for each row; empty: none
+    poison: str | None = None  # a poison row: it is recorded as failed, with this reason, and not asked
     last: bool = False  # the feed has nothing more at the moment
 
     def __len__(self) -> int:

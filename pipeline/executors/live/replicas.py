@@ -10,6 +10,7 @@ from typing import Any
 from engines.errors import ConfigError, EngineError, ErrorCode, Outage
 from engines.registry import secret_variables
 from pipeline.errors import EnginesDied, Stopped
+from pipeline.executors.live.engine_journal import JournalReading, remove_journals
 from pipeline.executors.live.placement import Placement, end, start
 from pipeline.executors.live.secrets import Secrets
 from pipeline.executors.live.worker import WorkerConfig
@@ -29,7 +30,17 @@ class ReplicaActor:
     group: Any  # its placement group; None where it has but one node
     run: Any  # the reference of its `run`, or of a question whether it lives
     lost_at: float | None = None  # since when it cannot be reached
+    journal: Any = None  # a reference to the place of its journal
     leaving: frozenset[str] = frozenset()  # the nodes it was told are about to go
+
+
+@dataclass(slots=True)
+class _Death:
+    """A replica whose process died, while its journal is read."""
+
+    replica: ReplicaActor
+    reason: str
+    reading: JournalReading
 
 
 def says_node_died(text: str) -> bool:
@@ -47,8 +58,8 @@ class ReplicaPool:
         self.secrets = Secrets({name: os.environ[name] for name in names if name in os.environ})
         self.replicas: list[ReplicaActor] = []
         self.started = 0
-        self.deaths = 0  # in a row, with no row finished between
-        self.finished_at_death = 0
+        self.deaths: list[_Death] = []
+        self.status = RunStatus()  # as last told
         self.looked = 0.0
 
     def start(self) -> None:
@@ -60,14 +71,17 @@ class ReplicaPool:
         self.started += 1
         name = f"w{self.started}"
         actor, group = start(self.worker, self.placed, self.config, name, self.dispatcher)
-        self.replicas.append(ReplicaActor(name, actor, group, actor.run.remote(self.secrets)))
+        run = actor.run.remote(self.secrets)
+        self.replicas.append(ReplicaActor(name, actor, group, run, journal=actor.place.remote()))
 
     def maintain(self, status: RunStatus) -> None:
         """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
         import ray
         from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+        self.status = status
         self._announce_draining()
+        self._conclude(status)
         ended, _ = ray.wait([r.run for r in self.replicas], num_returns=len(self.replicas), timeout=0) \
             if self.replicas else ([], [])  # fmt: skip
         for replica in [r for r in self.replicas if r.run in ended]:
@@ -124,19 +138,31 @@ class ReplicaPool:
         self._died(replica, "", status, node_lost=True)
 
     def _died(self, replica: ReplicaActor, reason: str, status: RunStatus, *, node_lost: bool = False) -> None:
+        end(replica.actor, replica.group)
+        if node_lost or says_node_died(reason):  # which is not the fault of its rows
+            self._leave(replica, None, None, status)
+        else:
+            self.deaths.append(_Death(replica, " ".join(reason.split())[:300], JournalReading(replica.journal)))
+            self._conclude(status)
+
+    def _conclude(self, status: RunStatus) -> None:
+        """Tells the dispatcher of the deaths whose journals are read, and replaces those replicas."""
+        for death in [death for death in self.deaths if death.reading.ended]:
+            self.deaths.remove(death)
+            inside = death.reading.inside()
+            if inside is None and death.reading.node_is_gone():
+                self._leave(death.replica, None, None, status)
+            else:
+                self._leave(death.replica, death.reason, inside, status)
+
+    def _leave(
+        self, replica: ReplicaActor, crash: str | None, inside: list[tuple[int, int]] | None, status: RunStatus
+    ) -> None:
         import ray
 
-        end(replica.actor, replica.group)
-        node_lost = node_lost or says_node_died(reason)
-        reason = "its node was lost" if node_lost else " ".join(reason.split())[:300]
-        ray.get(self.dispatcher.leave.remote(replica.name, None if node_lost else reason))
-        finished = status.done + status.failed - status.errors["engine_crash"]
-        if finished > self.finished_at_death:
-            self.deaths = 0
-        self.finished_at_death = finished
-        self.deaths += not node_lost
-        if self.deaths > self.allowed_deaths:
-            raise EnginesDied(f"engines died {self.deaths} times in a row without finishing a row: {reason}")
+        deaths: int = ray.get(self.dispatcher.leave.remote(replica.name, crash, inside))
+        if crash is not None and deaths > self.allowed_deaths:
+            raise EnginesDied(f"engines died {deaths} times in a row without finishing a row: {crash}")
         if not status.finished:
             self._add()
 
@@ -146,6 +172,8 @@ class ReplicaPool:
             replica.actor.drain.remote()
 
     def stop_all(self) -> None:
-        """Ends all replicas and gives their places back."""
+        """Ends all replicas, gives their places back, and removes what they would have removed themselves."""
         for replica in self.replicas:
             end(replica.actor, replica.group)
+        at_work = [replica for replica in self.replicas if replica.name in self.status.replicas]
+        remove_journals([replica.journal for replica in at_work if self.status.replicas[replica.name].state != "loading"])

@@ -32,7 +32,7 @@ ROWS_SCHEMA = pa.schema(
 def read_split(
     split: ReadSplit, row_reader: RowReader, done: Index | RemoteIndex, fail_on_bad_input: bool, summary: SplitSummary
 ) -> Iterator[pa.Table]:
-    """Tables of the rows of `piece` that are still to be asked; fills `summary` on the way."""
+    """Tables of the rows of `split` that are still to be asked; fills `summary` on the way."""
     for items in row_reader.read(split):
         summary.rows += len(items)
         if split.file_split.kind != "parquet":

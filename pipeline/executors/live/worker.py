@@ -8,17 +8,20 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from engines.base import Engine
-from engines.config import EngineConfig, Price
+from engines.config import EngineConfig
 from engines.errors import EngineError, Failure, Outage
 from engines.params import GenerationParams
 from engines.registry import load_engine
 from engines.text import one_line
 from engines.types import Completion, Request
+from engines.usage import Usage
 from pipeline.executors.cost_budget import check_model, shared_bytes
+from pipeline.executors.live.engine_journal import EngineJournal, JournalPlace, journal_place
 from pipeline.executors.live.protocol import Lease
 from pipeline.executors.live.rate_limiter import reserve_through_ray
 from pipeline.executors.live.requests import request_of
@@ -45,7 +48,7 @@ class WorkerConfig:
     max_outage_s: float
     cpus: float  # 0: the whole machine's
     trace: Trace | None = None
-    budget_price: Price | None = None  # the most that tokens may cost; None: there is no budget
+    budget: bool = False  # whether each try must be asked for
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class LeasedRow:
     id: str
     request: bytes
     since: float = 0.0  # when it came here
+    charged: float = 0.0  # US$ of its failed tries that the budget knows already
 
 
 class Worker:
@@ -81,6 +85,8 @@ class Worker:
         self.counts = RunStatus()
         self.done = 0
         self.inside: dict[bytes, LeasedRow] = {}  # by key: rows in the engine
+        self.journal: EngineJournal | None = None  # the same, for whoever looks after this process died
+        self.dying = False
         self.overhead = shared_bytes(config.generation)
         self.work = asyncio.Condition()  # the queue grew, or the end came
         self.less = asyncio.Event()  # fewer rows are held
@@ -104,9 +110,11 @@ class Worker:
         engine.check(self.config.generation)
         if (remote := engine.remote) is not None:
             remote.attach(reserve_through_ray, self.config.max_outage_s)
-            if self.config.budget_price is not None:
+            if self.config.budget:
                 remote.set_budget(self._check_budget)
-        slots = [asyncio.create_task(self._slot(engine)) for _ in range(engine.concurrency)]
+        with contextlib.suppress(OSError):  # without it, all rows held here are suspects if this process dies
+            self.journal = EngineJournal(journal_place().path, engine.concurrency)
+        slots = [asyncio.create_task(self._slot(engine, at)) for at in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
         if self.moves:  # it was told so while it was loading
@@ -125,12 +133,18 @@ class Worker:
             await asyncio.gather(flusher, return_exceptions=True)
             await self._flush()
             self._report_metrics()
-            inside = [(row.lease, row.offset) for row in self.inside.values()]
-            await self.dispatcher.leave.remote(self.name, None, inside)
+            if self.journal is not None:
+                journal, self.journal = self.journal, None
+                journal.close()
+            await self.dispatcher.leave.remote(self.name, None, _places(self.inside.values()))
             await asyncio.to_thread(engine.close)
             if self.spans is not None:
                 await asyncio.to_thread(self.spans.close)
         return self.moves
+
+    async def place(self) -> JournalPlace:
+        """Where this worker's journal is."""
+        return journal_place()
 
     async def leave_nodes(self, nodes: frozenset[str]) -> None:
         """As `drain`, where this replica's node is one of those that are about to go."""
@@ -174,22 +188,22 @@ class Worker:
                 return
             self.last = lease.last
             if lease.poison is not None:
-                await self._mark_poison(lease)
+                await self._record_poison(lease)
                 continue
             self.held += len(lease)
             self._maybe_idle()
-            rows = zip(lease.keys, lease.ids, lease.requests, strict=True)
+            rows = zip(lease.deaths or [0] * len(lease), lease.keys, lease.ids, lease.requests, strict=True)
             async with self.work:
                 now = time.monotonic()
-                self.queue.extend(LeasedRow(lease.number, at, lease.deaths, *row, now) for at, row in enumerate(rows))
+                self.queue.extend(LeasedRow(lease.number, at, *row, now) for at, row in enumerate(rows))
                 self.work.notify(len(lease))
             while lease.alone and self.held:
                 self.less.clear()
                 await self.less.wait()
-            if lease.alone:  # durable before the next suspect can kill this process
+            if lease.alone:  # durable before the next rows on trial can kill this process
                 await self._flush()
 
-    async def _slot(self, engine: Engine) -> None:
+    async def _slot(self, engine: Engine, slot: int) -> None:
         """One slot of the engine: takes the next row as soon as the one before is answered."""
         while True:
             if not self.queue:
@@ -201,48 +215,73 @@ class Worker:
             self.waits.append(time.monotonic() - row.since)
             self.busy += 1
             self.inside[row.key] = row
+            if self.journal is not None:
+                self.journal.enter(slot, row.lease, row.offset)
             began_ns = time.time_ns()
             try:
                 completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
-                completion = Completion(error=Failure.of(error), engine=engine.kind)
+                completion = Completion(error=Failure.of(error), engine=engine.kind, attempts=0)
+            except asyncio.CancelledError:  # later than `drain_s`: nobody knows what becomes of it
+                if (cost := engine.cost(Usage(known=False), None)) is None:
+                    lost = Completion(
+                        error=Failure("cancelled", "the run ended before this row was answered"), cost_usd=cost
+                    )
+                    self.records.append(Record(row.key, row.id, lost, time.time(), superseded=True))
+                raise
             except Exception as error:  # a bug, ours or a library's: no row may end the run for all
                 logger.exception("row %s: a bug", row.id)
                 reason = f"a bug: {type(error).__name__}: {one_line(error)}"
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
             finally:
                 self.busy -= 1
-            del self.inside[row.key]
+                if self.journal is not None:
+                    self.journal.clear(slot)
             if self.spans is not None:
                 self.spans.add(row.key, row.id, began_ns, completion)
-            if completion.error is not None and completion.error.type == "engine_crash":
-                await self._die(completion.error.message)
-            outage = engine.remote.outage if engine.remote is not None else None
-            if outage is not None and completion.error is not None and completion.error.retryable:
-                raise Outage(outage)
-            if completion.error is None or completion.error.type != "cancelled":  # those go back to the dispatcher
+            failed = completion.error
+            gone = engine.remote.outage if failed is not None and failed.retryable and engine.remote is not None else None
+            if failed is not None and (gone or failed.type in ("cancelled", "engine_crash")):  # it goes back
+                self._record_tries(row, completion)
+                if failed.type == "engine_crash":
+                    await self._die(failed.message)
+                del self.inside[row.key]
+                if gone:
+                    raise Outage(gone)
+            else:
+                del self.inside[row.key]
                 self._record(row, completion)
             self.held -= 1
             self.less.set()
             self._maybe_idle()
 
     async def _die(self, reason: str) -> None:
-        """The engine is broken though its process lives: dying makes room for a new one, and suspects of its rows."""
+        """The engine is broken though its process lives: the process ends, so that a new one takes its place. The rows
+        inside the engine are suspects."""
+        if self.dying:  # another row told first
+            await asyncio.Event().wait()
+        self.dying = True
+        inside = _places(self.inside.values())
         await self._flush()
-        await self.dispatcher.leave.remote(self.name, reason)
+        if self.journal is not None:
+            self.journal.close()
+        await self.dispatcher.leave.remote(self.name, reason, inside)
         os._exit(1)
 
     def _request(self, row: LeasedRow) -> Request:
         request = request_of(loads(row.request), self.config.generation, row.key)
-        if self.config.budget_price is not None:
+        if self.config.budget:
             check_model(request, self.config.engine)
         return request
 
-    async def _mark_poison(self, lease: Lease) -> None:
-        for at, (key, id) in enumerate(zip(lease.keys, lease.ids, strict=True)):
+    async def _record_poison(self, lease: Lease) -> None:
+        """Records poison rows as failed, without asking them."""
+        for at, (deaths, key, id) in enumerate(zip(lease.deaths, lease.keys, lease.ids, strict=True)):
             completion = Completion(error=Failure("engine_crash", lease.poison or ""), attempts=0)
+            if self.engine is not None:
+                completion.cost_usd = self.engine.cost(Usage(known=False), None)
             completion.engine, completion.model = self.config.engine.kind, self.config.engine.model
-            self._record(LeasedRow(lease.number, at, lease.deaths, key, id, b""), completion)
+            self._record(LeasedRow(lease.number, at, deaths, key, id, b""), completion)
         await self._flush()
 
     def _record(self, row: LeasedRow, completion: Completion) -> None:
@@ -254,8 +293,9 @@ class Worker:
         counts = self.counts
         counts.input_tokens += completion.usage.input
         counts.output_tokens += completion.usage.output
-        if completion.usage.input or completion.usage.output:  # an answer of the wrong shape is paid, too
-            self._account(row, completion)
+        self._charge(row, completion)
+        if completion.usage.input or completion.usage.output:  # an answer of the wrong shape tells as much
+            self._learn(row, completion)
         if completion.error is None:
             counts.done += 1
         else:
@@ -265,20 +305,34 @@ class Worker:
             counts.errors[completion.error.type] += 1
             counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
 
-    def _account(self, row: LeasedRow, completion: Completion) -> None:
-        """What an answer cost, and what it tells about the estimates of others."""
-        usage, config = completion.usage, self.config
-        price = config.engine.price
-        if completion.engine != config.engine.kind and config.budget_price is not None:
-            price = config.budget_price  # a fallback's, and whoever refused before it may want to be paid too
-        self.counts.cost_usd += price.of(usage.input, usage.cached_input, usage.output)
+    def _record_tries(self, row: LeasedRow, completion: Completion) -> None:
+        """What a row took that goes back to the dispatcher: it is asked again, and its tries may have to be paid."""
+        if completion.cost_usd == 0 and not (self.config.engine.provider and completion.attempts):
+            return
+        self.records.append(Record(row.key, row.id, completion, time.time(), superseded=True))
+        self._charge(row, completion)
+
+    def _charge(self, row: LeasedRow, completion: Completion) -> None:
+        """Adds what a row cost, for the budget without what it knows already."""
+        counts = self.counts
+        if completion.cost_usd is None:
+            counts.cost_unknown += 1
+            counts.unpriced.append((row.lease, row.offset))
+        else:
+            counts.cost_usd += completion.cost_usd
+            counts.spent += completion.cost_usd - row.charged
+
+    def _learn(self, row: LeasedRow, completion: Completion) -> None:
+        """What an answer tells about the estimates of others."""
+        usage = completion.usage
         size = len(row.request) + self.overhead
         each = -(-usage.output // max(1, len(completion.choices)))
         self.counts.seen.add(UsageStats(1, usage.input / size if size else 0.0, each))
 
-    async def _check_budget(self, request: Request) -> bool:
+    async def _check_budget(self, request: Request, usd: float | None) -> bool:
         row = self.inside[bytes.fromhex(request.key[:64])]  # a turn's, or another try's, has more behind it
-        room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset)
+        row.charged += usd or 0.0
+        room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset, usd)
         return room
 
     def _heartbeat(self) -> ReplicaHeartbeat:
@@ -342,6 +396,10 @@ class Worker:
             counts = self.engine.remote.counts if self.engine.remote is not None else {}
             self.metrics.record(self.unreported, self.waits, counts, self.busy, len(self.queue))
             self.unreported, self.waits = [], []
+
+
+def _places(rows: Iterable[LeasedRow]) -> list[tuple[int, int]]:
+    return [(row.lease, row.offset) for row in rows]
 
 
 async def _until(puller: asyncio.Task[None], others: list[asyncio.Task[None]]) -> None:

@@ -1,0 +1,156 @@
+"""What lies below a directory, for reading: without outputs of Eagleray's, and with symbolic links resolved."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from pipeline.storage.output_files import BATCHES, MANIFEST, MARKER, SEGMENTS, is_output
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file or directory. Two entries with the same `real` are one file under two names."""
+
+    name: str  # relative to where the walk began
+    is_file: bool
+    real: str
+    linked: bool = False  # reached through a symbolic link
+
+
+@dataclass(slots=True)
+class Tree:
+    entries: list[Entry] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)  # directories that were passed over, relative; "" is the root
+
+
+Wanted = Callable[[str], bool]
+
+
+def walk(
+    fs: pafs.FileSystem, root: str, *, levels: int | None = None, hidden: bool = False, wanted: Wanted = lambda _: False
+) -> Tree:
+    """Everything below `root`, down to so many `levels`; without, each directory once, however many links lead there.
+
+    Outputs of Eagleray's are passed over, but for those of their directories that are `wanted` by name; so is what a link
+    leads to inside one. `hidden` includes names with "." or "_" at the beginning. Raises `OSError`.
+    """
+    if isinstance(fs, pafs.LocalFileSystem):
+        return _Disk(fs, os.path.realpath(root), levels, hidden, wanted).walk()
+    return _walk_store(fs, root, levels, wanted)
+
+
+def once(entries: Iterable[Entry]) -> list[Entry]:
+    """Each file once, by name: under a name without links where it has one."""
+    found: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: (entry.linked, entry.name)):
+        found.setdefault(entry.real, entry)
+    return sorted(found.values(), key=lambda entry: entry.name)
+
+
+def below(directory: Entry, entries: Iterable[Entry]) -> Iterator[Entry]:
+    """What a walk of `directory` found, with names from where that one's begins."""
+    for entry in entries:
+        yield replace(entry, name=f"{directory.name}/{entry.name}", linked=entry.linked or directory.linked)
+
+
+def _walk_store(fs: pafs.FileSystem, root: str, levels: int | None, wanted: Wanted) -> Tree:
+    """One listing, in which outputs are found afterwards."""
+    listed = fs.get_file_info(pafs.FileSelector(root or "/", recursive=levels != 1, allow_not_found=True))
+    infos = [(info.path.removeprefix(root).lstrip("/"), info) for info in listed]
+    names = defaultdict[str, set[str]](set)
+    for name, info in infos:
+        names[name.rpartition("/")[0]].add(info.base_name)
+    tree = Tree()
+    outputs = {at for at in names if is_output(fs, f"{root}/{at}".rstrip("/"), names[at])}
+
+    def passed_over(name: str) -> bool:
+        parts = name.split("/")
+        above = ("/".join(parts[:at]) for at in range(len(parts)))
+        return any(at in outputs and not wanted("/".join(parts[: _depth(at) + 1])) for at in above)
+
+    tree.outputs = sorted(outputs)
+    for name, info in infos:
+        if name and not (outputs and passed_over(name)):
+            tree.entries.append(Entry(name, info.is_file, f"{fs.type_name}:{info.path}"))
+    return tree
+
+
+def _depth(name: str) -> int:
+    return name.count("/") + 1 if name else 0
+
+
+class _Disk:
+    """A walk on a disk. Real directories come first, so that a link finds them done already."""
+
+    def __init__(self, fs: pafs.FileSystem, root: str, levels: int | None, hidden: bool, wanted: Wanted) -> None:
+        self.fs, self.root, self.levels, self.hidden, self.wanted = fs, root, levels, hidden, wanted
+        self.tree = Tree()
+        self.seen = {root}
+        self.known: dict[str, bool] = {}  # directory -> whether it is an output
+        self.todo = deque([Entry("", False, root)])
+        self.links = deque[Entry]()
+
+    def walk(self) -> Tree:
+        while self.todo or self.links:
+            if not self.todo:
+                link = self.links.popleft()
+                if not (self.levels is None and link.real in self.seen):
+                    self.seen.add(link.real)
+                    self.todo.append(link)
+                continue
+            self._look_into(self.todo.popleft())
+        return self.tree
+
+    def _look_into(self, directory: Entry) -> None:
+        with os.scandir(directory.real) as scan:
+            found = sorted(scan, key=lambda entry: entry.name)
+        output = self._is_output(directory.real, {entry.name for entry in found})
+        if output:
+            self.tree.outputs.append(directory.name)
+        for inside in found:
+            name = f"{directory.name}/{inside.name}".lstrip("/")
+            if (inside.name[0] in "._" and not self.hidden) or (output and not self.wanted(name)):
+                continue
+            link = inside.is_symlink()
+            real = os.path.realpath(inside.path) if link else f"{directory.real.rstrip('/')}/{inside.name}"
+            if link and self._lies_in_output(real):
+                continue
+            entry = Entry(name, inside.is_file(), real, directory.linked or link)
+            if entry.is_file:
+                self.tree.entries.append(entry)
+            elif inside.is_dir():
+                self._note(entry, link)
+
+    def _note(self, directory: Entry, link: bool) -> None:
+        self.tree.entries.append(directory)
+        if self.levels is not None and _depth(directory.name) >= self.levels:
+            return
+        if link:
+            self.links.append(directory)
+        elif self.levels is not None or directory.real not in self.seen:
+            self.seen.add(directory.real)
+            self.todo.append(directory)
+
+    def _lies_in_output(self, real: str) -> bool:
+        """Whether where a link leads lies in an output, other than one that holds the root itself."""
+        for place in Path(real).parents:
+            if Path(self.root).is_relative_to(place):
+                return False
+            likely = (MARKER, SEGMENTS, BATCHES, MANIFEST)
+            if str(place) not in self.known and not any((place / name).exists() for name in likely):
+                self.known[str(place)] = False
+            if self._is_output(str(place)):
+                return True
+        return False
+
+    def _is_output(self, place: str, names: set[str] | None = None) -> bool:
+        if place not in self.known:
+            names = names if names is not None else {path.name for path in Path(place).iterdir()}
+            self.known[place] = is_output(self.fs, place, names)
+        return self.known[place]

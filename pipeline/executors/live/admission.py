@@ -1,0 +1,88 @@
+"""Admission by budget: a row is leased only where `run.budget_usd` has room for the most that it may cost.
+
+Without a budget every row is admitted and costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+
+from pipeline.executors.cost_budget import CostBudget, write_spent
+from pipeline.executors.live.queue import PendingRequest
+from pipeline.monitor.status import UsageStats
+from pipeline.storage.filesystem import resolve
+
+
+class Admission:
+    """Reserves the cost of leased rows, and writes down what may be spent before it is spent."""
+
+    def __init__(self, budget: CostBudget | None, output_path: str) -> None:
+        self.budget, self.output_path = budget, output_path
+        self.writing = asyncio.Lock()
+
+    def admit(
+        self, rows: list[PendingRequest], want: int
+    ) -> tuple[list[PendingRequest], list[float], list[PendingRequest]]:
+        """Up to `want` of the rows that the budget has room for, the cost reserved for each, and the other rows. Without a
+        budget there are no costs."""
+        if self.budget is None:
+            return rows[:want], [], rows[want:]
+        fit: list[PendingRequest] = []
+        costs: list[float] = []
+        others: list[PendingRequest] = []
+        for row in rows:
+            cost = self.budget.max_cost(row.request)
+            if len(fit) < want and self.budget.fits(cost):
+                self.budget.reserved += cost
+                fit.append(row)
+                costs.append(cost)
+            else:
+                others.append(row)
+        return fit, costs, others
+
+    def release(self, cost: float, *, spent: bool = False) -> None:
+        """A row is no longer in flight. `spent`: its answer may have to be paid though it was lost."""
+        if self.budget is not None:
+            self.budget.reserved -= cost
+            if spent:
+                self.budget.spent += cost
+
+    def spend(self, cost: float, seen: UsageStats | None = None) -> None:
+        """Answers, or lost tries, cost so much. `seen` improves the estimates."""
+        if self.budget is not None:
+            self.budget.spent += cost
+            if seen is not None:
+                self.budget.seen.add(seen)
+
+    @property
+    def exceeded(self) -> bool:
+        return self.budget is not None and self.budget.exceeded
+
+    @property
+    def committed(self) -> float:
+        """What is spent and what is reserved, in US dollars."""
+        return 0.0 if self.budget is None else self.budget.spent + self.budget.reserved
+
+    def has_room_for_none(self, rows: Iterable[PendingRequest]) -> bool:
+        """Whether there are rows and the budget has room for none of them."""
+        if self.budget is None:
+            return False
+        costs = [self.budget.max_cost(row.request) for row in rows]
+        return bool(costs) and not any(map(self.budget.fits, costs))
+
+    async def write_down(self) -> None:
+        """Writes what is about to be spent, unless the file has it already."""
+        if self.budget is None:
+            return
+        async with self.writing:
+            if (usd := self.budget.to_write()) is not None:
+                await asyncio.to_thread(write_spent, *resolve(self.output_path), usd)
+                self.budget.written = usd
+
+    async def settle(self) -> None:
+        """Writes what was spent, when nothing is in flight any more."""
+        if self.budget is not None:
+            with contextlib.suppress(OSError):  # then the file keeps a higher sum
+                await asyncio.to_thread(write_spent, *resolve(self.output_path), self.committed)

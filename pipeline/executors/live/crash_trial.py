@@ -1,0 +1,148 @@
+"""Finds the row that kills its engine, by bisection. Plain Python: no Ray, no asyncio.
+
+The rows that were inside an engine when its process died form a group of suspects. One half of a group is leased to a
+worker that holds nothing else; the other half waits. If the process dies again, the rows that were inside it then are the
+group, and all others are cleared. If the half comes out whole, it is cleared and the other half is the group. So one
+culprit among n rows costs at most 1 + log2(n) deaths.
+
+Rules:
+- A row is marked as a poison row when it was the only row inside at a death and inside at two deaths or more.
+- While no row has ever come out of an engine, a mark is held back, for the engine may die on everything. It is carried out
+  as soon as a row comes out, or when nothing else is left to ask.
+- Every death counts towards `run.max_engine_deaths`, which allows so many in a row with no row finished between. To prove
+  that an engine works, a trial that ends with the second such death, or a later one, has the cleared rows tried next, on
+  an engine of their own. With one culprit they come out whole, and the count starts again. Where they die too, again and
+  again, the engine dies on everything: the run stops before anything is marked.
+- A death with no row inside, a lost node or a drained worker blames nobody: the trial is repeated with what is left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipeline.executors.live.queue import PendingRequest
+
+# A row that was inside an engine at so many deaths, at the last one alone, is marked as a poison row.
+DEATHS_TO_MARK = 2
+
+# Chooses up to so many of these rows: the chosen ones, their reserved costs, and the others.
+Admit = Callable[[list[PendingRequest], int], tuple[list[PendingRequest], list[float], list[PendingRequest]]]
+
+
+@dataclass(slots=True)
+class Group:
+    """Rows of which one killed an engine; without those that are in a lease on trial."""
+
+    rows: list[PendingRequest]
+    guilty: bool = True  # False: cleared rows, tried together to prove that an engine works
+
+    @property
+    def next_size(self) -> int:
+        """The number of rows to try at once."""
+        return -(-len(self.rows) // 2) if self.guilty else len(self.rows)
+
+
+@dataclass(slots=True)
+class PoisonRow:
+    row: PendingRequest
+    reason: str
+
+
+class CrashTrial:
+    """All groups of suspects: those that wait for a worker, and those with a lease on trial."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Group] = deque()
+        self.on_trial: dict[int, Group] = {}  # lease -> its group
+        self.marked: deque[PoisonRow] = deque()  # to be recorded as failed
+        self.recording: dict[int, PoisonRow] = {}  # lease -> the poison row that a worker records
+        self.deaths: Counter[bytes] = Counter()  # key -> engine deaths with this row inside
+        self.deaths_in_a_row = 0  # of engine processes, with no row finished between
+        self.works = False  # a row has come out of an engine
+        self.reason = ""  # of the last death
+
+    def __len__(self) -> int:
+        """The rows that wait here."""
+        groups = (*self.waiting, *self.on_trial.values())
+        return sum(len(group.rows) for group in groups) + len(self.marked)
+
+    def suspects(self) -> Iterator[PendingRequest]:
+        """The rows of the groups that wait for a worker."""
+        return (row for group in self.waiting for row in group.rows)
+
+    # -- lending ---------------------------------------------------------------------------------------------------
+
+    def choose(self, admit: Admit) -> tuple[Group, list[PendingRequest], list[float]] | None:
+        """A group, and the rows of it to try next with their costs. None where no group waits, or none can be afforded."""
+        for _ in range(len(self.waiting)):
+            group = self.waiting.popleft()
+            part, costs, rest = admit(group.rows, group.next_size)
+            if part:
+                group.rows = rest
+                return group, part, costs
+            self.waiting.append(group)
+        return None
+
+    def next_marked(self, nothing_else: bool) -> PoisonRow | None:
+        """The next poison row to record. `nothing_else`: no other row is left to ask."""
+        return self.marked.popleft() if self.marked and (self.works or nothing_else) else None
+
+    # -- outcomes --------------------------------------------------------------------------------------------------
+
+    def died(self, reason: str) -> None:
+        """An engine's process died."""
+        self.deaths_in_a_row += 1
+        self.reason = reason
+
+    def finished(self) -> None:
+        """A row is finished and durable."""
+        self.deaths_in_a_row = 0
+        self.works = True
+
+    def came_out(self, lease: int) -> None:
+        """All rows of a lease came out of the engine. Where it was on trial, the rest of its group is to be tried."""
+        self.works = True
+        group = self.on_trial.pop(lease, None)
+        if group is not None and group.rows:
+            self.waiting.appendleft(group)
+
+    def clear(self, row: PendingRequest) -> None:
+        """The row came out of an engine whole."""
+        self.deaths.pop(row.key, None)
+
+    def accuse(self, inside: list[PendingRequest]) -> None:
+        """These rows were inside an engine when its process died."""
+        if not inside:
+            return
+        for row in inside:
+            self.deaths[row.key] += 1
+        first = inside[0]
+        if len(inside) == 1 and self.deaths[first.key] >= DEATHS_TO_MARK:
+            times = self.deaths[first.key]
+            self.marked.append(
+                PoisonRow(first, f"the engine's process died {times} times with this row in it ({self.reason})")
+            )
+        else:
+            self.waiting.appendleft(Group(inside))
+
+    def end(self, lease: int, inside: list[PendingRequest], outside: list[PendingRequest]) -> list[PendingRequest]:
+        """The worker with this lease on trial is gone. `inside`: the rows that were in its engine when it died; `outside`:
+        the others that have not come out. Returns the rows that are cleared without an answer."""
+        group = self.on_trial.pop(lease)
+        others = outside + group.rows
+        if not inside:
+            if others:
+                group.rows = others
+                self.waiting.appendleft(group)
+            return []
+        self.accuse(inside)
+        if self.deaths_in_a_row > 1 and len(others) > 1:
+            self.waiting.appendleft(Group(others, guilty=False))
+            return []
+        return others
+
+    def end_recording(self, lease: int) -> None:
+        """The worker that was to record a poison row is gone before the record was durable: another one records it."""
+        self.marked.appendleft(self.recording.pop(lease))

@@ -1,0 +1,305 @@
+"""Which output directory, and which files in it, belong to Eagleray. Everything else is the user's and stays untouched.
+
+`_eagleray.json`, the marker, is the first file that is written into an output directory, and only into an absent or empty
+one. It names the dataset. Any other directory that is not empty is refused, but one that an earlier version, which wrote
+no marker, can be shown to have written: that gets its marker now.
+
+Of the files in data/ and errors/, and report.html, exactly those are Eagleray's that the manifest names; while there is
+no manifest, those that `_files.json` names, which is written before the first of them. So a run may be killed anywhere:
+    marker -> segments -> _files.json (old and intended names) -> no manifest -> parts -> manifest -> _files.json
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow.fs as pafs
+
+from engines.errors import ConfigError
+from engines.text import one_line
+from pipeline.config import Config
+from pipeline.storage.filesystem import canonical_place, info_of, is_within, listing, split_glob, write_atomic
+from pipeline.storage.output_files import (
+    BATCHES,
+    BUDGET,
+    DATA,
+    ERRORS,
+    FILES,
+    LOCK,
+    MANIFEST,
+    MARKER,
+    REPORT,
+    SEGMENTS,
+    STATE,
+    is_batch_file,
+    is_old_output,
+    is_own_key,
+    is_segment,
+    is_temporary,
+    old_parts,
+    read_own,
+)
+
+FORMAT = 1
+NEW, OLD, OWN = "new", "old", "own"  # a directory: absent or empty; of a version without markers; with a marker
+_SHOWN = 3
+
+
+def dataset_places(path: Any) -> list[str]:
+    """The places of `dataset.path`, the same for every spelling, each once."""
+    paths = path if isinstance(path, list) else [path]
+    return list(dict.fromkeys(canonical_place(one) for one in paths))
+
+
+def same_dataset(before: Sequence[str], output_before: str, now: Sequence[str], output_now: str) -> bool:
+    """Whether a dataset is the one of an earlier run. More entries may have joined a list; dataset and output may have
+    moved together."""
+    if set(before) <= set(now):
+        return True
+    return {_relative(place, output_before) for place in before} <= {_relative(place, output_now) for place in now}
+
+
+def _relative(place: str, output: str) -> str:
+    scheme, _, _ = place.partition("://")
+    if "://" in place or "://" in output:
+        same = "://" in place and output.startswith(f"{scheme}://")
+        return posixpath.relpath(place, output) if same else place
+    return posixpath.relpath(place, output)
+
+
+def same_typed(before: Sequence[str], now: Sequence[str]) -> bool:
+    """The same for a configuration as it was typed, of a version that wrote down no more: the directory that a relative
+    path began from is not known."""
+    return all(any(_may_be(old, place) for place in now) for old in before)
+
+
+def _may_be(typed: str, place: str) -> bool:
+    if "://" in typed or Path(typed).expanduser().is_absolute():
+        return canonical_place(typed) == place
+    tail = re.sub(r"^(\.{1,2}(/|$))+", "", posixpath.normpath(typed))
+    return not tail or place.endswith(f"/{tail}")
+
+
+def check_inputs(dataset: Any, output: str) -> None:
+    """Raises `ConfigError` where an entry of `dataset.path` lies inside the output, or is it."""
+    there = canonical_place(output)
+    for path in dataset if isinstance(dataset, list) else [dataset]:
+        place, _ = split_glob(path)
+        if is_within(place, there):
+            where = "is that directory" if place == there else "lies inside it"
+            raise ConfigError(
+                f"output.path={output} would hold its own input: dataset.path={path} {where}; choose another output.path, "
+                "which may lie below the dataset's directory"
+            )
+
+
+@dataclass
+class Ownership:
+    """What of one output directory is Eagleray's. Make it with `look`."""
+
+    fs: pafs.FileSystem
+    root: str
+    state: str  # NEW, OLD or OWN
+    dataset: list[str]  # of this run, as `dataset_places` has it
+    output: str  # the root's canonical place
+    marked: dict[str, Any] = field(default_factory=dict)  # the marker as it stands there
+    files: set[str] = field(default_factory=set)  # below data/ and errors/, and report.html: those that are Eagleray's
+
+    @classmethod
+    def look(cls, config: Config, fs: pafs.FileSystem, root: str) -> Ownership:
+        """Looks at the directory and changes nothing. Raises `ConfigError` where a run must not write into it."""
+        dataset, output = config.dataset.path, str(config.output.path)
+        check_inputs(dataset, output)
+        own = cls(fs, root, NEW, dataset_places(dataset), canonical_place(output))
+        try:
+            names = own._names()
+            own._recognise(names)
+            own._prove()
+            if own.state != NEW:
+                own._check_names(names, config.output.format)
+                own._check_dataset(names, config)
+        except OSError as error:
+            raise ConfigError(f"output.path: cannot read {root}: {one_line(error)}") from None
+        return own
+
+    def _names(self) -> set[str]:
+        if info_of(self.fs, self.root).type == pafs.FileType.File:
+            raise ConfigError(f"output.path: cannot write into {self.root}: it is not a directory")
+        # A run that was killed while it wrote the marker leaves a temporary file.
+        return {info.base_name for info in listing(self.fs, self.root) if not is_temporary(info.base_name)}
+
+    def _recognise(self, names: Collection[str]) -> None:
+        self.marked = read_own(self.fs, self.root, MARKER) or {} if MARKER in names else {}
+        if self.marked:
+            self.state = OWN
+            if self.marked["format"] > FORMAT:
+                raise ConfigError(f"output.path: {self.root} was written by a newer Eagleray ({self.marked['eagleray']})")
+        elif names:
+            if not is_old_output(self.fs, self.root, names):
+                shown = ", ".join(sorted(names)[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+                raise ConfigError(
+                    f"output.path: {self.root} is not empty and not an output of Eagleray's (it holds {shown}): "
+                    "choose a new or empty directory"
+                )
+            self.state = OLD
+
+    def _prove(self) -> None:
+        if self.state == NEW:
+            return
+        if manifest := read_own(self.fs, self.root, MANIFEST):
+            self.files = {*manifest["files"], REPORT}
+        elif record := read_own(self.fs, self.root, FILES):
+            self.files = set(record["eagleray_files"])
+        elif self.state == OLD:
+            self.files = old_parts(self.fs, self.root)
+
+    def _check_names(self, names: Collection[str], form: str) -> None:
+        """Raises `ConfigError` where a file that is not Eagleray's stands where a run writes."""
+        foreign = [n for n in (MANIFEST, STATE, BUDGET, FILES) if n in names and not read_own(self.fs, self.root, n)]
+        foreign += [REPORT] if REPORT in names and REPORT not in self.files else []
+        folders = [name for name in (DATA, ERRORS, SEGMENTS, BATCHES) if name in names]
+        foreign += [name for name in folders if info_of(self.fs, f"{self.root}/{name}").is_file]
+        first = [f"{folder}/part-00000.{form}" for folder in folders if folder in (DATA, ERRORS)]
+        foreign += [name for name in first if name not in self.files and self._is_there(name)]
+        if isinstance(self.fs, pafs.LocalFileSystem):
+            lock = Path(self.root, SEGMENTS, LOCK)  # taking it truncates it
+            if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
+                foreign.append(f"{SEGMENTS}/{LOCK}")
+        if foreign:
+            raise ConfigError(f"output.path: {self.in_the_way(foreign)}, or choose another output.path")
+
+    def _is_there(self, name: str) -> bool:
+        return bool(info_of(self.fs, f"{self.root}/{name}").type != pafs.FileType.NotFound)
+
+    def in_the_way(self, names: Sequence[str]) -> str:
+        """What is wrong with files that stand where a run writes, in words."""
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        return f"{self.root}/{names[0]}{more} was not written by Eagleray and would be overwritten: move it away"
+
+    def _check_dataset(self, names: Collection[str], config: Config) -> None:
+        if self.state == OWN:
+            before = self.marked["dataset"]
+            before = before if isinstance(before, list) else [before]
+            same = same_dataset(before, str(self.marked["output"]), self.dataset, self.output)
+        else:
+            before = self._typed_dataset()
+            same = same_typed(before, self.dataset)
+        if same or config.output.overwrite or not self._holds_answers(names):
+            return
+        raise ConfigError(
+            f"output.path: {self.root} holds the answers to another dataset ({', '.join(before)[:300]}): choose another "
+            "output.path, or replace that output with output.overwrite=true"
+        )
+
+    def _typed_dataset(self) -> list[str]:
+        """Of an output without a marker, as far as it is known."""
+        found = read_own(self.fs, self.root, STATE) or read_own(self.fs, self.root, MANIFEST) or {}
+        path = (found.get("config") or {}).get("dataset", {}).get("path") or []
+        return [str(one) for one in (path if isinstance(path, list) else [path])]
+
+    def _holds_answers(self, names: Collection[str]) -> bool:
+        if MANIFEST in names or self.files:
+            return True
+        batches = SEGMENTS in names and any(is_segment(name) for name in self._listed(SEGMENTS))
+        return batches or (BATCHES in names and any(is_batch_file(name) for name in self._listed(BATCHES)))
+
+    def _listed(self, folder: str) -> list[str]:
+        return [info.base_name for info in listing(self.fs, f"{self.root}/{folder}")]
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Makes a new directory Eagleray's: before anything else is written there, the lock included."""
+        if self.state == NEW:
+            try:
+                self._mark()
+            except OSError as error:
+                reason = error.strerror or one_line(error)
+                raise ConfigError(f"output.path: cannot write into {self.root}: {reason}") from None
+
+    def settle(self) -> None:
+        """Writes down what `look` accepted. The caller holds the lock, and has looked again since it does."""
+        if self.state == OLD:
+            self._record()
+        listed = self.marked.get("dataset")
+        if self.state != OWN or [listed, self.marked.get("output")] != [self._dataset(), self.output]:
+            self._mark()
+
+    def _dataset(self) -> str | list[str]:
+        return self.dataset[0] if len(self.dataset) == 1 else self.dataset
+
+    def _mark(self) -> None:
+        self.marked = {
+            "format": FORMAT,
+            "eagleray": _version(),
+            "dataset": self._dataset(),
+            "output": self.output,
+            "created_at": self.marked.get("created_at", time.time()),
+        }
+        self._write(MARKER, self.marked)
+
+    def _record(self) -> None:
+        self._write(FILES, {"eagleray_files": sorted(self.files)})
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        write_atomic(self.fs, f"{self.root}/{name}", orjson.dumps(value, option=orjson.OPT_INDENT_2))
+
+    def intend(self, parts: Iterable[str]) -> list[str]:
+        """Writes down that these parts and the report will be written. Where files of others have such names, it returns
+        these and does nothing."""
+        wanted = {*parts, REPORT}
+        there = {f"{folder}/{name}" for folder in (DATA, ERRORS) for name in self._listed(folder)}
+        there |= {REPORT} if self._is_there(REPORT) else set()
+        if foreign := sorted((wanted & there) - self.files):
+            return foreign
+        self.files = (self.files & there) | wanted
+        self._record()
+        return []
+
+    def drop_stale(self, kept: Collection[str]) -> None:
+        """Removes parts of an earlier, longer run that are not among those `kept`, and what killed writers left."""
+        for folder in (DATA, ERRORS):
+            for name in self._listed(folder):
+                path = f"{folder}/{name}"
+                if is_temporary(name) or (path in self.files and path not in kept):
+                    self.fs.delete_file(f"{self.root}/{path}")
+
+    def commit(self, parts: Collection[str]) -> None:
+        """After the manifest: exactly these parts and the report are Eagleray's."""
+        self.files = {*parts, REPORT}
+        self._record()
+
+    def clear(self) -> None:
+        """Removes the output and the ledger, for a run that begins from nothing. The manifest goes first: nobody may take
+        the rest for whole."""
+        if self.state == NEW:
+            return
+        self._record()
+        for name in (MANIFEST, REPORT, BUDGET):
+            if self._is_there(name):
+                self.fs.delete_file(f"{self.root}/{name}")
+        self.drop_stale(())
+        for name in self._listed(SEGMENTS):
+            if is_segment(name) or is_temporary(name):
+                self.fs.delete_file(f"{self.root}/{SEGMENTS}/{name}")
+        self.files = set()
+        self._record()
+
+    def is_own(self, key: str) -> bool:
+        """Whether a path below the root is one that Eagleray writes."""
+        return is_own_key(key, self.files)
+
+
+def _version() -> str:
+    try:
+        return version("eagleray")
+    except PackageNotFoundError:
+        return "unknown"

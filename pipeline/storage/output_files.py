@@ -1,0 +1,189 @@
+"""The files that Eagleray writes into an output directory: their names, and how each is known to be Eagleray's own.
+
+A name alone is proof only where nobody else would choose it (`w1-0123456789ab.parquet` in `_segments/`). Elsewhere the
+content decides: a `manifest.json` of the user's is not ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipeline.storage.filesystem import TEMPORARY, listing
+from pipeline.storage.retry import patiently
+
+# In the output's root. `MARKER` is written first, `MANIFEST` last.
+MARKER, FILES, MANIFEST, REPORT = "_eagleray.json", "_files.json", "manifest.json", "report.html"
+STATE, BUDGET = "_run.json", "_budget.json"
+# Below it.
+DATA, ERRORS, SEGMENTS, BATCHES = "data", "errors", "_segments", "_batches"
+LOCK = ".lock"
+
+_SEGMENT = re.compile(r"\w[\w.-]*-[0-9a-f]{12}\.parquet")
+_CLAIM = re.compile(r"_lock-[0-9a-f]{32}\.json")
+_BATCH = re.compile(r"eagleray-[0-9a-f]{8}-\d{5,}\.(json|jsonl|parquet)")
+_PART = re.compile(r"part-\d{5,}\.(parquet|jsonl)")
+
+# The keys that every version has written.
+_KEYS = {
+    MARKER: {"format", "eagleray", "dataset", "output"},
+    FILES: {"eagleray_files"},
+    MANIFEST: {"status", "rows", "engine", "ledger", "files", "versions", "config"},
+    STATE: {"phase", "pid", "host", "started_at", "beat_at", "status", "config"},
+    BUDGET: {"usd"},
+}
+_BATCH_KEYS = {"name", "model", "round", "settings", "rows", "state"}
+_SEGMENT_COLUMNS = {"key", "id", "response", "finish_reason", "error", "done_at"}
+_PART_COLUMNS = {DATA: {"id", "index", "response", "messages", "finish_reason", "error"}, ERRORS: {"error"}}
+# Segments, batches and parts that are looked into until one is found that can be read.
+_TRIES = 3
+
+
+def is_segment(name: str) -> bool:
+    """Whether a file of this name in `_segments/` is one of the ledger's."""
+    return _SEGMENT.fullmatch(name) is not None
+
+
+def is_claim(name: str) -> bool:
+    """Whether a file of this name in `_segments/` is a run's claim to the output."""
+    return _CLAIM.fullmatch(name) is not None
+
+
+def is_batch_file(name: str) -> bool:
+    """Whether a file of this name in `_batches/` belongs to a batch."""
+    return _BATCH.fullmatch(name) is not None
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name was left by a writer that was killed."""
+    return TEMPORARY.fullmatch(name) is not None
+
+
+def is_own_key(key: str, parts: Collection[str]) -> bool:
+    """Whether a path below the output is one that Eagleray writes; `parts` are those of data/ and errors/."""
+    folder, _, name = key.rpartition("/")
+    if not folder:
+        return key in (*_KEYS, REPORT)
+    of = {SEGMENTS: lambda: is_segment(name) or is_claim(name), BATCHES: lambda: is_batch_file(name)}
+    return of[folder]() if folder in of else key in parts
+
+
+def read_json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file, or it holds something else."""
+
+    def read() -> bytes:
+        with fs.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+
+    try:
+        found = orjson.loads(patiently(read))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_own(fs: pafs.FileSystem, root: str, name: str) -> dict[str, Any] | None:
+    """`MARKER`, `FILES`, `MANIFEST`, `STATE` or `BUDGET` of an output; None where it is not there or not Eagleray's."""
+    found = read_json(fs, f"{root}/{name}")
+    if found is None or not _KEYS[name] <= found.keys():
+        return None
+    if name == MARKER and not (isinstance(found["format"], int) and isinstance(found["dataset"], (str, list))):
+        return None
+    versions = found.get("versions")
+    if name == MANIFEST and not (isinstance(versions, Mapping) and "eagleray" in versions and _is_files(found["files"])):
+        return None
+    if name == FILES and not isinstance(found["eagleray_files"], list):
+        return None
+    return found
+
+
+def _is_files(files: Any) -> bool:
+    return isinstance(files, Mapping) and all(path.split("/")[0] in (DATA, ERRORS) for path in files)
+
+
+def is_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> bool:
+    """Whether a directory that holds `names` is an output of Eagleray's, of this version or of one before the marker."""
+    if MARKER in names and read_own(fs, root, MARKER):
+        return True
+    likely = SEGMENTS in names or BATCHES in names or {MANIFEST, REPORT} <= set(names)
+    return likely and is_old_output(fs, root, names)
+
+
+def is_old_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> bool:
+    """Whether a directory without a marker, that holds `names`, was written by a version that wrote none."""
+    if any(name in names and read_own(fs, root, name) for name in (MANIFEST, STATE)):
+        return True
+    if SEGMENTS in names:
+        found = _files(fs, f"{root}/{SEGMENTS}")
+        segments = [name for name in found if is_segment(name)]
+        if any(_is_ledger(fs, f"{root}/{SEGMENTS}/{name}") for name in segments[:_TRIES]):
+            return True
+        # A run that was killed at once.
+        if set(names) == {SEGMENTS} and found == [LOCK]:
+            return True
+    if BATCHES in names:
+        files = [name for name in _files(fs, f"{root}/{BATCHES}") if is_batch_file(name) and name.endswith(".json")]
+        return any(_is_batch(fs, f"{root}/{BATCHES}/{name}") for name in files[:_TRIES])
+    return False
+
+
+def old_parts(fs: pafs.FileSystem, root: str) -> set[str]:
+    """The parts and the report of an output without marker and manifest, known by content: of a run killed near its end."""
+    found = set()
+    for folder in (DATA, ERRORS):
+        for name in _files(fs, f"{root}/{folder}"):
+            if _PART.fullmatch(name) and _PART_COLUMNS[folder] <= _columns(fs, f"{root}/{folder}/{name}"):
+                found.add(f"{folder}/{name}")
+    if b"Eagleray</title>" in _head(fs, f"{root}/{REPORT}"):
+        found.add(REPORT)
+    return found
+
+
+def _head(fs: pafs.FileSystem, path: str) -> bytes:
+    try:
+        with fs.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read(1 << 20))
+    except OSError:
+        return b""
+
+
+def _files(fs: pafs.FileSystem, directory: str) -> list[str]:
+    try:
+        return sorted(info.base_name for info in listing(fs, directory) if info.is_file)
+    except NotADirectoryError:
+        return []
+
+
+def _is_ledger(fs: pafs.FileSystem, path: str) -> bool:
+    schema = _schema(fs, path)
+    return schema is not None and set(schema.names) >= _SEGMENT_COLUMNS and schema.field("key").type == pa.binary(32)
+
+
+def _is_batch(fs: pafs.FileSystem, path: str) -> bool:
+    found = read_json(fs, path) or {}
+    return found.keys() >= _BATCH_KEYS and path.endswith(f"/{found['name']}.json")
+
+
+def _columns(fs: pafs.FileSystem, path: str) -> set[str]:
+    if path.endswith(".parquet"):
+        schema = _schema(fs, path)
+        return set(schema.names) if schema is not None else set()
+    try:
+        found = orjson.loads(_head(fs, path).partition(b"\n")[0])
+    except ValueError:
+        return set()
+    return set(found) if isinstance(found, dict) else set()
+
+
+def _schema(fs: pafs.FileSystem, path: str) -> pa.Schema | None:
+    try:
+        with fs.open_input_file(path) as file:
+            return pq.ParquetFile(file).schema_arrow
+    except (OSError, pa.ArrowException):
+        return None

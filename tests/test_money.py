@@ -1,0 +1,493 @@
+"""Costs: read on each wire, priced where the answer arrives, written on each ledger record, only added elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import engines.remote.engine
+from engines import load_engine
+from engines.config import EngineConfig, Price
+from engines.errors import Failure
+from engines.params import GenerationParams
+from engines.prices import price_of, priced
+from engines.remote import anthropic_messages, bedrock_converse, openai_chat
+from engines.remote.provider import Provider
+from engines.types import Completion
+from engines.usage import Usage
+from jobs import status as status_job
+from jobs.compose import compose
+from jobs.infer import changed
+from jobs.infer import main as infer_main
+from jobs.reading import open_output
+from pipeline.errors import Interrupted, Stopped
+from pipeline.executors.cost_budget import CostBudget, read_spent
+from pipeline.output.cost import old_costs
+from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger import TOKENS, Record, list_segments, read_segment, write_segment
+from pipeline.storage.ledger_index import UNKNOWN, read_index
+from tests.batch_server import BatchServer
+from tests.conftest import Infer, ask
+from tests.provider_server import ProviderServer
+
+Write = Callable[..., Path]
+PRICED = ["engine.price.input=3", "engine.price.output=15"]
+PRICE = Price(3.0, None, 15.0)
+SHAPE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.remote.engine, "BACKOFF_FIRST_S", 0.005)
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "sk-0123456789")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+
+@pytest.fixture
+def server() -> Iterator[ProviderServer]:
+    with ProviderServer() as running:
+        yield running
+
+
+def chat_answer(usage: Any, text: str | None = "yes", model: str = "m") -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return {"id": "c", "model": model, "choices": [choice], "usage": usage}
+
+
+def said(server: ProviderServer, text: str, usage: Any, answer: str | None = "yes", model: str = "m") -> None:
+    """The next request for this text gets this answer with this usage."""
+    server.plan.setdefault(text, []).append("body=" + json.dumps(chat_answer(usage, answer, model)))
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def remote(server: ProviderServer, *more: str) -> list[str]:
+    return ["engine.model=m", f"engine.base_url={server.url}", *more]
+
+
+def manifest_of(infer: Infer) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((infer.out / "manifest.json").read_text())
+    return found
+
+
+# -- usage, by the providers' documented examples ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (
+            {"prompt_tokens": 2006, "completion_tokens": 300, "total_tokens": 2306,
+             "prompt_tokens_details": {"cached_tokens": 1920},
+             "completion_tokens_details": {"reasoning_tokens": 256}},
+            Usage(2006, 1920, 300, 0, 256),
+        ),
+        # xAI: the total is prompt, completion and reasoning.
+        (
+            {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 135,
+             "prompt_tokens_details": {"cached_tokens": 6}, "completion_tokens_details": {"reasoning_tokens": 94}},
+            Usage(32, 6, 103, 0, 94),
+        ),
+        # Gemini's compatible API: thoughts are in the total only.
+        ({"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 530}, Usage(10, 0, 520, 0, 500)),
+        # DeepSeek.
+        (
+            {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, "prompt_cache_hit_tokens": 64,
+             "prompt_cache_miss_tokens": 36},
+            Usage(100, 64, 5),
+        ),
+        # OpenRouter, of a model that charges for writing to its cache.
+        (
+            {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105,
+             "prompt_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 80}},
+            Usage(100, 0, 5, 80),
+        ),
+        # A total that nothing explains adds nothing.
+        (
+            {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 99,
+             "completion_tokens_details": {"reasoning_tokens": 7}},
+            Usage(10, 0, 20, 0, 7),
+        ),
+        # More from the cache than there was.
+        ({"prompt_tokens": 10, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 50}}, Usage(10, 10, 2)),
+        (None, Usage(known=False)),
+        ({"prompt_tokens": 10}, Usage(10, known=False)),
+    ],
+)  # fmt: skip
+def test_the_usage_of_chat_completions(found: Any, expected: Usage) -> None:
+    assert openai_chat.completion(chat_answer(found), Provider()).usage == expected
+
+
+def test_the_usage_of_messages_and_of_converse() -> None:
+    content = {"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"}
+    found = {"input_tokens": 50, "cache_read_input_tokens": 100_000, "cache_creation_input_tokens": 248,
+             "cache_creation": {"ephemeral_5m_input_tokens": 148, "ephemeral_1h_input_tokens": 100},
+             "output_tokens": 503}  # fmt: skip
+    expected = Usage(100_298, 100_000, 503, 248, cache_write_1h=100)
+    assert anthropic_messages.completion({**content, "usage": found}, Provider()).usage == expected
+    assert not anthropic_messages.completion(content, Provider()).usage.known
+    output = {"output": {"message": {"content": [{"text": "x"}]}}, "stopReason": "end_turn"}
+    found = {"inputTokens": 50, "outputTokens": 5, "totalTokens": 155, "cacheReadInputTokens": 70}
+    found["cacheWriteInputTokens"] = 30
+    found["cacheDetails"] = [{"ttl": "1h", "inputTokens": 10}, {"ttl": "5m", "inputTokens": 20}]
+    expected = Usage(150, 70, 5, 30, cache_write_1h=10)
+    assert bedrock_converse.completion({**output, "usage": found}, Provider()).usage == expected
+    assert not bedrock_converse.completion({**output, "usage": None}, Provider()).usage.known
+
+
+# -- prices -----------------------------------------------------------------------------------------------------------
+
+
+def test_writing_to_the_prompt_cache_of_claude_costs_more_and_for_an_hour_more_still() -> None:
+    price = priced(EngineConfig("anthropic", "claude-sonnet-4-6"))
+    assert (price.input, price.cached_input, price.cache_write) == (3, 0.3, 3.75)
+    # 50 plain, 1,000 read, 148 written for 5 minutes, 100 for an hour (2.0 times the input), 503 out.
+    cost = price.cost(Usage(1298, 1000, 503, 248, cache_write_1h=100))
+    assert cost == pytest.approx((50 * 3 + 1000 * 0.3 + 148 * 3.75 + 100 * 6 + 503 * 15) / 1e6)
+    bedrock = EngineConfig("bedrock", "us.anthropic.claude-sonnet-4-6-v1:0", price=Price(3, 0.3, 15))
+    assert priced(bedrock).cache_write == 3.75
+    given = EngineConfig("anthropic", "claude-sonnet-4-6", price=Price(3, None, 15, cache_write=3))
+    assert priced(given).cache_write == 3
+    assert priced(EngineConfig("openai", "gpt-4o")).cache_write is None
+    assert Price(2, None, 0).cost(Usage(10, 0, 0, 4)) == pytest.approx(20 / 1e6)  # as input
+
+
+def test_a_cost_needs_the_usage_and_each_rate_that_it_uses() -> None:
+    assert Price(1, None, 2).cost(Usage(known=False)) is None
+    assert Price(0, None, 0).cost(Usage(known=False)) == 0
+    assert Price(None, None, 2).cost(Usage(5, 0, 5)) is None
+    assert Price(1, None, None).cost(Usage(5, 0, 0)) == pytest.approx(5e-6)
+    assert Price().cost(Usage()) == 0
+
+
+def test_a_row_costs_what_the_model_costs_that_it_asked() -> None:
+    config = EngineConfig("openai", "gpt-4o-mini", price=Price(7, None, 8), provider={"wire": "chat"})
+    assert price_of(config, None, "gpt-4o-mini-2024-07-18").input == 7
+    assert price_of(config, "gpt-4o", "gpt-4o-2024-08-06").input == 2.5  # engine.price is of engine.model only
+    assert price_of(config, "a-router", "gpt-4o").input == 2.5
+    assert not price_of(config, "unheard-of", "unheard-of").known
+    own = EngineConfig("openai", "m", provider={"wire": "chat", "prices": {"x": {"input": 1, "output": 2}}})
+    assert price_of(own, "x", None) == Price(1, None, 2)
+
+
+def test_price_lists_of_the_user_reach_row_models_and_fallbacks(tmp_path: Path) -> None:
+    (tmp_path / "price").mkdir()
+    (tmp_path / "price" / "openai.yaml").write_text("as_of: 2026-11-01\nmodels:\n  gpt-4o: {input: 7, output: 8}\n")
+    engine = compose(["engine=openai", "engine.model=gpt-4o-mini"], str(tmp_path)).engine
+    assert price_of(engine, "gpt-4o", None) == Price(7, None, 8, "2026-11-01")
+    other = ["engine=anthropic", "engine.model=claude-sonnet-4-6", "engine.fallback=[{engine: openai, model: gpt-4o}]"]
+    assert compose(other, str(tmp_path)).engine.fallback[0]["price"]["input"] == 7
+
+
+def test_the_key_cache_write_is_known() -> None:
+    engine = compose(["engine=openai", "engine.model=x", "engine.price.cache_write=2"]).engine
+    assert engine.price.cache_write == 2
+
+
+# -- one answer -------------------------------------------------------------------------------------------------------
+
+
+def test_tries_without_an_answer_are_priced_by_their_usage(server: ProviderServer) -> None:
+    said(server, "null", usage(100, 10), answer=None)  # paid, though nobody can use it
+    said(server, "null", usage(100, 20))
+    said(server, "silent", None)
+    server.plan["lost"] = ["reset-body"]
+    said(server, "lost", usage(100, 20))
+    server.plan["busy"] = ["429", "500"]
+    said(server, "busy", usage(100, 20))
+    with load_engine("openai_compatible", model="m", base_url=server.url, price={"input": 3, "output": 15}) as engine:
+        null, silent, lost, busy, refused = engine.infer(
+            [*(ask(text) for text in ("null", "silent", "lost", "busy")), ask("x", generation={"n": 1}, adapter="no")]
+        )
+    assert null.attempts == 2 and null.cost_usd == pytest.approx(PRICE.of(200, 0, 30))
+    assert (silent.text, silent.cost_usd, silent.usage.known) == ("yes", None, False)
+    assert (lost.attempts, lost.cost_usd, lost.usage.output) == (2, None, 20)  # nobody knows what the lost answer cost
+    assert busy.attempts == 3 and busy.cost_usd == pytest.approx(PRICE.of(100, 0, 20))  # such refusals are free
+    assert refused.error is not None and (refused.attempts, refused.cost_usd) == (0, 0)
+
+
+def test_a_refusal_is_paid(server: ProviderServer) -> None:
+    message = {"role": "assistant", "content": None, "refusal": "I cannot."}
+    whole = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage(40, 4)}
+    server.plan["bad"] = ["body=" + json.dumps(whole)]
+    with load_engine("openai_compatible", model="m", base_url=server.url, price={"input": 3, "output": 15}) as engine:
+        [completion] = engine.infer([ask("bad")])
+    assert completion.error is not None and completion.error.type == "content_filter"
+    assert completion.usage == Usage(40, 0, 4) and completion.cost_usd == pytest.approx(PRICE.of(40, 0, 4))
+
+
+def test_further_tries_of_a_shape_and_turns_add_up(server: ProviderServer) -> None:
+    said(server, "number?", usage(10, 5), answer="no json")
+    server.fault = lambda text, attempt: "body=" + json.dumps(chat_answer(usage(30, 7), '{"a": 1}'))
+    format = {"type": "json_schema", "json_schema": {"schema": SHAPE}}
+    with load_engine("openai_compatible", model="m", base_url=server.url, price={"input": 3, "output": 15}) as engine:
+        [shaped] = engine.infer([ask("number?")], {"response_format": format})
+        [script] = engine.infer([ask("one", turns=["two", "three"])])
+    assert shaped.error is None and shaped.cost_usd == pytest.approx(PRICE.of(40, 0, 12))
+    assert script.attempts == 3 and script.cost_usd == pytest.approx(PRICE.of(90, 0, 21))
+
+
+def test_a_fallbacks_answer_has_its_own_price_beside_what_was_paid_before(server: ProviderServer) -> None:
+    whole = {"choices": [{"message": {"content": None, "refusal": "No."}, "finish_reason": "stop"}], "usage": usage(40, 4)}
+    server.plan["bad"] = ["body=" + json.dumps(whole)]
+    with ProviderServer() as other:
+        said(other, "bad", usage(50, 6), model="dear")
+        second = {"engine": "openai_compatible", "model": "dear", "base_url": other.url,
+                  "price": {"input": 1000, "output": 2000}}  # fmt: skip
+        keys: dict[str, Any] = {"price": {"input": 3, "output": 15}, "fallback": [second]}
+        with load_engine("openai_compatible", model="m", base_url=server.url, **keys) as engine:
+            [completion] = engine.infer([ask("bad")])
+    assert completion.text == "yes"
+    assert completion.cost_usd == pytest.approx(PRICE.of(40, 0, 4) + (50 * 1000 + 6 * 2000) / 1e6)
+
+
+def test_an_unknown_cost_stays_unknown() -> None:
+    known, unknown = Completion(cost_usd=0.5), Completion(cost_usd=None)
+    known.carry(unknown)
+    assert known.cost_usd is None
+    unknown.carry(Completion(cost_usd=0.5))
+    assert unknown.cost_usd is None
+
+
+# -- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def record(key: int, at: float, cost: float | None, *, failed: bool = False, superseded: bool = False) -> Record:
+    error = Failure("server", "down") if failed or superseded else None
+    completion = Completion(usage=Usage(10, 2, 5, 3, 1), error=error, cost_usd=cost)
+    return Record(bytes([key]) * 32, f"r{key}", completion, at, superseded)
+
+
+def test_the_index_adds_all_records_of_a_request(tmp_path: Path) -> None:
+    fs, root = resolve(str(tmp_path))
+    first = [record(1, 1.0, 0.25, failed=True), record(2, 1.0, None, failed=True), record(3, 1.0, 0.5, superseded=True)]
+    path = write_segment(fs, root, "w", first)
+    write_segment(fs, root, "w", [record(1, 2.0, 0.5), record(2, 2.0, 1.0), record(4, 2.0, 2.0, failed=True)])
+    assert read_segment(fs, path)["cost_usd"].to_pylist() == [0.25, None, 0.5]
+    write_segment(fs, root, "w", first)  # merged, but not yet deleted: each of its records counts once
+    index = read_index(fs, root)
+    one, two, three = index.find([bytes([n]) * 32 for n in (1, 2, 3)])
+    assert three == -1  # its try answers nothing, so it is asked
+    assert (index.cost_usd[one], index.flags[one], index.attempts[one]) == (0.75, 0, 2)
+    assert index.tokens[one].tolist() == [20, 4, 10, 6, 2] and len(TOKENS) == 5
+    assert (index.cost_usd[two], index.flags[two]) == (1.0, UNKNOWN)
+    assert index.spent() == (0.75 + 1.0 + 0.5 + 2.0, 1)
+    left = index.only(failed_too=False)
+    assert left.find([bytes([4]) * 32])[0] == -1 and left.spent() == index.spent()
+
+
+def as_before(out: Path) -> None:
+    """Makes the segments what an earlier version wrote: without a cost, and with three counts of tokens."""
+    fs, root = resolve(str(out))
+    for path in list_segments(fs, root):
+        table = read_segment(fs, path)
+        counts = [[row and {n: row[n] for n in TOKENS[:3]} for row in table["usage"].to_pylist()]]
+        old = pa.struct([(name, pa.int64()) for name in TOKENS[:3]])
+        table = table.set_column(table.column_names.index("usage"), "usage", pa.chunked_array(counts, old))
+        pq.write_table(table.drop_columns(["cost_usd", "superseded"]), path)
+
+
+def test_an_old_ledger_is_priced_as_before_and_the_manifest_says_so(
+    infer: Infer, write_jsonl: Write, server: ProviderServer
+) -> None:
+    more = remote(server, *PRICED)
+    assert infer(write_jsonl([ask(f"row {i}") for i in range(4)]), *more, engine="openai_compatible").exit_status == 0
+    before = manifest_of(infer)
+    assert before["cost_repriced_requests"] == 0
+    as_before(infer.out)
+    rows = [ask(f"row {i}") for i in range(5)]
+    assert infer(write_jsonl(rows), *more, engine="openai_compatible").exit_status == 0
+    after = manifest_of(infer)
+    assert after["this_run"]["asked"] == 1 and after["cost_repriced_requests"] == 4
+    assert after["cost_usd"] == pytest.approx(before["cost_usd"] / 4 * 5)
+    table = infer.table()
+    assert table["cost_usd"].to_pylist()[:4] == [None] * 4 and table["cost_usd"][4].as_py() > 0
+    assert table["usage"][0].as_py()["cache_write"] is None and table["usage"][0].as_py()["output"] == 2
+    fs, root = resolve(str(infer.out))
+    assert read_index(fs, root).spent()[1] == 4  # without a price nobody knows
+
+
+def test_old_batches_are_known_by_their_writer(tmp_path: Path) -> None:
+    provider = {"wire": "chat", "batch": {"wire": "openai", "price": 0.5}}
+    engine = EngineConfig("openai", "m", price=Price(3, 1, 15), provider=provider)
+    fs, root = resolve(str(tmp_path))
+    for writer in ("batch", "w1"):
+        write_segment(fs, root, writer, [record(len(writer), 1.0, None)])
+    as_before(tmp_path)
+    index = read_index(fs, root, old_costs(engine))
+    whole = (8 * 3 + 2 * 1 + 5 * 15) / 1e6
+    assert sorted(index.cost_usd.tolist()) == pytest.approx([whole / 2, whole])
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_adds_failed_tries_and_counts_all_requests(
+    infer: Infer, write_jsonl: Write, server: ProviderServer
+) -> None:
+    """The first run's answer fails for its shape, and is paid; the second run's is good, and both count."""
+    shape = f"generation.response_format={json.dumps(json.dumps(SHAPE))}"
+    more = remote(server, *PRICED, shape, "generation.schema_retries=1")
+    server.fault = lambda text, attempt: "body=" + json.dumps(chat_answer(usage(100, 10), "no json"))
+    data = write_jsonl([ask("a"), ask("b")])
+    infer(data, *more, engine="openai_compatible")
+    first = manifest_of(infer)
+    assert (first["rows"]["failed"], first["requests_sent"], len(server.requests)) == (2, 4, 4)
+    assert first["cost_usd"] == pytest.approx(PRICE.of(400, 0, 40))
+    assert sum(first["cost_parts_usd"].values()) == first["cost_usd"]
+    server.fault = lambda text, attempt: "body=" + json.dumps(chat_answer(usage(100, 5), '{"a": 1}'))
+    infer(data, *more, engine="openai_compatible")
+    second = manifest_of(infer)
+    assert (second["rows"]["done"], second["requests_sent"], len(server.requests)) == (2, 6, 6)
+    assert second["cost_usd"] == pytest.approx(PRICE.of(600, 0, 50)) == pytest.approx(second["spent_usd"])
+    assert second["tokens"] == {"input": 600, "cached_input": 0, "output": 50, "cache_write": 0, "reasoning": 0}
+    assert [row["cost_usd"] for row in infer.rows()] == pytest.approx([PRICE.of(100, 0, 5)] * 2)
+    # Rows that this output does not use were paid all the same.
+    infer(write_jsonl([ask("a")]), *more, engine="openai_compatible")
+    third = manifest_of(infer)
+    assert third["cost_usd"] == pytest.approx(second["cost_usd"] / 2)
+    assert third["spent_usd"] == pytest.approx(second["spent_usd"])
+
+
+def test_a_row_of_unknown_cost_makes_the_sum_null_and_the_rest_stays_known(
+    infer: Infer, write_jsonl: Write, server: ProviderServer
+) -> None:
+    for text, told in (("a", usage(100, 10)), ("b", None)):
+        said(server, text, told)
+    infer(write_jsonl([ask("a"), ask("b")]), *remote(server, *PRICED), engine="openai_compatible")
+    manifest = manifest_of(infer)
+    assert manifest["cost_usd"] is None and manifest["cost_unknown_requests"] == 1
+    assert manifest["cost_known_usd"] == pytest.approx(PRICE.of(100, 0, 10)) == pytest.approx(manifest["spent_usd"])
+    assert manifest["cost_parts_usd"] is None
+    assert [row["usage"] and row["usage"]["output"] for row in infer.rows()] == [10, None]
+    assert "not known for 1 requests" in (infer.out / "report.html").read_text()
+
+
+def test_row_models_and_several_prices_in_one_output(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:
+    said(server, "a", usage(100, 10))
+    said(server, "b", usage(100, 10), model="gpt-4o-2024-08-06")
+    rows = [ask("a"), ask("b", model="gpt-4o")]
+    infer(write_jsonl(rows), "engine.model=gpt-4o-mini", f"engine.base_url={server.url}", engine="openai")
+    manifest = manifest_of(infer)
+    assert manifest["cost_usd"] == pytest.approx((100 * 0.15 + 10 * 0.6 + 100 * 2.5 + 10 * 10) / 1e6)
+    assert manifest["cost_parts_usd"] is None  # no one price adds up to it
+
+
+def test_a_later_price_does_not_change_what_was_paid(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:
+    for text in ("a", "b"):
+        said(server, text, usage(100, 10))
+    infer(write_jsonl([ask("a")]), *remote(server, *PRICED), engine="openai_compatible")
+    dear = ["engine.price.input=300", "engine.price.output=1500"]
+    infer(write_jsonl([ask("a"), ask("b")]), *remote(server, *dear), engine="openai_compatible")
+    assert manifest_of(infer)["cost_usd"] == pytest.approx(PRICE.of(100, 0, 10) * 101)
+
+
+def test_an_answer_without_usage_counts_against_the_budget_as_the_most_it_can_cost(
+    infer: Infer, write_jsonl: Write, server: ProviderServer
+) -> None:
+    server.fault = lambda text, attempt: "body=" + json.dumps(chat_answer(None))
+    more = remote(server, *PRICED, "generation.max_tokens=100", "engine.max_concurrency=1")
+    each = CostBudget(1.0, compose(["engine=openai_compatible", *more]).engine, GenerationParams(max_tokens=100), 0.0).most(
+        json.dumps(ask("row 00")).encode()
+    )
+    limit = 20 * each
+    with pytest.raises(Stopped) as stopped:
+        infer(write_jsonl([ask(f"row {i:02}") for i in range(60)]), *more, f"run.budget_usd={limit}",
+              engine="openai_compatible")  # fmt: skip
+    assert 15 <= len(server.requests) <= 21
+    assert read_spent(*resolve(str(infer.out))) >= len(server.requests) * each * 0.9
+    assert stopped.value.changes == {"run.budget_usd": f"{2 * limit:g}"}
+    told = status_job.look(open_output(str(infer.out)))
+    assert told["cost_usd"] is None and f"run.budget_usd={2 * limit:g}" in told["command"]
+
+
+def test_the_command_after_a_budget_stop_has_a_higher_budget(
+    local_ray: None, tmp_path: Path, write_jsonl: Write, server: ProviderServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl([ask(f"row {i}") for i in range(40)])
+    argv = ["engine=openai_compatible", *remote(server, *PRICED, "generation.max_tokens=10"), f"dataset.path={data}",
+            f"output.path={tmp_path / 'out'}", "run.budget_usd=0.001"]  # fmt: skip
+    assert infer_main(argv) == 4
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("To go on: ")]
+    assert line.endswith(" run.budget_usd=0.002") and "run.budget_usd=0.001" not in line
+    assert changed("eagleray infer 'a=b c'", {}) == "eagleray infer 'a=b c'"
+
+
+def test_batches_cost_their_share_and_so_do_their_paid_tries(infer: Infer, write_jsonl: Write) -> None:
+    with BatchServer() as server:
+        more = ["engine.model=m", f"engine.base_url={server.url}/v1", "run.mode=batch", "run.batch_poll_s=0.2", *PRICED]
+        shape = {"response_format": {"type": "json_schema", "json_schema": {"schema": SHAPE}}, "schema_retries": 1}
+        rows = [ask("plain"), ask("say: no json", generation=shape)]
+        infer(write_jsonl(rows), *more, "engine.provider.batch.price=0.3", engine="openai")
+    manifest = manifest_of(infer)
+    plain, shaped = infer.rows()
+    assert len(server.submitted) == 2 and shaped["error"]["type"] == "schema_mismatch"
+    assert plain["cost_usd"] == pytest.approx(0.3 * PRICE.of(plain["usage"]["input"], 0, plain["usage"]["output"]))
+    # The second row was asked, and is paid, twice.
+    assert manifest["cost_usd"] == pytest.approx(plain["cost_usd"] + 2 * shaped["cost_usd"])
+    assert manifest["requests_sent"] == 3 and manifest["cost_unknown_requests"] == 0
+
+
+def test_batches_of_a_library_user_are_priced(write_jsonl: Write) -> None:
+    with BatchServer() as server:
+        price = {"input": 3, "output": 15}
+        with load_engine("anthropic", model="claude-x", base_url=f"{server.url}/v1", price=price) as engine:
+            batch = engine.infer_batch([ask("a")])
+            [completion] = engine.get_batch_results(batch, [ask("a")])
+    used = completion.usage
+    assert completion.text == "answer to: a"
+    assert completion.cost_usd == pytest.approx(PRICE.of(used.input, 0, used.output) / 2)
+
+
+def test_the_batch_price_is_data_by_provider_and_model_and_has_a_date() -> None:
+    rule = {"match": "^dear", "batch": {"price": 0.75}}
+    for kind in ("openai", "anthropic", "together", "fireworks", "parasail", "openai_compatible"):
+        batch = compose([f"engine={kind}", "engine.model=m"]).engine.provider["batch"]
+        assert 0 < batch["price"] <= 1 and str(batch["price_as_of"]) >= "2026-11"
+    provider = {**compose(["engine=openai", "engine.model=m"]).engine.provider, "models": [rule]}
+    price = {"input": 4, "output": 8}
+    with load_engine("openai", model="m", base_url="http://localhost:1", provider=provider, price=price) as engine:
+        assert engine.cost(Usage(10, 0, 5), None, batch=True) == pytest.approx(0.5 * 80 / 1e6)
+        assert engine.cost(Usage(10, 0, 5), None) == pytest.approx(80 / 1e6)
+        assert (engine.batch_share("dear-1"), engine.batch_share("m")) == (0.75, 0.5)
+
+
+def test_paid_tries_of_a_row_that_goes_back_when_the_run_ends_are_not_forgotten(
+    infer: Infer, write_jsonl: Write, server: ProviderServer
+) -> None:
+    said(server, "a", usage(100, 10), answer=None)  # paid, and asked again
+    server.plan["a"].append("429-after=600")
+    data, more = write_jsonl([ask("a")]), remote(server, *PRICED)
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while len(server.requests) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted):
+        infer(data, *more, engine="openai_compatible")
+    thread.join()
+    assert read_index(*resolve(str(infer.out))).spent() == (pytest.approx(PRICE.of(100, 0, 10)), 0)
+    said(server, "a", usage(100, 20))
+    infer(data, *more, engine="openai_compatible")
+    manifest = manifest_of(infer)
+    assert manifest["requests_sent"] == len(server.requests) == 3
+    assert manifest["cost_usd"] == pytest.approx(PRICE.of(200, 0, 30))
+    assert infer.rows()[0]["cost_usd"] == pytest.approx(PRICE.of(100, 0, 20))
