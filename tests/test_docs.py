@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from pipeline.executors.live.live import why_stop
 
 from engines.errors import ConfigError, EaglerayError, ErrorCode, ErrorType
 from engines.registry import REGISTRY, missing_package
@@ -22,7 +23,6 @@ from pipeline import run
 from pipeline.config import known_keys
 from pipeline.errors import Stopped
 from pipeline.executors.live import ray_session
-from pipeline.executors.live.live import why_stop
 from pipeline.monitor.status import RunStatus
 from tests.pages import (
     CONFIGURED,

@@ -24,8 +24,8 @@ from pipeline.executors.cost_budget import check_model, shared_bytes
 from pipeline.executors.live.engine_journal import EngineJournal, JournalPlace, journal_place
 from pipeline.executors.live.protocol import Lease
 from pipeline.executors.live.rate_limiter import reserve_through_ray
-from pipeline.executors.live.requests import request_of
 from pipeline.executors.live.secrets import Secrets, settle_environment
+from pipeline.executors.requests import request_of
 from pipeline.monitor.metrics import Metrics
 from pipeline.monitor.status import ReplicaHeartbeat, RunStatus, UsageStats
 from pipeline.monitor.traces import RequestSpans, Trace
