@@ -37,7 +37,7 @@ SVG_OF: list[str] = []
 
 
 def main() -> None:
-    from tests.provider_server import ProviderServer, by_hash
+    from tests.support.provider_server import ProviderServer, by_hash
 
     run_module.RunProgress = Kept  # type: ignore[misc]
     os.environ["OPENAI_API_KEY"] = "not-a-key"

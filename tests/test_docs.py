@@ -20,7 +20,7 @@ from jobs.compose import compose
 from jobs.guide import MISTAKES, STOPS, anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
-from tests.pages import CONFIGURED, PAGES, ROOT, Block, Command, anchors, blocks, commands, generator, links
+from tests.support.pages import CONFIGURED, PAGES, ROOT, Block, Command, anchors, blocks, commands, generator, links
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 COMMANDS = [command for page in PAGES for command in commands(page)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from tests.s3_server import S3Server
 
 from engines.errors import ConfigError
 from jobs.compose import compose
@@ -22,7 +23,6 @@ from pipeline.output.ownership import NEW, OLD, OWN, Ownership, check_inputs, sa
 from pipeline.storage.filesystem import canonical_place, resolve
 from pipeline.storage.output_files import MARKER
 from tests.conftest import Infer, ask
-from tests.s3_server import S3Server
 
 Write = Callable[..., Path]
 OLD_OUTPUTS = Path(__file__).parent / "data" / "output_v0"

@@ -29,9 +29,9 @@ from engines.remote.concurrency import AdaptiveSemaphore, RetryBudget
 from engines.remote.errors import failure, observed, retry_after
 from engines.remote.rate_limits import SLACK_S, Limits, RateLimiter, Reservation, ReserveRequest
 from engines.types import Request, to_request
-from tests.conftest import ask
-from tests.google_account import google_account
-from tests.provider_server import PASSING, STATUSES, ProviderServer
+from tests.support.google_account import google_account
+from tests.support.infer import ask
+from tests.support.provider_server import PASSING, STATUSES, ProviderServer
 
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
 WIRES = ["openai_compatible", "anthropic", "bedrock"]
@@ -46,12 +46,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 Load = Callable[..., Engine]
