@@ -14,8 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.batch_server import BatchServer
-from tests.provider_server import ProviderServer
 
 import engines.remote.engine
 from engines import load_engine
@@ -38,7 +36,9 @@ from pipeline.output.cost import old_costs
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import TOKENS, Record, list_segments, read_segment, write_segment
 from pipeline.storage.ledger_index import UNKNOWN, read_index
-from tests.conftest import Infer, ask
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 PRICED = ["engine.price.input=3", "engine.price.output=15"]

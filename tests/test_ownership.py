@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tests.s3_server import S3Server
 
 from engines.errors import ConfigError
 from jobs.compose import compose
@@ -22,7 +21,8 @@ from pipeline.errors import Stopped
 from pipeline.output.ownership import NEW, OLD, OWN, Ownership, check_inputs, same_dataset, same_typed
 from pipeline.storage.filesystem import canonical_place, resolve
 from pipeline.storage.output_files import MARKER
-from tests.conftest import Infer, ask
+from tests.support.infer import Infer, ask
+from tests.support.s3_server import S3Server
 
 Write = Callable[..., Path]
 OLD_OUTPUTS = Path(__file__).parent / "data" / "output_v0"

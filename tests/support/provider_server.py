@@ -4,7 +4,7 @@
         server.plan["hello"] = ["500", "reset"]     # what the first requests that ask "hello" meet, one each
         server.requests                             # everything that came: text, time, path, headers, body
 
-`python -m tests.provider_server --port 0 --fault-rate 0.02` runs alone, prints its URL, and has GET /stats.
+`python -m tests.support.provider_server --port 0 --fault-rate 0.02` runs alone, prints its URL, and has GET /stats.
 """
 
 from __future__ import annotations
