@@ -23,7 +23,7 @@ from engines.prices import priced
 from engines.registry import REGISTRY
 from jobs.compose import compose, conf_dir
 from pipeline.errors import Stopped
-from pipeline.executors.cost_budget import FILE, CostBudget, read_spent
+from pipeline.executors.cost_budget import CostBudget, read_spent
 from pipeline.executors.live.admission import Admission
 from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.lease_table import LeaseTable
@@ -31,6 +31,7 @@ from pipeline.executors.live.queue import PendingRequest, PrefixQueue
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import resolve
+from pipeline.storage.output_files import BUDGET
 from tests.batch_server import BatchServer
 from tests.conftest import Infer, ask
 from tests.provider_server import ProviderServer, by_hash
@@ -161,9 +162,9 @@ def test_starting_over_forgets_what_was_spent(infer: Infer, write_jsonl: Write, 
     data = write_jsonl([ask("a")])
     infer(data, *remote(server, "run.budget_usd=1"), engine="openai_compatible")
     assert read_spent(*resolve(str(infer.out))) > 0
-    assert (infer.out / FILE).exists()
+    assert (infer.out / BUDGET).exists()
     infer(data, *remote(server, "run.resume=false"), engine="openai_compatible")
-    assert not (infer.out / FILE).exists()
+    assert not (infer.out / BUDGET).exists()
 
 
 def test_batches_are_cut_and_submitted_within_the_budget(

@@ -256,9 +256,9 @@ def test_a_fallbacks_answer_has_its_own_price_beside_what_was_paid_before(server
 
 def test_an_unknown_cost_stays_unknown() -> None:
     known, unknown = Completion(cost_usd=0.5), Completion(cost_usd=None)
-    known.carry(unknown)
+    known.accumulate(unknown)
     assert known.cost_usd is None
-    unknown.carry(Completion(cost_usd=0.5))
+    unknown.accumulate(Completion(cost_usd=0.5))
     assert unknown.cost_usd is None
 
 
@@ -400,7 +400,7 @@ def test_an_answer_without_usage_counts_against_the_budget_as_the_most_it_can_co
 ) -> None:
     server.fault = lambda text, attempt: "body=" + json.dumps(chat_answer(None))
     more = remote(server, *PRICED, "generation.max_tokens=100", "engine.max_concurrency=1")
-    each = CostBudget(1.0, compose(["engine=openai_compatible", *more]).engine, GenerationParams(max_tokens=100), 0.0).most(
+    each = CostBudget(1.0, compose(["engine=openai_compatible", *more]).engine, GenerationParams(max_tokens=100), 0.0).max_cost(
         json.dumps(ask("row 00")).encode()
     )
     limit = 20 * each

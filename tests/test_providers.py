@@ -313,7 +313,7 @@ def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late:
     sent: list[tuple[float, int]] = []
     step = 0
     while now[0] < 130:
-        grant = budget.ask([(1.0, 1.0)] * 512)
+        grant = budget.reserve([(1.0, 1.0)] * 512)
         if grant.granted:
             sent.append((now[0], grant.granted))
         now[0] += max(grant.wait_s, 0.02) + late[step % len(late)] * (step % 3 == 0)
@@ -329,12 +329,12 @@ def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late:
 def test_tokens_are_reserved_and_given_back() -> None:
     now = [0.0]
     budget = RateLimiter({"output_tokens": 6100}, clock=lambda: now[0])  # 100 a second
-    assert budget.ask([(10, 1000)]).granted == 1
-    held = budget.ask([(10, 1000)])
+    assert budget.reserve([(10, 1000)]).granted == 1
+    held = budget.reserve([(10, 1000)])
     assert held.granted == 0
     assert 8 < held.wait_s < 11
     now[0] += 0.11
-    assert budget.ask([(10, 1000)], back=(0, 990)).granted == 1  # the first had used 10 only, a tenth of a second
+    assert budget.reserve([(10, 1000)], back=(0, 990)).granted == 1  # the first had used 10 only, a tenth of a second
 
 
 def test_a_lower_limit_in_the_headers_counts_and_a_pause_holds_all() -> None:
@@ -344,7 +344,7 @@ def test_a_lower_limit_in_the_headers_counts_and_a_pause_holds_all() -> None:
     budget.learn({"requests": 9000})
     assert {name: rate.per_minute for name, rate in budget.rates.items()} == {"requests": 60, "input_tokens": 1000}
     budget.pause(5)
-    assert budget.ask([(1, 1)]) == Reservation(0, 5.0)
+    assert budget.reserve([(1, 1)]) == Reservation(0, 5.0)
 
 
 def test_those_who_wait_are_served_in_their_order() -> None:
