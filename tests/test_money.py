@@ -400,9 +400,9 @@ def test_an_answer_without_usage_counts_against_the_budget_as_the_most_it_can_co
 ) -> None:
     server.fault = lambda text, attempt: "body=" + json.dumps(chat_answer(None))
     more = remote(server, *PRICED, "generation.max_tokens=100", "engine.max_concurrency=1")
-    each = CostBudget(1.0, compose(["engine=openai_compatible", *more]).engine, GenerationParams(max_tokens=100), 0.0).max_cost(
-        json.dumps(ask("row 00")).encode()
-    )
+    each = CostBudget(
+        1.0, compose(["engine=openai_compatible", *more]).engine, GenerationParams(max_tokens=100), 0.0
+    ).max_cost(json.dumps(ask("row 00")).encode())
     limit = 20 * each
     with pytest.raises(Stopped) as stopped:
         infer(write_jsonl([ask(f"row {i:02}") for i in range(60)]), *more, f"run.budget_usd={limit}",
