@@ -314,11 +314,11 @@ def test_turns_and_further_tries_of_a_shape_are_reserved_too() -> None:
     engine = EngineConfig("echo", price=Price(0.0, None, 1e6))  # a dollar an output token
     budget = CostBudget(1e9, engine, GenerationParams(max_tokens=10), spent=0.0)
     shape = {"type": "object", "properties": {}}
-    plain, script, shaped = (
+    plain, multi_turn, shaped = (
         budget.max_cost(dumps({"messages": [], **more}))
         for more in ({}, {"turns": ["a", "b"]}, {"generation": {"response_format": shape, "schema_retries": 3}})
     )
-    assert (plain, script, shaped) == (10, 30, 40)
+    assert (plain, multi_turn, shaped) == (10, 30, 40)
 
 
 def test_what_was_reserved_and_given_back_is_nothing() -> None:

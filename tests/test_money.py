@@ -235,9 +235,9 @@ def test_further_tries_of_a_shape_and_turns_add_up(server: ProviderServer) -> No
     format = {"type": "json_schema", "json_schema": {"schema": SHAPE}}
     with load_engine("openai_compatible", model="m", base_url=server.url, price={"input": 3, "output": 15}) as engine:
         [shaped] = engine.infer([ask("number?")], {"response_format": format})
-        [script] = engine.infer([ask("one", turns=["two", "three"])])
+        [multi_turn] = engine.infer([ask("one", turns=["two", "three"])])
     assert shaped.error is None and shaped.cost_usd == pytest.approx(PRICE.of(40, 0, 12))
-    assert script.attempts == 3 and script.cost_usd == pytest.approx(PRICE.of(90, 0, 21))
+    assert multi_turn.attempts == 3 and multi_turn.cost_usd == pytest.approx(PRICE.of(90, 0, 21))
 
 
 def test_a_fallbacks_answer_has_its_own_price_beside_what_was_paid_before(server: ProviderServer) -> None:

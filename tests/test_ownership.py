@@ -65,7 +65,7 @@ def look(dataset: Any, out: Any, *more: str) -> Ownership:
 
 
 def names_of(path: Any) -> list[str]:
-    return [chunk.name for chunk in list_file_splits(path)]
+    return [split.name for split in list_file_splits(path)]
 
 
 # -- a directory of the user's ----------------------------------------------------------------------------------------
