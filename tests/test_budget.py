@@ -21,7 +21,7 @@ from engines.prices import priced
 from engines.registry import REGISTRY
 from jobs.compose import compose, conf_dir
 from pipeline.errors import Stopped
-from pipeline.executors.cost_budget import FILE, CostBudget, read_spent
+from pipeline.executors.cost_budget import CostBudget, read_spent
 from pipeline.executors.live.admission import Admission
 from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.lease_table import LeaseTable
@@ -29,6 +29,7 @@ from pipeline.executors.live.queue import PendingRequest, PrefixQueue
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import resolve
+from pipeline.storage.output_files import BUDGET
 from tests.support.batch_server import BatchServer
 from tests.support.infer import Infer, ask
 from tests.support.processes import until
@@ -147,9 +148,9 @@ def test_starting_over_forgets_what_was_spent(infer: Infer, write_jsonl: Write, 
     data = write_jsonl([ask("a")])
     infer(data, *remote(server, "run.budget_usd=1"), engine="openai_compatible")
     assert read_spent(*resolve(str(infer.out))) > 0
-    assert (infer.out / FILE).exists()
+    assert (infer.out / BUDGET).exists()
     infer(data, *remote(server, "run.resume=false"), engine="openai_compatible")
-    assert not (infer.out / FILE).exists()
+    assert not (infer.out / BUDGET).exists()
 
 
 def test_batches_are_cut_and_submitted_within_the_budget(
@@ -299,11 +300,11 @@ def test_turns_and_further_tries_of_a_shape_are_reserved_too() -> None:
     engine = EngineConfig("echo", price=Price(0.0, None, 1e6))  # a dollar an output token
     budget = CostBudget(1e9, engine, GenerationParams(max_tokens=10), spent=0.0)
     shape = {"type": "object", "properties": {}}
-    plain, script, shaped = (
+    plain, multi_turn, shaped = (
         budget.max_cost(dumps({"messages": [], **more}))
         for more in ({}, {"turns": ["a", "b"]}, {"generation": {"response_format": shape, "schema_retries": 3}})
     )
-    assert (plain, script, shaped) == (10, 30, 40)
+    assert (plain, multi_turn, shaped) == (10, 30, 40)
 
 
 def test_what_was_reserved_and_given_back_is_nothing() -> None:

@@ -20,6 +20,7 @@ from jobs.compose import compose
 from jobs.guide import MISTAKES, STOPS, anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
+from pipeline.executors.live.ray_session import INTERRUPTED
 from tests.support.pages import CONFIGURED, PAGES, ROOT, Block, Command, anchors, blocks, commands, generator, links
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -132,7 +133,7 @@ def test_every_error_type_and_exit_status_is_explained() -> None:
         assert error_type in found
         assert leads_somewhere(see_type(error_type).strip("()").removeprefix("see "))
     text = (DOCS / "errors.md").read_text()
-    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, run.INTERRUPTED):
+    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, INTERRUPTED):
         assert f"\n| {status} | " in text
 
 

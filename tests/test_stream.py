@@ -178,7 +178,7 @@ class Told:
 
 def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
     told = Told()
-    events = SSEParser(openai_chat.ChatAccumulator(), told)  # type: ignore[arg-type]
+    parser = SSEParser(openai_chat.ChatAccumulator(), told)  # type: ignore[arg-type]
     start = {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x"'}}
     deltas: list[dict[str, Any]] = [
         {"reasoning_content": "Hm"}, {"reasoning_content": "m."}, {"tool_calls": [start]},
@@ -186,12 +186,12 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
         {"tool_calls": [{"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}}]},
     ]  # fmt: skip
     for delta in deltas:
-        events.feed(b"data: " + orjson_of({"choices": [{"index": 0, "delta": delta}]}) + b"\n\n")
+        parser.feed(b"data: " + orjson_of({"choices": [{"index": 0, "delta": delta}]}) + b"\n\n")
     logprobs = {"content": [{"token": "x", "logprob": -1.0}]}
     for reason in (None, "tool_calls"):
         choice = {"index": 0, "delta": {}, "logprobs": logprobs, "finish_reason": reason}
-        events.feed(b"data:" + orjson_of({"choices": [choice]}) + b"\n\n")
-    done = openai_chat.completion(events.payload(), None)  # type: ignore[arg-type]
+        parser.feed(b"data:" + orjson_of({"choices": [choice]}) + b"\n\n")
+    done = openai_chat.completion(parser.payload(), None)  # type: ignore[arg-type]
     assert [(call["id"], call["function"]["arguments"]) for call in done.tool_calls or ()] == [
         ("a", '{"x": 1}'),
         ("b", "{}"),
@@ -202,7 +202,7 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
 
 def test_anthropics_calls_and_thoughts_are_joined() -> None:
     told = Told()
-    events = SSEParser(anthropic_messages.MessagesAccumulator(), told)  # type: ignore[arg-type]
+    parser = SSEParser(anthropic_messages.MessagesAccumulator(), told)  # type: ignore[arg-type]
     found: list[dict[str, Any]] = [
         {"type": "message_start", "message": {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}},
         {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
@@ -217,8 +217,8 @@ def test_anthropics_calls_and_thoughts_are_joined() -> None:
         {"type": "message_stop"},
     ]
     for event in found:
-        events.feed(b"event: x\ndata: " + orjson_of(event) + b"\n\n")
-    done = anthropic_messages.completion(events.payload(), None)  # type: ignore[arg-type]
+        parser.feed(b"event: x\ndata: " + orjson_of(event) + b"\n\n")
+    done = anthropic_messages.completion(parser.payload(), None)  # type: ignore[arg-type]
     assert (done.reasoning, done.text, done.finish_reason) == ("Hm.", None, "tool_calls")
     assert (done.usage.input, done.usage.output) == (7, 9)
     assert [call["function"] for call in done.tool_calls or ()] == [{"name": "f", "arguments": '{"x":1}'}]

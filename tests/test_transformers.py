@@ -1,4 +1,4 @@
-"""The transformers engine, on SmolLM2-135M as a checkpoint; float32, so that company cannot change an answer."""
+"""The transformers engine, on SmolLM2-135M as a checkpoint; float32: other rows in a batch cannot change an answer."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_a_greedy_answer_is_that_of_generate(engine: TransformersEngine) -> None
 def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: TransformersEngine) -> None:
     sampling = {"temperature": 1.0, "seed": 7, "max_tokens": 16}
     alone = [one(engine, question, **sampling).text for question in QUESTIONS]
-    company = [ask("Tell me a story", temperature=0.7, top_p=0.9, max_tokens=30), ask("Why?", max_tokens=5)]
-    together = engine.infer([*company, *(ask(question, **sampling) for question in QUESTIONS)])
+    others = [ask("Tell me a story", temperature=0.7, top_p=0.9, max_tokens=30), ask("Why?", max_tokens=5)]
+    together = engine.infer([*others, *(ask(question, **sampling) for question in QUESTIONS)])
     assert [answer.text for answer in together[2:]] == alone
     assert one(engine, RAIN, **{**sampling, "seed": 8}).text != alone[1]
 

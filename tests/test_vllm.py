@@ -42,7 +42,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-# Small and quick to load; float32, so that company in the batch cannot turn an answer.
+# Small and quick to load; float32, so that other rows in the batch cannot change an answer.
 KWARGS: dict[str, Any] = {
     "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "kv_cache_memory_bytes": 256 << 20, "dtype": "float32",
 }  # fmt: skip
