@@ -37,7 +37,7 @@ from tests.support.provider_server import ProviderServer
 ENGINES, ADDING = ROOT / "docs" / "engines.md", ROOT / "docs" / "adding-an-engine.md"
 REMOTE = {*HTTP_ENGINES, "bedrock"}
 CLASSES = {name: kind for kind, name in HTTP_ENGINES.items()} | {
-    target.partition(":")[2]: kind for kind, (target, _, _) in REGISTRY.items() if kind not in HTTP_ENGINES
+    entry.target.partition(":")[2]: kind for kind, entry in REGISTRY.items() if kind not in HTTP_ENGINES
 }
 KEY = "sk-of-some-length-0123456789"
 # A small cache and no compilation: vLLM's CPU build is loaded several times here.
@@ -197,7 +197,7 @@ def test_an_engine_added_as_the_page_says_runs(tmp_path: Path) -> None:
     (tmp_path / "conf" / "engine" / "parrot.yaml").write_text(yaml_file)
     base = tmp_path / "engines" / "registry.py"
     text = base.read_text()
-    opening = "REGISTRY: dict[str, tuple[str, str | None, str]] = {\n"
+    opening = "REGISTRY: dict[str, EngineKind] = {\n"
     assert opening in text
     base.write_text(text.replace(opening, opening + line))
     (tmp_path / "words.json").write_text('{"legs": "wings"}')

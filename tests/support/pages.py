@@ -111,6 +111,12 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
+def leads_somewhere(place: str) -> bool:
+    """True if `docs/page.md#anchor` exists."""
+    path, _, name = place.partition("#")
+    return name in anchors((ROOT / path).resolve())
+
+
 def links(page: Path) -> list[str]:
     """The relative links of a page."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
