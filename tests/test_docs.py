@@ -21,10 +21,10 @@ from jobs.guide import anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
 from pipeline.errors import Stopped
-from pipeline.executors.live import ray_session
 from pipeline.executors.live.live import why_stop
+from pipeline.executors.live.ray_session import INTERRUPTED
 from pipeline.monitor.status import RunStatus
-from tests.pages import (
+from tests.support.pages import (
     CONFIGURED,
     PAGES,
     ROOT,
@@ -148,7 +148,7 @@ def test_every_error_type_and_exit_status_is_explained() -> None:
         assert error_type in found
         assert leads_somewhere(see_type(error_type).strip("()").removeprefix("see "))
     text = (DOCS / "errors.md").read_text()
-    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, ray_session.INTERRUPTED):
+    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, INTERRUPTED):
         assert f"\n| {status} | " in text
 
 

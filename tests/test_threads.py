@@ -15,8 +15,8 @@ from engines.base import Engine
 from engines.fallback import FallbackEngine
 from engines.remote.concurrency import AdaptiveSemaphore
 from engines.remote.event_loops import PerLoop
-from tests.conftest import ask
-from tests.provider_server import ProviderServer
+from tests.support.infer import ask
+from tests.support.provider_server import ProviderServer
 
 THREADS = 8
 
