@@ -75,14 +75,17 @@ def _look(step: str, config: Config, console: Console) -> int:
     from pipeline.executors.batch.collector import BatchCollector
     from pipeline.executors.batch.session import BatchSession
     from pipeline.executors.batch.steps import BatchSteps
+    from pipeline.output.ownership import NEW, Ownership
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
     from pipeline.storage.lock import run_lock
 
     config.check(runs=step != "list")
     fs, root = resolve(str(config.output.path or "."))
+    # Raises where the directory is not Eagleray's. A new directory holds no batches, so nothing is locked there.
+    state = NEW if step == "list" else Ownership.look(config, fs, root).state
     with contextlib.ExitStack() as stack:
-        if step == "cancel":  # a run that waits would go on with them
+        if step == "cancel" and state != NEW:  # a run that waits would go on with the batches
             stack.enter_context(run_lock(fs, root))
         session = stack.enter_context(contextlib.closing(BatchSession(config, fs, root)))
         steps = BatchSteps(session, BatchCollector(session))

@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from pipeline.executors.live.live import why_stop
 
 from engines.errors import ConfigError, EaglerayError, ErrorCode, ErrorType
 from engines.registry import REGISTRY, missing_package
@@ -22,9 +21,10 @@ from jobs.guide import anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
 from pipeline.errors import Stopped
-from pipeline.executors.live import ray_session
+from pipeline.executors.stop_reasons import stop_reason
 from pipeline.monitor.status import RunStatus
-from tests.pages import (
+from pipeline.signals import INTERRUPTED
+from tests.support.pages import (
     CONFIGURED,
     PAGES,
     ROOT,
@@ -148,7 +148,7 @@ def test_every_error_type_and_exit_status_is_explained() -> None:
         assert error_type in found
         assert leads_somewhere(see_type(error_type).strip("()").removeprefix("see "))
     text = (DOCS / "errors.md").read_text()
-    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, ray_session.INTERRUPTED):
+    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, INTERRUPTED):
         assert f"\n| {status} | " in text
 
 
@@ -170,7 +170,7 @@ def test_every_error_type_and_exit_status_is_explained() -> None:
         (ConfigError("x", code=ErrorCode.OUTPUT_BUSY), "errors.md#another-run-writes-there"),
         (ConfigError("'a' is not of the form key=value"), "errors.md#2-wrong-configuration"),
         (Stopped("x", code=ErrorCode.KEY_REFUSED), "errors.md#auth"),
-        (why_stop(compose(["run.max_errors=12"]), RunStatus(failed=12)), "errors.md#too-many-failed-rows"),
+        (stop_reason(compose(["run.max_errors=12"]).run, RunStatus(failed=12)), "errors.md#too-many-failed-rows"),
         (Stopped("something new; the same command goes on from here"), "errors.md#4-stopped-early"),
     ],
 )  # fmt: skip

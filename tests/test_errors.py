@@ -11,7 +11,7 @@ import pytest
 
 from engines.errors import ConfigError, EaglerayError, EngineError, ErrorCode, ErrorType, Outage, docs_link
 from pipeline.errors import EnginesDied, Interrupted, Stopped
-from tests.pages import leads_somewhere
+from tests.support.pages import leads_somewhere
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("engines", "pipeline", "jobs")
