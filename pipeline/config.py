@@ -202,10 +202,6 @@ class Config:
                 check_schema(json_schema_of(response_format))
             except EngineError as error:
                 raise ConfigError(f"generation.response_format: {error}") from None
-        if self.output.columns is not None:
-            from pipeline.output.answer_columns import plan_answer_columns  # pyarrow
-
-            plan_answer_columns(self.output.columns, response_format)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

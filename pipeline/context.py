@@ -18,6 +18,7 @@ from pipeline.executors.live.cluster import RayCluster
 from pipeline.executors.live.placement import Placement, placement
 from pipeline.monitor.run_state import RunState
 from pipeline.monitor.traces import RunSpan, Trace
+from pipeline.output.answer_columns import plan_answer_columns
 from pipeline.output.cost import old_costs
 from pipeline.output.ownership import Ownership
 from pipeline.storage.filesystem import resolve
@@ -64,6 +65,7 @@ def resolve_context(config: Config, console: Console, step: str = "") -> RunCont
     placed = placement(config.hardware, config.engine)
     fs, root = resolve(str(config.output.path))
     params, dataset = config.params(), config.dataset
+    plan_answer_columns(config.output.columns, params.response_format)  # raises before anything starts
     parser = RowParser(dataset.format, dataset.columns, dataset.template)
     row_reader = RowReader(parser, RequestHasher(config.engine, params), dataset.max_row_bytes)
     output = Ownership.look(config, fs, root)
