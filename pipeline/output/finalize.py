@@ -31,7 +31,7 @@ from pipeline.tasks import TaskRunner
 
 @dataclass(slots=True)
 class WrittenOutput:
-    """What all jobs wrote."""
+    """The results of all jobs together."""
 
     used: npt.NDArray[np.bool_]  # for each request of the index: an input row has it
     rows: int = 0
@@ -63,7 +63,8 @@ def finalize(
     output = context.config.output
     jobs = plan_jobs(inputs.splits, summaries)
     if foreign := context.output.intend(part_names(jobs, output.format)):
-        raise Stopped(f"{context.output.in_the_way(foreign)}; the same command goes on from here")
+        text = f"{context.output.in_the_way(foreign)}; the same command goes on from here"
+        raise Stopped(text, code=ErrorCode.FILE_IN_THE_WAY)
     # No reader may trust the files until the manifest is written again.
     if exists(context.fs, f"{context.root}/{MANIFEST}"):
         context.fs.delete_file(f"{context.root}/{MANIFEST}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 
 from engines.types import answer
@@ -14,7 +13,7 @@ from pipeline.output.answer_columns import answer_arrays
 from pipeline.output.answers import FoundAnswers
 from pipeline.output.input_rows import InputRows
 from pipeline.output.plan import OutputColumns
-from pipeline.storage.exact_json import dumps
+from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.ledger import ERROR
 
 
@@ -51,18 +50,18 @@ def error_table(rows: InputRows, own: pa.Table, answers: FoundAnswers, columns: 
 
 def _messages(rows: InputRows, completions: pa.Table) -> pa.Array:
     """The conversations, with the answers appended."""
-    names = ("dialogue", "response", "tool_calls", "error")
+    names = ("dialogue", "response", "tool_calls", "message_fields", "error")
     given = zip(rows.messages, *(completions[name].to_pylist() for name in names), strict=True)
-    texts = [_with_answer(messages, turns, text, calls, error is None) for messages, turns, text, calls, error in given]
+    texts = [_with_answer(*values, error is None) for *values, error in given]
     return pa.array(texts, pa.string())
 
 
 def _with_answer(
-    messages: bytes | None, dialogue: str | None, text: str | None, calls: str | None, answered: bool
+    messages: bytes | None, dialogue: str | None, text: str | None, calls: str | None, more: str | None, answered: bool
 ) -> bytes | None:
     if messages is not None and dialogue is not None:
         messages = messages[:-1] + b"," + dialogue[1:].encode()
     if messages is None or not answered:
         return messages
-    reply = dumps(answer(text, orjson.loads(calls) if calls else None))
+    reply = dumps({**answer(text, loads(calls.encode()) if calls else None), **(loads(more.encode()) if more else {})})
     return messages[:-1] + b"," + reply + b"]"

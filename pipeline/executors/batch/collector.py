@@ -34,7 +34,7 @@ SEGMENT_ROWS, SEGMENT_BYTES = 5_000, 32 << 20
 
 @dataclass(slots=True)
 class _Counts:
-    """What a file of results holds."""
+    """The lines of a file of results."""
 
     lines: int = 0
     answers: int = 0  # lines without an error
@@ -112,9 +112,9 @@ class BatchCollector:
         # An answer that cannot be read is paid, and its usage is not known.
         used, answered = Usage(known=isinstance(outcome, EngineError)), None
         try:
-            completion = engine.read(outcome)
-            used, answered = completion.usage, completion.model
             generation = self.session.generation.override(loads((own or "{}").encode()))
+            completion = engine.read(outcome, generation.n)
+            used, answered = completion.usage, completion.model
             if wrong := first_schema_error(completion, generation, batch.tries - 1):
                 raise wrong
         except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
