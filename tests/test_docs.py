@@ -20,6 +20,7 @@ from jobs.compose import compose
 from jobs.guide import MISTAKES, STOPS, anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
+from pipeline.executors.live.ray_session import INTERRUPTED
 from tests.pages import CONFIGURED, PAGES, ROOT, Block, Command, anchors, blocks, commands, generator, links
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -107,6 +108,22 @@ def test_every_page_is_in_the_readme() -> None:
     assert {page.resolve() for page in DOCS.glob("*.md")} <= linked
 
 
+# A file that adding-an-engine.md tells its reader to write.
+WRITTEN = {"engines/parrot.py", "conf/engine/parrot.yaml"}
+
+
+def test_every_file_and_directory_of_ours_that_a_page_names_exists() -> None:
+    named = set()
+    for page in (*PAGES, ROOT / "CHANGELOG.md"):
+        for path in re.findall(r"`((?:engines|pipeline|jobs|conf|tests|bench|docs)/[\w./-]+)`", page.read_text()):
+            if path not in WRITTEN:
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
+                named.add(path)
+        for name in re.findall(r"`(\w+\.py)`", page.read_text()):
+            assert any(list((ROOT / room).rglob(name)) for room in ("engines", "pipeline", "jobs")), f"{page.name}: {name}"
+    assert len([path for path in named if path.startswith(("engines/", "pipeline/"))]) > 40
+
+
 @pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page) if b.language == "yaml"], ids=str)
 def test_yaml_is_yaml(block: Block) -> None:
     assert isinstance(yaml.safe_load(block.text), dict)
@@ -132,7 +149,7 @@ def test_every_error_type_and_exit_status_is_explained() -> None:
         assert error_type in found
         assert leads_somewhere(see_type(error_type).strip("()").removeprefix("see "))
     text = (DOCS / "errors.md").read_text()
-    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, run.INTERRUPTED):
+    for status in (run.OK, run.BUG, run.WRONG, run.WITH_FAILURES, run.STOPPED, INTERRUPTED):
         assert f"\n| {status} | " in text
 
 
