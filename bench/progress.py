@@ -13,9 +13,10 @@ from rich.console import Console
 
 from engines.errors import EaglerayError
 from jobs.compose import compose
-from pipeline import run as run_module
+from pipeline.executors.live import live
 from pipeline.monitor.progress import RunProgress
 from pipeline.monitor.status import RunStatus
+from pipeline.run import run
 
 ROWS, AT = 4000, 0.35
 SVG = Path(__file__).parent.parent / "docs" / "progress.svg"
@@ -37,9 +38,9 @@ SVG_OF: list[str] = []
 
 
 def main() -> None:
-    from tests.provider_server import ProviderServer, by_hash
+    from tests.support.provider_server import ProviderServer, by_hash
 
-    run_module.RunProgress = Kept  # type: ignore[misc]
+    live.RunProgress = Kept  # type: ignore[misc]
     os.environ["OPENAI_API_KEY"] = "not-a-key"
     with tempfile.TemporaryDirectory() as folder, ProviderServer(latency_s=0.5, fault=by_hash(0.02, ("429",))) as server:
         data = Path(folder) / "in.jsonl"
@@ -52,7 +53,7 @@ def main() -> None:
             f"output.path={folder}/out",
         ]  # fmt: skip
         try:
-            run_module.run(compose(overrides), Console())
+            run(compose(overrides), Console())
         except EaglerayError as stopped:
             print(stopped)
     # Without the fonts it would fetch.

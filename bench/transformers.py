@@ -1,8 +1,8 @@
 """How much of transformers' own speed `engine=transformers` keeps: `python -m bench --only transformers`.
 
-SmolLM2-135M as a checkpoint (made by tests/checkpoint.py), bfloat16, the same model object for both sides, which take
-turns. The other side is what one would write by hand: all prompts sorted by length and cut into batches, each padded and
-given to `model.generate`.
+SmolLM2-135M as a checkpoint (made by tests/support/checkpoint.py), bfloat16, the same model object for both sides, which
+take turns. The other side is what one would write by hand: all prompts sorted by length and cut into batches, each padded
+and given to `model.generate`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from bench.llamacpp import questions
 from engines.registry import load_engine
-from tests.checkpoint import checkpoint_dir
+from tests.support.checkpoint import checkpoint_dir
 
 
 def generate_loop(model: Any, tokenizer: Any, asked: list[str], tokens: int, batch: int) -> int:

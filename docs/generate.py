@@ -147,7 +147,7 @@ def capabilities(kind: str) -> Capabilities:
     provider = config_from_keys(kind, {}).provider
     if provider:
         return Provider.of(config_from_keys(kind, {})).capabilities()
-    module, name = REGISTRY[kind][0].split(":")
+    module, name = REGISTRY[kind].target.split(":")
     tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     for node in body:
@@ -171,7 +171,7 @@ def features() -> str:
         lacks = ", ".join(f"`{name}`" for name in GENERATION_FIELDS if name in found.unsupported) or "none"
         formats = [name for name in FORMATS if name in found.response_formats]
         shown = "all" if len(formats) == len(FORMATS) else ", ".join(f"`{name}`" for name in formats) or "none"
-        images = "depends on the model" if kind == "transformers" else _yes(found.images)
+        images = "depends on the model" if REGISTRY[kind].images_by_model else _yes(found.images)
         lines.append(f"| `{kind}` | {lacks} | {shown} | {images} | {_yes(found.row_model)} | {_yes(found.row_adapter)} |")
     return "\n".join(lines)
 
@@ -200,7 +200,7 @@ def remote() -> str:
         auth = {"google": "Google's default credentials", "aws": "AWS's credential chain", "optional": "not needed"}
         key = f"`{config.api_key_env}`" if config.api_key_env else auth[provider.auth]
         url = f"`{config.base_url}`" if config.base_url else "AWS's in `AWS_REGION`" if kind == "bedrock" else "your server"
-        name = HTTP_ENGINES.get(kind, REGISTRY[kind][0].partition(":")[2])
+        name = HTTP_ENGINES.get(kind, REGISTRY[kind].target.partition(":")[2])
         lines.append(f'| <a id="{kind}"></a>`{kind}` | `{name}` | {key} | {url} | `{provider.wire}` |')
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The configuration of an engine: its keys, its price, what it can do."""
+"""The configuration of an engine: its keys, its price, its capabilities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from engines.errors import ConfigError, EngineError, invalid, nearest
+from engines.errors import ConfigError, EngineError, invalid, must_be, nearest, unknown_key
 from engines.params import GenerationParams
 from engines.types import Request
 from engines.usage import Usage
@@ -108,7 +108,7 @@ class EngineConfig:
         },
     )
 
-    # The keywords that change what is asked or which numbers answer; the others change only how fast.
+    # The keywords that change the answer; the others change only the speed.
     ANSWER_KWARGS: ClassVar[tuple[str, ...]] = (
         "chat_template",
         "chat_template_kwargs",
@@ -153,14 +153,14 @@ class EngineConfig:
     )
 
     def identity(self) -> dict[str, Any]:
-        """What of this configuration belongs to a request's identity: never secrets, concurrency, retries or speed."""
+        """The part of this configuration that can change an answer: no secrets, no concurrency, no retries."""
         same = {
             "engine": self.kind,
             "model": self.model,
             "adapter": self.adapter,
             "revision": self.revision,
             "wire": self.provider.get("wire"),
-            # More endpoints of one service answer the same: the first names it.
+            # All endpoints of one service give the same answers: the first stands for them.
             "base_url": self.base_url[0] if isinstance(self.base_url, list) and self.base_url else self.base_url,
             "extra_body": self.extra_body or None,
             "kwargs": {k: v for k, v in self.kwargs.items() if k in self.ANSWER_KWARGS} or None,
@@ -170,7 +170,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine cannot do, so that a request is refused before anything is spent on it."""
+    """What an engine can and cannot do, so that a request is refused before it costs anything."""
 
     unsupported: frozenset[str] = frozenset()  # names of GenerationParams fields
     response_formats: frozenset[str] = frozenset(("json_object", "json_schema", "regex", "choice", "grammar"))
@@ -179,7 +179,7 @@ class Capabilities:
     row_adapter: bool = False  # a row may name another adapter
 
     def refuse(self, request: Request, config: EngineConfig) -> EngineError | None:
-        """The reason why this request cannot be served, naming the field; None where it can."""
+        """The reason why this request cannot be served, with the field's name; None if it can."""
         if reason := self.lacks(request.generation):
             return invalid(f"engine={config.kind} does not support {reason[1]} (engine.unsupported=drop leaves it out)")
         if not self.row_model and request.model not in (None, config.model):
@@ -194,7 +194,7 @@ class Capabilities:
         return None
 
     def lacks(self, generation: GenerationParams) -> tuple[str, str] | None:
-        """The first parameter that is set and not supported: its name, and what to call it. None where all are."""
+        """The first parameter that is set and not supported: its name, and how messages call it; None if there is none."""
         for name in self.unsupported:
             value = getattr(generation, name)
             if value is not None and not (name == "n" and value == 1):
@@ -205,15 +205,12 @@ class Capabilities:
         return None
 
 
-# Makes the place where an engine asks for its share of a key's limits.
+# Makes the function that an engine asks for its share of a key's limits.
 SourceOf = Callable[[EngineConfig], Any]
-
-# These hold one model: the model names in an OpenAI batch file's lines do not apply to them.
-SINGLE_MODEL_KINDS = frozenset(("llamacpp", "transformers", "vllm", "sglang_offline"))
 
 
 def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
-    """The packaged keys of an engine with `keys` laid over; an unknown one is refused with the nearest right name."""
+    """The packaged keys of an engine, replaced by `keys` where given. Raises `ConfigError` for an unknown key."""
     known = {f.name for f in fields(EngineConfig)} - {"kind"}
     for name in keys:
         if name not in known:
@@ -223,10 +220,10 @@ def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
         rates = {f.name for f in fields(Price)}
         for name, value in price.items():
             if name not in rates:
-                raise ConfigError(f"engine '{kind}' has no key 'price.{name}'{nearest(str(name), rates)}")
+                raise unknown_key(name, rates, "engine.price")
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
             if name != "as_of" and value is not None and not number:
-                raise ConfigError(f"price.{name} of engine '{kind}' must be a number of at least 0, not {value!r}")
+                raise ConfigError(must_be(f"engine.price.{name}", "a number of at least 0", value), key="engine.price")
         values["price"] = Price(**price)
     return EngineConfig(**values)
 
@@ -240,5 +237,5 @@ def _packaged_keys(kind: str) -> dict[str, Any]:
 
 
 def packaged(kind: str) -> dict[str, Any]:
-    """The keys in `conf/engine/<kind>.yaml`; none where there is no such file."""
+    """The keys in `conf/engine/<kind>.yaml`; none if there is no such file."""
     return copy.deepcopy(_packaged_keys(kind))

@@ -1,10 +1,10 @@
 """`engine=echo`: answers with the last user message. For dry runs, tests, and measuring the pipeline itself.
 
-Everything it does follows from the request alone, so two runs agree row by row. `kwargs`:
-`latency_s` (mean time an answer takes), `jitter_s` (spread evenly around it), `failure_rate` (share of requests that
+Its behaviour depends on the request alone, so two runs agree row by row. `kwargs`:
+`latency_s` (mean seconds of an answer), `jitter_s` (spread evenly around that mean), `failure_rate` (share of requests that
 fail with a `server` error), `crash_rate` (share that kill the process, as a segfault in an engine would), `crash_text` (a
 request with this text in its last user message kills the process, after `latency_s`), `slow_every` and `slow_s` (one
-request in so many takes this long: stragglers).
+request in `slow_every` takes `slow_s` seconds).
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import hashlib
 import os
 import signal
 
-from engines.base import Engine
-from engines.config import Capabilities
-from engines.errors import ConfigError, EngineError, nearest
+from engines.base import ModelEngine
+from engines.config import Capabilities, EngineConfig
+from engines.errors import ConfigError, EngineError, must_be, nearest
 from engines.types import Choice, Completion, Request, answer, text_of
 from engines.usage import Usage
 
 _DEFAULTS = {"latency_s": 0.0, "jitter_s": 0.0, "failure_rate": 0.0, "crash_rate": 0.0, "slow_every": 0.0, "slow_s": 0.0}
 
 
-class EchoEngine(Engine):
+class EchoEngine(ModelEngine):
+    """Answers with the last user message, and misbehaves as `kwargs` say."""
+
     kind = "echo"
     capabilities = Capabilities(images=True, row_model=True, row_adapter=True)
 
@@ -37,11 +39,15 @@ class EchoEngine(Engine):
             if name not in settings:
                 raise ConfigError(f"engine.kwargs.{name} is not known to engine=echo{nearest(name, settings)}")
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"engine.kwargs.{name} must be a number of at least 0, not {value!r}")
+                raise ConfigError(must_be(f"engine.kwargs.{name}", "a number of at least 0", value), key="engine.kwargs")
             settings[name] = float(value)
         self.settings = settings
-        # Nothing random to draw: answering costs no hash at all.
+        # Without settings nothing is drawn at random, so no request is hashed.
         self.plain = not any(settings.values()) and not self.crash_text
+
+    @classmethod
+    def unloaded(cls, config: EngineConfig) -> EchoEngine:
+        return cls(config)
 
     @property
     def concurrency(self) -> int:

@@ -76,6 +76,7 @@ def _look(step: str, config: Config, console: Console) -> int:
     from pipeline.dataset.keys import RequestHasher
     from pipeline.dataset.reader import RowReader
     from pipeline.executors.batch.runner import BatchRunner
+    from pipeline.output.ownership import NEW, Ownership
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
     from pipeline.storage.lock import run_lock
@@ -84,8 +85,10 @@ def _look(step: str, config: Config, console: Console) -> int:
     fs, root = resolve(str(config.output.path or "."))
     parser = RowParser(config.dataset.format, config.dataset.columns, config.dataset.template)
     row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), config.dataset.max_row_bytes)
+    # Raises where the directory is not Eagleray's. A new directory holds no batches, so nothing is locked there.
+    state = NEW if step == "list" else Ownership.look(config, fs, root).state
     with contextlib.ExitStack() as stack:
-        if step == "cancel":  # a run that waits would go on with them
+        if step == "cancel" and state != NEW:  # a run that waits would go on with the batches
             stack.enter_context(run_lock(fs, root))
         run = stack.enter_context(contextlib.closing(BatchRunner(config, fs, root, row_reader)))
         if step == "list":

@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from engines.errors import ConfigError, EngineError
+from engines.errors import ConfigError, EngineError, ErrorCode
 from jobs.compose import GROUPS, SECTIONS, as_yaml, compose, options
-from jobs.guide import see, see_type
+from jobs.guide import see
 from pipeline.config import Config, without_typed_secret
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config],
         return run(config)
     except ConfigError as error:
         text = " ".join(str(error).split())
-        print(f"eagleray: {text} {see(text)}", file=sys.stderr)
+        print(f"eagleray: {text} {see(error)}", file=sys.stderr)
         return 2
 
 
@@ -91,10 +91,10 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
     try:
         return work(console)
     except EngineError as error:  # what a provider says to a step of `eagleray batch`
-        console.print(f"[red]Stopped:[/] {escape(str(error))} {see_type(error.type)}", highlight=False)
+        console.print(f"[red]Stopped:[/] {escape(str(error))} {see(error)}", highlight=False)
         return STOPPED
     except Stopped as stop:
-        console.print(f"[red]Stopped:[/] {escape(str(stop))} {see(str(stop), stopped=True)}", highlight=False)
+        console.print(f"[red]Stopped:[/] {escape(str(stop))} {see(stop)}", highlight=False)
         return go_on(STOPPED, stop.changes)
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)
@@ -119,7 +119,8 @@ def _check_clash() -> None:
     installed = packages_distributions()
     for name in ("engines", "pipeline", "jobs", "conf"):
         for other in set(installed.get(name, ())) - {"eagleray"}:
-            raise ConfigError(f"'{other}' also installs a package '{name}': run pip uninstall {other}")
+            text = f"'{other}' also installs a package '{name}': run pip uninstall {other}"
+            raise ConfigError(text, code=ErrorCode.PACKAGE_CLASH)
 
 
 def _log_traceback() -> str:

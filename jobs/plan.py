@@ -63,25 +63,27 @@ def _plan(config: Config) -> int:
 
 def _model(config: Config, model: Any) -> list[Line]:
     from engines.errors import ConfigError
+    from engines.registry import kind_of
     from pipeline.executors.live.placement import placement
 
     engine, hardware, context = config.engine, config.hardware, model.context
     placed = placement(hardware, engine)
     gpus = sum(bundle.get("GPU", 0) for bundle in placed.bundles)
     tensor, stages = (engine.kwargs.get(f"{name}_parallel_size") or 1 for name in ("tensor", "pipeline"))
-    if engine.kind != "vllm":  # layers are spread over the GPUs
+    kind = kind_of(engine)
+    if not kind.parallel_sizes:  # layers are spread over the GPUs
         tensor, stages = 1, max(1, int(gpus))
-    on_gpu = gpus > 0 and (engine.kind != "llamacpp" or bool(engine.kwargs.get("n_gpu_layers")))
+    on_gpu = gpus > 0 and (not kind.gpu_by_layers or bool(engine.kwargs.get("n_gpu_layers")))
     place = "GPU" if on_gpu else "process"
     memory = (hardware.memory * 2**30 or _machine_memory()) / (tensor * stages)
     if on_gpu:
-        # vLLM takes its share of the whole GPU, also where it has but a part of it.
-        memory = hardware.gpu_memory * 2**30 * (1 if engine.kind == "vllm" else min(1, gpus))
+        # vLLM takes its share of the whole GPU, even if the replica reserves only a part of it.
+        memory = hardware.gpu_memory * 2**30 * (1 if kind.parallel_sizes else min(1, gpus))
     share = engine.kwargs.get("gpu_memory_utilization") or UTILIZATION
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigError(f"engine.kwargs.gpu_memory_utilization must be above 0 and at most 1, not {share!r}")
     # llama.cpp reserves the cache of all its sequences when it starts; the others share what there is.
-    needed = int(engine.kwargs.get("n_seq_max") or engine.max_concurrency or 1) if engine.kind == "llamacpp" else 1
+    needed = int(engine.kwargs.get("n_seq_max") or engine.max_concurrency or 1) if kind.reserves_sequences else 1
 
     def left(tensor: int, stages: int) -> float:
         return memory * share - model.weight_bytes / (tensor * stages)
@@ -113,7 +115,7 @@ def _model(config: Config, model: Any) -> list[Line]:
     lines.append(("memory", f"{_size(memory)} for each {place}, {share:.0%} of it used: {rest}", False))
     text = f"{found:,} sequences of {context:,} tokens at once" + (f", {needed:,} needed" if needed > 1 else "")
     lines.append(("fits", f"{'yes' if found >= needed else 'no'}: {text}", found < needed))
-    if on_gpu and engine.kind == "vllm":
+    if on_gpu and kind.parallel_sizes:
         best = next((way for way in _ways(hardware, model) if fitting(*way) >= needed), None)
         wanted = "none of these GPUs: more or larger ones, fewer bits, or a smaller engine.kwargs.max_model_len"
         if best is not None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from engines.errors import ConfigError, nearest
+from engines.errors import ConfigError, ErrorCode, nearest
 from engines.text import one_line, visible
 from pipeline.storage.exact_json import loads, plain
 from pipeline.storage.filesystem import exists, listing, resolve
@@ -81,13 +81,15 @@ def open_output(path: str) -> Output:
     if not names & {MARKER, MANIFEST, STATE, SEGMENTS, BATCHES}:
         if not names and not exists(fs, root):
             raise ConfigError(f"there is no directory {path}")
-        raise ConfigError(f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/")
+        text = f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/"
+        raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     live = held(fs, root)
     run, manifest = _json(fs, f"{root}/{STATE}"), _json(fs, f"{root}/{MANIFEST}")
     if manifest is not None and not _shaped(manifest, _MANIFEST):
-        raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's")
+        raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's", code=ErrorCode.OUTPUT_NOT_OURS)
     if run is not None and not (_shaped(run, _RUN) and _shaped(run["config"], _CONFIG) and _samples(run["recent"])):
-        raise ConfigError(f"{path}/{STATE} is not one of eagleray's: delete it, the ledger knows how the run stands")
+        text = f"{path}/{STATE} is not one of eagleray's: delete it, the ledger knows how the run stands"
+        raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     if run is not None and manifest is not None and run["started_at"] < manifest["finished_at"] and not live:
         run = None  # killed after all was done
     if run is not None and run["ended"] is None and run["host"] != socket.gethostname():

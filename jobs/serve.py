@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from jobs.infer import guarded, keys_help, start
 from pipeline.config import Config
 
@@ -23,7 +23,8 @@ def _run(config: Config, console: Console) -> int:
         import ray.serve  # noqa: F401
         import starlette  # noqa: F401
     except ImportError:
-        raise ConfigError("eagleray serve needs Ray Serve: run pip install 'eagleray[serve]'") from None
+        text = "eagleray serve needs Ray Serve: run pip install 'eagleray[serve]'"
+        raise ConfigError(text, code=ErrorCode.PACKAGE_MISSING) from None
     from pipeline.serve.server import serve_engine
 
     serve_engine(config, console)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.config import EngineConfig, key
-from engines.errors import ConfigError, EngineError, nearest
+from engines.errors import ConfigError, EngineError, ErrorCode, nearest
 from engines.fallback_prices import most_expensive
 from engines.params import GENERATION_FIELDS, GenerationParams, json_schema_of
 from engines.prices import RATES
@@ -131,8 +131,9 @@ class Config:
         try:
             return GenerationParams.parse(self.generation)
         except EngineError as error:
-            text = str(error)
-            raise ConfigError(text if text.startswith("'") else f"generation.{text}") from None
+            if error.code == ErrorCode.UNKNOWN_PARAMETER:
+                raise ConfigError(error, code=error.code, key=error.key) from None
+            raise ConfigError(f"generation.{error}", key=error.key) from None
 
     def check(self, *, runs: bool = True) -> None:
         """Raises `ConfigError` for what no type can say. What never `runs` needs neither dataset nor output."""

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
 from pipeline.config import Config
 from pipeline.dataset.formats import RowParser
@@ -135,11 +135,13 @@ def run(config: Config, console: Console, step: str = "") -> Outcome:
             if not result.missing:
                 break
             if result.missing >= missing:
-                raise Stopped(f"{result.missing:,} rows have no answer though they were asked: do all nodes see {root}?")
+                text = f"{result.missing:,} rows have no answer though they were asked: do all nodes see {root}?"
+                raise Stopped(text, code=ErrorCode.ROWS_MISSING)
             missing = result.missing
             console.print(f"{missing:,} rows have no answer yet; asking them.", highlight=False)
         else:
-            raise Stopped(f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here")
+            text = f"rows are still missing after {MAX_PASSES} passes; the same command goes on from here"
+            raise Stopped(text, code=ErrorCode.ROWS_MISSING)
         manifest = make_manifest(config, splits, fs, summaries, result, index, totals, started)
         if span is not None:
             span.rows(manifest["rows"])
@@ -163,7 +165,8 @@ def _remove(book: BatchStore, output: Ownership) -> None:
     if under_way := [batch.id or batch.name for batch in book.open]:
         raise ConfigError(
             f"run.resume=false would forget {len(under_way)} batches under way ({under_way[0]}, …): "
-            "wait for them, or end them with eagleray batch cancel"
+            "wait for them, or end them with eagleray batch cancel",
+            code=ErrorCode.BATCHES_UNDER_WAY,
         )
     output.clear()
     for batch in list(book.batches):

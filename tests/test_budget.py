@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +21,7 @@ from engines.prices import priced
 from engines.registry import REGISTRY
 from jobs.compose import compose, conf_dir
 from pipeline.errors import Stopped
-from pipeline.executors.cost_budget import FILE, CostBudget, read_spent
+from pipeline.executors.cost_budget import CostBudget, read_spent
 from pipeline.executors.live.admission import Admission
 from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.lease_table import LeaseTable
@@ -31,21 +29,17 @@ from pipeline.executors.live.queue import PendingRequest, PrefixQueue
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import resolve
-from tests.batch_server import BatchServer
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer, by_hash
+from pipeline.storage.output_files import BUDGET
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.processes import until
+from tests.support.provider_server import ProviderServer, by_hash
 
 Write = Callable[..., Path]
 PRICE = Price(3.0, None, 15.0)
 PRICED = ["engine.price.input=3", "engine.price.output=15"]
 # Answers that were made, and are billed, though nobody can read them.
 LOST = ("reset-body", "truncated", "not-json", "null")
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 def billed(server: ProviderServer) -> float:
@@ -133,13 +127,6 @@ def test_an_interrupted_run_pays_for_nothing_that_it_did_not_ask(
     assert read_spent(*resolve(str(infer.out))) == pytest.approx(billed(server))
 
 
-def until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_cheap_row_behind_a_dear_one_is_asked_first(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:
     dear = ask("x" * 400_000, id="dear")
     data = write_jsonl([dear, *(ask(f"{i}", id=f"{i}") for i in range(30))])
@@ -161,9 +148,9 @@ def test_starting_over_forgets_what_was_spent(infer: Infer, write_jsonl: Write, 
     data = write_jsonl([ask("a")])
     infer(data, *remote(server, "run.budget_usd=1"), engine="openai_compatible")
     assert read_spent(*resolve(str(infer.out))) > 0
-    assert (infer.out / FILE).exists()
+    assert (infer.out / BUDGET).exists()
     infer(data, *remote(server, "run.resume=false"), engine="openai_compatible")
-    assert not (infer.out / FILE).exists()
+    assert not (infer.out / BUDGET).exists()
 
 
 def test_batches_are_cut_and_submitted_within_the_budget(
@@ -313,11 +300,11 @@ def test_turns_and_further_tries_of_a_shape_are_reserved_too() -> None:
     engine = EngineConfig("echo", price=Price(0.0, None, 1e6))  # a dollar an output token
     budget = CostBudget(1e9, engine, GenerationParams(max_tokens=10), spent=0.0)
     shape = {"type": "object", "properties": {}}
-    plain, script, shaped = (
+    plain, multi_turn, shaped = (
         budget.max_cost(dumps({"messages": [], **more}))
         for more in ({}, {"turns": ["a", "b"]}, {"generation": {"response_format": shape, "schema_retries": 3}})
     )
-    assert (plain, script, shaped) == (10, 30, 40)
+    assert (plain, multi_turn, shaped) == (10, 30, 40)
 
 
 def test_what_was_reserved_and_given_back_is_nothing() -> None:

@@ -14,7 +14,7 @@ from jobs import cli, infer
 from jobs.cli import JOBS
 from jobs.compose import compose
 from pipeline.config import known_keys
-from tests.conftest import ask
+from tests.support.infer import ask
 
 GOOD = ["engine=echo", "dataset.path=in.jsonl", "output.path=out"]
 

@@ -117,7 +117,7 @@ class Cluster:
     def check(self, worker: Process, lease: Lease) -> None:
         holders = [other for other in self.workers for row in (*other.waiting, *other.inside) if row[2] in lease.ids]
         assert not holders, "a row is lent twice at a time"
-        assert not lease.alone or not worker.held, "a trial has company"
+        assert not lease.alone or not worker.held, "a trial is not alone"
 
     def progress(self, worker: Process, row: Row) -> None:
         if row[2] in self.poison:

@@ -25,7 +25,7 @@ FOREIGN = {
 }  # fmt: skip
 
 
-def book(folder: Path) -> BatchStore:
+def store_of(folder: Path) -> BatchStore:
     return BatchStore(pafs.LocalFileSystem(), str(folder))
 
 
@@ -37,14 +37,14 @@ def batch_file(folder: Path, text: str) -> Path:
 
 
 def test_files_among_the_batches_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
-    made = book(tmp_path)
+    made = store_of(tmp_path)
     made.save(Batch(OURS, "m", 1, 1, {}, state="fetched"))
     for name, text in FOREIGN.items():
         (tmp_path / "_batches" / name).write_text(text)
     leftovers = [f"{OURS}.jsonl", f"{OURS}.parquet", f".{'0' * 32}.tmp"]
     for name in leftovers:  # of a batch that is done, and of a write that was killed
         (tmp_path / "_batches" / name).write_text("")
-    found = book(tmp_path)
+    found = store_of(tmp_path)
     assert [batch.name for batch in found.batches] == [OURS]
     found.sweep()
     assert {path.name for path in (tmp_path / "_batches").iterdir()} == {*FOREIGN, f"{OURS}.json"}
@@ -60,14 +60,14 @@ def test_a_damaged_batch_is_an_error_that_names_its_file(tmp_path: Path, text: s
     with pytest.raises(
         ConfigError, match=r"_batches/eagleray-0123abcd-00001\.json cannot be read: .*paid.*delete"
     ) as error:
-        book(tmp_path)
+        store_of(tmp_path)
     assert "\n" not in str(error.value)
     assert file.read_text() == text
 
 
 @pytest.mark.parametrize("content", [None, "not parquet", "other columns"])
 def test_damaged_keys_of_a_batch_are_an_error_that_names_their_file(tmp_path: Path, content: str | None) -> None:
-    found = book(tmp_path)
+    found = store_of(tmp_path)
     batch = Batch(OURS, "m", 1, 1, {}, state="submitted", id="batch_7")
     found.save(batch)
     path = tmp_path / "_batches" / f"{OURS}.parquet"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engines import Engine, load_engine
-from tests.checkpoint import adapter_dir, checkpoint_dir, gguf_path
+from tests.support.checkpoint import adapter_dir, checkpoint_dir, gguf_path
 
 pytestmark = pytest.mark.gpu
 

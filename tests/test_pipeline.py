@@ -16,7 +16,7 @@ from pipeline.executors.live import live
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import list_segments
 from pipeline.storage.ledger_index import read_index
-from tests.conftest import Infer, ask
+from tests.support.infer import Infer, ask
 
 Write = Callable[..., Path]
 

@@ -17,8 +17,8 @@ from engines.config import EngineConfig
 from engines.local.memory_estimate import Footprint, footprint, prompts, weights_bytes
 from engines.params import GenerationParams
 from jobs import plan
-from tests.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401
-from tests.conftest import ask
+from tests.support.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401
+from tests.support.infer import ask
 
 # Oumi's table of hardware: billions of parameters, GB in BF16, GB in Q4.
 TABLE = [(1, 2, 0.5), (3, 6, 1.5), (7, 14, 3.5), (13, 26, 6.5), (33, 66, 16.5), (70, 140, 35)]

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from engines.errors import ConfigError
 from jobs.compose import compose
 from pipeline.run import Outcome, run
 from pipeline.storage.lock import held, run_lock
-from tests.checkpoint import smollm2_checkpoint  # noqa: F401
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.checkpoint import smollm2_checkpoint  # noqa: F401
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
@@ -48,12 +48,6 @@ def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dry:
     # Whether packages and keys are missing is certain only where Ray is started here.
     monkeypatch.setattr("pipeline.preflight.checks.joins_a_cluster", lambda: False)
     return Dry(tmp_path / "out")
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 OPENAI = ["engine=openai", "engine.model=gpt-4o-mini"]

@@ -29,9 +29,9 @@ from engines.remote.concurrency import AdaptiveSemaphore, RetryBudget
 from engines.remote.errors import failure, observed, retry_after
 from engines.remote.rate_limits import SLACK_S, Limits, RateLimiter, Reservation, ReserveRequest
 from engines.types import Request, to_request
-from tests.conftest import ask
-from tests.google_account import google_account
-from tests.provider_server import PASSING, STATUSES, ProviderServer
+from tests.support.google_account import google_account
+from tests.support.infer import ask
+from tests.support.provider_server import PASSING, STATUSES, ProviderServer
 
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
 WIRES = ["openai_compatible", "anthropic", "bedrock"]
@@ -46,12 +46,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 Load = Callable[..., Engine]
@@ -205,20 +199,20 @@ def test_other_errors_do_not_shrink_it(server: ProviderServer, load: Load) -> No
 @given(maximum=st.integers(1, 9), steps=st.lists(st.sampled_from(["take", "answer", "overload"]), max_size=60))
 def test_slots_are_never_more_than_their_limit(maximum: int, steps: list[str]) -> None:
     async def go() -> None:
-        slots, took = AdaptiveSemaphore(maximum), list[asyncio.Task[None]]()
+        semaphore, took = AdaptiveSemaphore(maximum), list[asyncio.Task[None]]()
         for step in steps:
             if step == "take":
-                took.append(asyncio.create_task(slots.take()))
-            elif slots.used:
+                took.append(asyncio.create_task(semaphore.take()))
+            elif semaphore.used:
                 if step == "answer":
-                    slots.answered()
+                    semaphore.answered()
                 else:
-                    slots.overloaded(time.monotonic())
-                slots.release()
-            before = slots.used
+                    semaphore.overloaded(time.monotonic())
+                semaphore.release()
+            before = semaphore.used
             await asyncio.sleep(0)
-            assert 1 <= slots.limit <= maximum
-            assert slots.used <= max(before, int(slots.limit))
+            assert 1 <= semaphore.limit <= maximum
+            assert semaphore.used <= max(before, int(semaphore.limit))
         for task in took:
             task.cancel()
 
@@ -309,17 +303,17 @@ def test_drain_gives_back_what_waits(server: ProviderServer, load: Load) -> None
 def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late: list[float], dies: bool) -> None:
     """A client that always wants to send, and is late by anything up to the slack."""
     now = [0.0]
-    budget = RateLimiter({"requests": rate}, clock=lambda: now[0])
+    limiter = RateLimiter({"requests": rate}, clock=lambda: now[0])
     sent: list[tuple[float, int]] = []
     step = 0
     while now[0] < 130:
-        grant = budget.ask([(1.0, 1.0)] * 512)
-        if grant.granted:
-            sent.append((now[0], grant.granted))
-        now[0] += max(grant.wait_s, 0.02) + late[step % len(late)] * (step % 3 == 0)
+        reservation = limiter.reserve([(1.0, 1.0)] * 512)
+        if reservation.granted:
+            sent.append((now[0], reservation.granted))
+        now[0] += max(reservation.wait_s, 0.02) + late[step % len(late)] * (step % 3 == 0)
         step += 1
         if dies and step == 50:
-            budget = RateLimiter({"requests": rate}, clock=lambda: now[0])
+            limiter = RateLimiter({"requests": rate}, clock=lambda: now[0])
     for begin, _ in sent:
         assert sum(count for at, count in sent if begin <= at < begin + 60) <= rate + (dies and rate * SLACK_S / 60 + 1)
     if not dies and not any(late):
@@ -328,23 +322,23 @@ def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late:
 
 def test_tokens_are_reserved_and_given_back() -> None:
     now = [0.0]
-    budget = RateLimiter({"output_tokens": 6100}, clock=lambda: now[0])  # 100 a second
-    assert budget.ask([(10, 1000)]).granted == 1
-    held = budget.ask([(10, 1000)])
+    limiter = RateLimiter({"output_tokens": 6100}, clock=lambda: now[0])  # 100 a second
+    assert limiter.reserve([(10, 1000)]).granted == 1
+    held = limiter.reserve([(10, 1000)])
     assert held.granted == 0
     assert 8 < held.wait_s < 11
     now[0] += 0.11
-    assert budget.ask([(10, 1000)], back=(0, 990)).granted == 1  # the first had used 10 only, a tenth of a second
+    assert limiter.reserve([(10, 1000)], back=(0, 990)).granted == 1  # the first had used 10 only, a tenth of a second
 
 
 def test_a_lower_limit_in_the_headers_counts_and_a_pause_holds_all() -> None:
     now = [0.0]
-    budget = RateLimiter({"requests": 6000}, clock=lambda: now[0])
-    budget.learn({"requests": 60, "input_tokens": 1000})
-    budget.learn({"requests": 9000})
-    assert {name: rate.per_minute for name, rate in budget.rates.items()} == {"requests": 60, "input_tokens": 1000}
-    budget.pause(5)
-    assert budget.ask([(1, 1)]) == Reservation(0, 5.0)
+    limiter = RateLimiter({"requests": 6000}, clock=lambda: now[0])
+    limiter.learn({"requests": 60, "input_tokens": 1000})
+    limiter.learn({"requests": 9000})
+    assert {name: rate.per_minute for name, rate in limiter.rates.items()} == {"requests": 60, "input_tokens": 1000}
+    limiter.pause(5)
+    assert limiter.reserve([(1, 1)]) == Reservation(0, 5.0)
 
 
 def test_those_who_wait_are_served_in_their_order() -> None:

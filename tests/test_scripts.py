@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,12 @@ from jobs import plan
 from pipeline.dataset.formats import RowParser
 from pipeline.dataset.keys import RequestHasher
 from pipeline.storage.ledger import SEGMENT_SCHEMA, read_segment
-from tests.batch_server import BatchServer
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 TURNS = ["What is 7 times 6?", "And half of that?", "Thank you."]
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 def remote(server: ProviderServer, *more: str) -> list[str]:
@@ -72,7 +66,7 @@ def test_turns_are_asked_one_after_the_other_and_the_row_holds_all_of_it(
     assert json.loads(lines[0])["messages"] == dialogue and "dialogue" not in json.loads(lines[0])
 
 
-def test_an_error_ends_the_script_names_its_turn_and_keeps_what_was_said(
+def test_an_error_ends_the_turns_names_its_own_and_keeps_what_was_said(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
     server.fault = lambda text, _: "400" if text == TURNS[1] else f"answer=({text})"
@@ -133,7 +127,7 @@ def test_every_turn_is_part_of_the_identity() -> None:
 # --- engines ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_program_may_ask_a_script(server: ProviderServer) -> None:
+def test_a_program_may_ask_a_multi_turn_conversation(server: ProviderServer) -> None:
     server.fault = lambda text, _: "answer=(a)" if text == "a" else 'answer=["(b)", "(B)"]'
     with load_engine("openai_compatible", model="m", base_url=server.url) as engine:
         [completion] = engine.infer([Conversation([user("a")], turns=["b"])], {"n": 2, "max_tokens": 5})
@@ -151,7 +145,7 @@ def test_every_turn_is_in_its_shape_and_corrections_are_not_part_of_what_was_sai
     assert completion.dialogue == [said('{"n": 1}'), user("b")] and completion.text == '{"n": 2}'
 
 
-def test_a_refusal_within_a_script_ends_it(server: ProviderServer) -> None:
+def test_a_refusal_within_the_turns_ends_them(server: ProviderServer) -> None:
     server.plan["a"] = ["refusal"]
     with load_engine("openai_compatible", model="m", base_url=server.url) as engine:
         [completion] = engine.infer([{**ask("a"), "turns": ["b"]}])
@@ -159,7 +153,7 @@ def test_a_refusal_within_a_script_ends_it(server: ProviderServer) -> None:
     assert completion.error.message.startswith("turn 1 of 2: ")
 
 
-def test_a_fallback_asks_the_whole_script_itself(server: ProviderServer) -> None:
+def test_a_fallback_asks_all_turns_itself(server: ProviderServer) -> None:
     server.fault = lambda text, _: "400" if text == "b" else "answer=first"
     with ProviderServer(fault=lambda text, _: "answer=second") as other:
         second = {"engine": "openai_compatible", "model": "b", "base_url": other.url}
@@ -169,14 +163,16 @@ def test_a_fallback_asks_the_whole_script_itself(server: ProviderServer) -> None
     assert completion.attempts == 4
 
 
-def test_batch_apis_are_not_asked_scripts(infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_apis_are_not_asked_multi_turn_conversations(
+    infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     with BatchServer(delay_s=0.1) as batches:
         keys = [f"engine.base_url={batches.url}/v1", "engine.model=m", "run.mode=batch", "run.batch_poll_s=0.1"]
         infer(write_jsonl([{"turns": ["a", "b"]}, {"turns": ["a"]}]), *keys, engine="openai")
-    script, single = infer.rows()
-    assert script["error"]["type"] == "invalid_input"
-    assert "one after the other, which no batch API can do (run.mode=live does)" in script["error"]["message"]
+    multi_turn, single = infer.rows()
+    assert multi_turn["error"]["type"] == "invalid_input"
+    assert "one after the other, which no batch API can do (run.mode=live does)" in multi_turn["error"]["message"]
     assert single["response"] == "answer to: a"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import engines.remote.engine
-from engines import Completion, load_engine
+from engines import load_engine
 from engines.base import Engine
 from engines.errors import EngineError
 from engines.params import GenerationParams
@@ -17,28 +17,13 @@ from engines.remote import anthropic_messages, openai_chat
 from engines.remote.sse import SSEParser
 from engines.text import safe_prefix_length
 from engines.types import Delta, to_request
-from tests.conftest import ask
-from tests.provider_server import ProviderServer
+from tests.support.infer import ask
+from tests.support.processes import PATIENCE_S
+from tests.support.provider_server import ProviderServer
+from tests.support.streams import joined, streamed
 
 STORY = "Tell me a story about a fox."
 TEXT = "one two three four five sechs 七 8"
-
-
-def streamed(engine: Engine, text: str, row: dict[str, Any] | None = None, **generation: Any) -> tuple[Any, Completion]:
-    """The pieces, and the completion after them."""
-
-    async def read() -> list[Any]:
-        request = to_request(ask(text, **(row or {})), GenerationParams.parse(generation))
-        return [item async for item in engine.stream(request)]
-
-    *pieces, completion = asyncio.run(read())
-    assert isinstance(completion, Completion)
-    assert all(isinstance(piece, Delta) for piece in pieces)
-    return pieces, completion
-
-
-def joined(pieces: list[Delta], index: int = 0) -> str:
-    return "".join(piece.text for piece in pieces if piece.index == index)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +89,7 @@ def test_who_stops_reading_stops_the_engine(llama: Engine) -> None:
         while any(slot.running for slot in llama.semaphore):  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(read_a_little(), 60))
+    asyncio.run(asyncio.wait_for(read_a_little(), PATIENCE_S))
 
 
 def test_refusals_and_errors_are_those_of_generate(llama: Engine) -> None:
@@ -193,7 +178,7 @@ class Told:
 
 def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
     told = Told()
-    events = SSEParser(openai_chat.ChatAccumulator(), told)  # type: ignore[arg-type]
+    parser = SSEParser(openai_chat.ChatAccumulator(), told)  # type: ignore[arg-type]
     start = {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x"'}}
     deltas: list[dict[str, Any]] = [
         {"reasoning_content": "Hm"}, {"reasoning_content": "m."}, {"tool_calls": [start]},
@@ -201,12 +186,12 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
         {"tool_calls": [{"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}}]},
     ]  # fmt: skip
     for delta in deltas:
-        events.feed(b"data: " + orjson_of({"choices": [{"index": 0, "delta": delta}]}) + b"\n\n")
+        parser.feed(b"data: " + orjson_of({"choices": [{"index": 0, "delta": delta}]}) + b"\n\n")
     logprobs = {"content": [{"token": "x", "logprob": -1.0}]}
     for reason in (None, "tool_calls"):
         choice = {"index": 0, "delta": {}, "logprobs": logprobs, "finish_reason": reason}
-        events.feed(b"data:" + orjson_of({"choices": [choice]}) + b"\n\n")
-    done = openai_chat.completion(events.payload(), None)  # type: ignore[arg-type]
+        parser.feed(b"data:" + orjson_of({"choices": [choice]}) + b"\n\n")
+    done = openai_chat.completion(parser.payload(), None)  # type: ignore[arg-type]
     assert [(call["id"], call["function"]["arguments"]) for call in done.tool_calls or ()] == [
         ("a", '{"x": 1}'),
         ("b", "{}"),
@@ -217,7 +202,7 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
 
 def test_anthropics_calls_and_thoughts_are_joined() -> None:
     told = Told()
-    events = SSEParser(anthropic_messages.MessagesAccumulator(), told)  # type: ignore[arg-type]
+    parser = SSEParser(anthropic_messages.MessagesAccumulator(), told)  # type: ignore[arg-type]
     found: list[dict[str, Any]] = [
         {"type": "message_start", "message": {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}},
         {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
@@ -232,8 +217,8 @@ def test_anthropics_calls_and_thoughts_are_joined() -> None:
         {"type": "message_stop"},
     ]
     for event in found:
-        events.feed(b"event: x\ndata: " + orjson_of(event) + b"\n\n")
-    done = anthropic_messages.completion(events.payload(), None)  # type: ignore[arg-type]
+        parser.feed(b"event: x\ndata: " + orjson_of(event) + b"\n\n")
+    done = anthropic_messages.completion(parser.payload(), None)  # type: ignore[arg-type]
     assert (done.reasoning, done.text, done.finish_reason) == ("Hm.", None, "tool_calls")
     assert (done.usage.input, done.usage.output) == (7, 9)
     assert [call["function"] for call in done.tool_calls or ()] == [{"name": "f", "arguments": '{"x":1}'}]

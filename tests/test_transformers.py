@@ -1,4 +1,4 @@
-"""The transformers engine, on SmolLM2-135M as a checkpoint; float32, so that company cannot change an answer."""
+"""The transformers engine, on SmolLM2-135M as a checkpoint; float32: other rows in a batch cannot change an answer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.local.transformers import TransformersEngine
 from engines.params import GenerationParams
+from tests.support.processes import PATIENCE_S
 
 FRANCE = "What is the capital of France?"
 RAIN = "Write a haiku about rain."
@@ -98,8 +99,8 @@ def test_a_greedy_answer_is_that_of_generate(engine: TransformersEngine) -> None
 def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: TransformersEngine) -> None:
     sampling = {"temperature": 1.0, "seed": 7, "max_tokens": 16}
     alone = [one(engine, question, **sampling).text for question in QUESTIONS]
-    company = [ask("Tell me a story", temperature=0.7, top_p=0.9, max_tokens=30), ask("Why?", max_tokens=5)]
-    together = engine.infer([*company, *(ask(question, **sampling) for question in QUESTIONS)])
+    others = [ask("Tell me a story", temperature=0.7, top_p=0.9, max_tokens=30), ask("Why?", max_tokens=5)]
+    together = engine.infer([*others, *(ask(question, **sampling) for question in QUESTIONS)])
     assert [answer.text for answer in together[2:]] == alone
     assert one(engine, RAIN, **{**sampling, "seed": 8}).text != alone[1]
 
@@ -218,12 +219,14 @@ def test_penalties_and_bias_change_only_their_own_row(engine: TransformersEngine
     assert "Paris" not in (biased.text or "")
 
 
+@pytest.mark.slow
 def test_a_row_that_repacks_its_batch_keeps_its_penalties(engine: TransformersEngine) -> None:
     alone = one(engine, RAIN, max_tokens=24, frequency_penalty=1.0).text
     rows = [ask(RAIN, max_tokens=n) for n in (2, 5, 9)] + [ask(RAIN, max_tokens=24, frequency_penalty=1.0)]
     assert engine.infer(rows)[3].text == alone
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution_that_the_settings_leave(engine: TransformersEngine) -> None:
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -262,6 +265,7 @@ def test_draws_follow_the_distribution_that_the_settings_leave(engine: Transform
         assert torch.allclose(seen[top], probs[top], atol=0.03), settings
 
 
+@pytest.mark.slow
 def test_more_requests_than_a_batch_are_all_answered_long_and_short(smollm2_checkpoint: Path) -> None:
     with load(smollm2_checkpoint, max_batch_size=3) as engine:
         assert engine.concurrency == 12
@@ -440,6 +444,7 @@ def test_a_checkpoint_without_a_chat_template_is_refused(smollm2_checkpoint: Pat
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_keywords_of_the_seeds_are_accepted(smollm2_checkpoint: Path) -> None:
     with load(smollm2_checkpoint, device_map="auto", torch_dtype="float16", max_position_embeddings=64) as engine:
         assert engine.model.dtype == torch.float16
@@ -453,8 +458,9 @@ def test_four_bits_without_bitsandbytes_say_what_to_install(smollm2_checkpoint: 
         load(smollm2_checkpoint, load_in_4bit=True)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_loads_by_the_librarys_own_keyword() -> None:
-    from tests.checkpoint import gguf_path
+    from tests.support.checkpoint import gguf_path
 
     with load(gguf_path().parent, gguf_file=gguf_path().name) as engine:
         assert one(engine, FRANCE).text == "The capital of France is Paris."
@@ -508,7 +514,7 @@ def test_a_cancelled_request_leaves_its_batch_and_the_others_stay(engine: Transf
         with pytest.raises(asyncio.CancelledError):
             await lost
         # The engine would be busy for minutes if the cancelled row were still decoded.
-        await asyncio.wait_for(engine.generate(request("Hi", max_tokens=2)), 30)
+        await asyncio.wait_for(engine.generate(request("Hi", max_tokens=2)), PATIENCE_S)
         return answer
 
     assert asyncio.run(both()).text == "The capital of France is Paris."
@@ -566,6 +572,7 @@ def test_continuous_batching_answers_as_the_engines_own_batches_do(
     assert {c.finish_reason for c in own} == {"stop", "length"}
 
 
+@pytest.mark.slow
 def test_rows_beyond_continuous_batching_go_with_the_engines_own_batches_beside_it(
     engine: TransformersEngine, continuous: TransformersEngine
 ) -> None:
@@ -582,6 +589,7 @@ def test_rows_beyond_continuous_batching_go_with_the_engines_own_batches_beside_
     assert [theirs[i].text for i in same] == [own[i].text for i in same]
 
 
+@pytest.mark.slow
 def test_the_first_rows_settings_are_those_of_continuous_batching(smollm2_checkpoint: Path) -> None:
     with load(smollm2_checkpoint, continuous_batching=BLOCKS) as engine:
         drawn = engine.infer([ask(RAIN, max_tokens=8, temperature=1.5, top_k=50, n=2) for _ in range(3)])
@@ -591,6 +599,7 @@ def test_the_first_rows_settings_are_those_of_continuous_batching(smollm2_checkp
         assert taken(engine) == 6
 
 
+@pytest.mark.slow
 def test_what_continuous_batching_has_no_room_for_or_fails_at_is_answered_all_the_same(
     smollm2_checkpoint: Path, engine: TransformersEngine
 ) -> None:
@@ -608,6 +617,7 @@ def test_what_continuous_batching_has_no_room_for_or_fails_at_is_answered_all_th
         assert one(small, RAIN, max_tokens=8).text == found[0].text
 
 
+@pytest.mark.slow
 def test_cancelled_rows_leave_continuous_batching_and_closing_ends_the_rest(smollm2_checkpoint: Path) -> None:
     engine = load(smollm2_checkpoint, continuous_batching=BLOCKS)
 

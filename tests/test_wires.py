@@ -424,8 +424,8 @@ def test_unsupported_drop_leaves_out_with_a_warning(monkeypatch: pytest.MonkeyPa
         asked = Request([{"role": "user", "content": "a"}], GenerationParams(temperature=0.5, top_k=3, max_tokens=5))
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            left = engine._without_unsupported(asked, engine.capabilities_for(asked))
-            engine._without_unsupported(asked, engine.capabilities_for(asked))
+            left = engine.prepared(asked)
+            engine.prepared(asked)
         assert left.generation.given() == {"max_tokens": 5}
         assert sorted(str(warning.message).split(" ")[4] for warning in told) == [
             "generation.temperature:",

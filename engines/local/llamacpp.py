@@ -75,7 +75,7 @@ from engines.local.gguf import (
 import llama_cpp as L
 from llguidance.llamacpp import lltokenizer_from_vocab
 
-from engines.base import Engine
+from engines.base import ModelEngine
 from engines.errors import ConfigError, EngineError, invalid
 from engines.local.chat_template import ChatTemplate
 from engines.local.grammar import Grammars
@@ -161,7 +161,7 @@ def _common(a: list[int], b: list[int]) -> int:
 # --- The engine -------------------------------------------------------------------------------------------------------
 
 
-class LlamaCppEngine(Engine):
+class LlamaCppEngine(ModelEngine):
     kind = "llamacpp"
 
     # llama.cpp's own objects are pointers without a type

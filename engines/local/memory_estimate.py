@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines.config import SINGLE_MODEL_KINDS, EngineConfig
+from engines.config import EngineConfig
 from engines.errors import ConfigError
 from engines.local.chat_template import ChatTemplate
 from engines.params import GenerationParams
+from engines.registry import kind_of
+from engines.rendering import render_messages
 from engines.text import one_line
-from engines.types import Message
+from engines.types import Message, Request
 
 # Their feed-forward layers have two matrices; everybody else's have three.
 # One layer in so many sees everything, where the config does not say so.
@@ -72,6 +74,10 @@ class Prompts:
         tools = params.tools if params.tool_choice != "none" else None
         return self.template.render(messages, tools, params.reasoning_effort)
 
+    def render_request(self, request: Request) -> str:
+        """The request as text, for people: the prompt that the model gets, and its parameters."""
+        return render_messages(request, self.text(request.messages, request.generation))
+
     def count(self, messages: list[Message], params: GenerationParams) -> int:
         return len(self.tokenize(self.text(messages, params)))
 
@@ -103,11 +109,11 @@ def prompts(config: EngineConfig) -> Prompts | None:
 
 
 def holds_model(config: EngineConfig) -> bool:
-    return config.kind in SINGLE_MODEL_KINDS and not config.provider
+    return kind_of(config).holds_model
 
 
 def _is_gguf(config: EngineConfig) -> bool:
-    return config.kind == "llamacpp" or str(config.model).endswith(".gguf")
+    return kind_of(config).gguf_only or str(config.model).endswith(".gguf")
 
 
 def _gguf_metadata(config: EngineConfig) -> Any:
@@ -132,7 +138,7 @@ def _of_gguf(config: EngineConfig) -> Footprint:
         number(f"attention.{name}_length", width) * _ggml_bits(kwargs.get(f"type_{name[0]}")) for name in ("key", "value")
     )
     trained, kind = int(number("context_length")), requantize_to(config)
-    own = config.kind == "llamacpp"  # vLLM takes GGUF files too
+    own = kind_of(config).gguf_only  # vLLM takes GGUF files too
     return Footprint(
         metadata.parameters,
         heads,
@@ -160,7 +166,7 @@ def _of_checkpoint(config: EngineConfig) -> Footprint:
     stored = _stored(path.parent, config)
     names = (kwargs.get("dtype"), kwargs.get("torch_dtype"), given.get("dtype"), given.get("torch_dtype"))
     dtype = next((name for name in names if isinstance(name, str) and name != "auto"), None)
-    if config.kind == "vllm" and kwargs.get("dtype") in (None, "auto") and dtype in ("float32", "float"):
+    if kind_of(config).no_float32 and kwargs.get("dtype") in (None, "auto") and dtype in ("float32", "float"):
         dtype = "bfloat16"  # what vLLM makes of it
     dtype = dtype or (stored.most_common(1)[0][0] if stored else "16-bit numbers, it is assumed")
     packed = _quantised(given.get("quantization_config"))

@@ -45,7 +45,7 @@ import transformers
 from llguidance.hf import from_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from engines.base import Engine
+from engines.base import ModelEngine
 from engines.config import Capabilities
 from engines.errors import ConfigError, EngineError, invalid
 from engines.local.continuous_batching import Continuous
@@ -77,7 +77,7 @@ _MODEL_KWARGS = {"torch_dtype", "dtype", "device_map", "max_memory", "offload_fo
 _MODEL_KWARGS |= {"attn_implementation", "quantization_config", "use_safetensors", "weights_only", "use_kernels"}
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(ModelEngine):
     kind = "transformers"
     capabilities = Capabilities(response_formats=frozenset(("json_object", "json_schema", "regex", "choice")))
 

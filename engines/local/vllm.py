@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncEngineArgs, AsyncLLM
 
-from engines.base import Engine
+from engines.base import ModelEngine
 from engines.config import Capabilities
 from engines.errors import ConfigError, EngineError, invalid, nearest
 from engines.local import process_guard
@@ -94,7 +94,7 @@ class AdapterGate:
         self.waiting[self.side].clear()
 
 
-class VLLMEngine(Engine):
+class VLLMEngine(ModelEngine):
     """One model, on as many GPUs as its parallel sizes say; adapters may differ from row to row."""
 
     kind = "vllm"

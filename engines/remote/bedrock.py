@@ -13,6 +13,7 @@ from engines.remote.auth import Auth
 from engines.remote.concurrency import Endpoint, EndpointPool
 from engines.remote.engine import RemoteEngine
 from engines.remote.errors import failure
+from engines.rendering import render_http
 from engines.types import Completion, Request
 
 
@@ -49,6 +50,11 @@ class BedrockEngine(RemoteEngine):
         self.endpoints = EndpointPool([self.client.meta.endpoint_url])
         self.headers: dict[str, str] = {}
         self.threads = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="bedrock")
+
+    def render_request(self, request: Request) -> str:
+        body = self.body(self.prepared(request))  # boto3 signs it and moves the model into the URL
+        url = f"{self.endpoints.urls[0]}/model/{body.pop('modelId')}/converse"
+        return render_http(url, {"authorization": "AWS4-HMAC-SHA256 ***"}, body)
 
     def encode(self, body: dict[str, Any]) -> tuple[Any, int]:
         return body, len(str(body["messages"])) + len(str(body.get("system", "")))

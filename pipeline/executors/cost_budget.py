@@ -22,6 +22,7 @@ from engines.config import EngineConfig, Price
 from engines.errors import ConfigError, EngineError
 from engines.fallback_prices import most_expensive
 from engines.params import GenerationParams
+from engines.registry import kind_of
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, Request
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps, loads
@@ -53,7 +54,7 @@ class CostBudget:
         self.prices: dict[Any, Price] = {None: self.price, engine.model: self.price}
         self.share, self.first_share = share, first_share
         bound = (engine.provider.get("defaults") or {}).get("max_tokens")
-        self.bound = bound or (None if engine.provider or engine.kind == "echo" else DEFAULT_MAX_TOKENS)
+        self.bound = bound or (DEFAULT_MAX_TOKENS if kind_of(engine).holds_model else None)
         self.spent, self.reserved, self.written = spent, 0.0, spent
         self.overhead = shared_bytes(params)
         self.seen = UsageStats()

@@ -72,7 +72,7 @@ class DatasetEstimate:
             keys = {id(item): item.key for item in items if item.key}
             answered = set(compress(keys, known.find(list(keys.values())) >= 0)) if known is not None else set()
             for item in items:
-                if self.rows >= most or (self.rows % 32 == 0 and time.monotonic() > until):
+                if self.rows >= most or (self.rows and self.rows % 32 == 0 and time.monotonic() > until):
                     self.whole = False
                     return self
                 self.rows += 1

@@ -1,4 +1,4 @@
-"""From an engine to its provider's batch API."""
+"""Finds the batch API of an engine's provider."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from engines.config import packaged
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from engines.remote.batch.anthropic import AnthropicBatches
 from engines.remote.batch.client import BatchEngine, BatchWire, Client
 from engines.remote.batch.fireworks import FireworksBatches
@@ -28,7 +28,7 @@ WIRES: dict[str, type[BatchWire]] = {
 
 
 def wire_of(engine: Any) -> tuple[BatchEngine, BatchWire]:
-    """The engine's batch API. Raises `ConfigError`, naming those that have one, where there is none."""
+    """The engine's batch API. Raises `ConfigError` if there is none."""
     provider = getattr(engine, "provider", None)  # only remote engines have one
     if provider is None or not provider.batch:
         raise no_batch_api(engine.config.kind)
@@ -47,11 +47,12 @@ def wire_of(engine: Any) -> tuple[BatchEngine, BatchWire]:
 
 
 def no_batch_api(kind: str) -> ConfigError:
-    """What to say of an engine without one."""
+    """The error for an engine without a batch API; it names those that have one."""
     names = [file.name for file in (importlib.resources.files("conf") / "engine").iterdir()]
     kinds = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
     able = ", ".join(kind for kind in kinds if packaged(kind).get("provider", {}).get("batch"))
-    return ConfigError(f"engine={kind} has no batch API; these have one: {able}")
+    text = f"engine={kind} has no batch API; these have one: {able}"
+    return ConfigError(text, code=ErrorCode.NO_BATCH_API)
 
 
 def encoded(wire: BatchWire, custom_id: str, body: dict[str, Any], engine: BatchEngine) -> bytes:

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from rich.console import Console
 
-from engines.errors import ConfigError, EngineError, Failure
-from engines.registry import engine_class
+from engines.errors import ConfigError, EngineError, ErrorCode, Failure
+from engines.registry import load_engine
 from engines.remote.batch.client import BatchState, BatchStatus
 from engines.remote.batch.factory import encoded, no_batch_api, wire_of
 from engines.structured import first_schema_error
@@ -64,7 +64,7 @@ class BatchRunner:
         self.config, self.fs, self.root, self.row_reader = config, fs, root, row_reader
         if not config.engine.provider.get("batch"):
             raise no_batch_api(config.engine.kind)
-        self.engine, self.wire = wire_of(engine_class(config.engine.kind, config.engine.provider)(config.engine))
+        self.engine, self.wire = wire_of(load_engine(dataclasses.replace(config.engine, fallback=[])))
         self.generation = config.params()
         self.engine.check(self.generation)
         limits = self.engine.provider.batch
@@ -78,9 +78,8 @@ class BatchRunner:
         for batch in self.store.open:
             if names := [name for name in self.settings if batch.settings.get(name) != self.settings[name]]:
                 there = ", ".join(f"{name}={batch.settings.get(name)}" for name in names)
-                raise ConfigError(
-                    f"batches under way were made with {there}: go on with that, or choose another output.path"
-                )
+                text = f"batches under way were made with {there}: go on with that, or choose another output.path"
+                raise ConfigError(text, code=ErrorCode.BATCHES_UNDER_WAY)
         # A run that goes on counts its rounds on; a new one begins anew.
         rounds = [batch.round for batch in self.store.batches]
         self.first_round = min((b.first for b in self.store.open), default=max(rounds, default=0) + 1)
@@ -98,7 +97,7 @@ class BatchRunner:
         splits: list[ReadSplit],
         console: Console,
         interrupts: list[int],
-        why_stop: Callable[[RunStatus], str | None],
+        why_stop: Callable[[RunStatus], Stopped | None],
         step: str,
     ) -> dict[int, SplitSummary] | None:
         """Takes all rows through batches; in a `step` of "submit" or "fetch" as far as it goes now, and None where that
@@ -123,7 +122,8 @@ class BatchRunner:
                 if not rows and not self.store.open:
                     if self.left and self.budget and limits.batch_fallback != "live":
                         self.status.broke = True
-                        raise Stopped(self.budget.summary(f"{self.left:,} rows are left"), self.budget.higher)
+                        text = self.budget.summary(f"{self.left:,} rows are left")
+                        raise Stopped(text, self.budget.higher, code=ErrorCode.BUDGET_SPENT)
                     return summaries
                 failed_too = True
                 pause = POLL_FIRST_S
@@ -131,10 +131,10 @@ class BatchRunner:
                     moved = self.step()
                     progress.show(self.shown())
                     if reason := why_stop(self.status):
-                        raise Stopped(f"{reason}; {GO_ON}")
+                        raise Stopped(f"{reason}; {GO_ON}", code=reason.code)
                     for stall_reason, until in self.stalls.values():
                         if time.monotonic() > until:
-                            raise Stopped(f"{stall_reason}; {GO_ON}")
+                            raise Stopped(f"{stall_reason}; {GO_ON}", code=ErrorCode.BATCHES_UNDER_WAY)
                     pause = POLL_FIRST_S if moved else min(pause * POLL_FACTOR, limits.batch_poll_s)
                     until = time.monotonic() + (pause if self.store.open else 0)
                     if not moved and step:
@@ -255,12 +255,14 @@ class BatchRunner:
                 self._poll(batch)
         except EngineError as error:
             if error.type == "auth":
-                raise Stopped(f"the provider refuses the key ({error}); the same command goes on from here") from None
+                text = f"the provider refuses the key ({error}); the same command goes on from here"
+                raise Stopped(text, code=ErrorCode.KEY_REFUSED) from None
             if not error.retryable:
                 file = self.store.path(batch, "json")
                 reason = f"batch {batch.id or batch.name} cannot be {NEXT_STEP[batch.state]}: {error}"
                 hint = f"if the provider has it no longer, delete {file}: its rows go again"
-                raise Stopped(f"{reason} ({hint if error.type == 'not_found' else CANCEL})") from None
+                text = f"{reason} ({hint if error.type == 'not_found' else CANCEL})"
+                raise Stopped(text, code=ErrorCode.BATCHES_UNDER_WAY) from None
             self._wait_for(batch, str(error), self.config.run.max_outage_s)
             return False
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pyarrow.fs as pafs
 from rich.console import Console
 
 from engines.config import EngineConfig
-from engines.errors import EaglerayError
+from engines.errors import EaglerayError, ErrorCode
 from engines.text import one_line
 from pipeline.config import Config
 from pipeline.dataset.plan import list_splits
@@ -134,7 +135,7 @@ class LiveExecutor:
         said = False
         finished, refused = 0, 0  # rows done, and refused for the key, when a row was last done
         failure: EaglerayError | None = None  # of a replica; the others still commit what they have
-        why, ends_by = "", math.inf
+        why, code, ends_by = "", str(ErrorCode.STOPPED), math.inf
         broke: Stopped | None = None
         began = time.monotonic()
         try:
@@ -156,15 +157,18 @@ class LiveExecutor:
                         warn(console, f"No replica works yet: each asks for {wish}, and may be loading its model.")
                     if status.done > finished:
                         finished, refused = status.done, status.errors["auth"]
-                    reason = why_stop(config, status, status.errors["auth"] - refused) or (
-                        "Interrupted" if self.interrupts else failure and str(failure)
-                    )
+                    stop: EaglerayError | None = why_stop(config, status, status.errors["auth"] - refused)
+                    if stop is None and not self.interrupts:
+                        stop = failure
+                    reason = str(stop) if stop else "Interrupted" if self.interrupts else ""
                     if status.broke and budget is not None and not reason:
                         budget.spent, more = status.spent, "" if status.fed else " and those that are not read yet"
-                        broke = Stopped(budget.summary(f"{status.left:,} rows{more} are left"), budget.higher)
+                        text = budget.summary(f"{status.left:,} rows{more} are left")
+                        broke = Stopped(text, budget.higher, code=ErrorCode.BUDGET_SPENT)
                         reason = str(broke)
                     if reason and not why:
                         why, ends_by = reason, time.monotonic() + config.run.drain_s + GRACE_S
+                        code = stop.code if stop else code
                         if status.in_flight:
                             again = " (a second time ends at once)" if self.interrupts else ""
                             warn(console, f"{why}: finishing {status.in_flight} rows in flight{again}.")
@@ -181,13 +185,14 @@ class LiveExecutor:
             ray.kill(dispatcher)
             del limits
         if status.broken is not None:
-            raise Stopped(f"reading the input failed: {status.broken}")
+            raise Stopped(f"reading the input failed: {status.broken}", code=ErrorCode.INPUT_UNREADABLE)
         if failure is not None:
             raise failure
         if why:
             if self.interrupts:
                 raise Interrupted("interrupted; everything finished is kept, the same command goes on from here")
-            raise broke or Stopped(f"{why}; everything finished is kept, the same command goes on from here")
+            text = f"{why}; everything finished is kept, the same command goes on from here"
+            raise broke or Stopped(text, code=code)
         return status, summaries
 
     def finalize(self, summaries: dict[int, SplitSummary], snapshot: LedgerSnapshot) -> JobResult:
@@ -197,7 +202,8 @@ class LiveExecutor:
         config, row_reader = self.config, self.row_reader
         jobs, total = plan_jobs(self.splits, summaries), JobResult()
         if foreign := self.output.intend(part_names(jobs, config.output.format)):
-            raise Stopped(f"{self.output.in_the_way(foreign)}; the same command goes on from here")
+            text = f"{self.output.in_the_way(foreign)}; the same command goes on from here"
+            raise Stopped(text, code=ErrorCode.FILE_IN_THE_WAY)
         if exists(self.fs, f"{self.root}/{MANIFEST}"):  # until it is written again, no reader may trust the files
             self.fs.delete_file(f"{self.root}/{MANIFEST}")
         answer_columns = plan_answer_columns(config.output.columns, config.params().response_format)
@@ -223,24 +229,26 @@ class LiveExecutor:
                 if isinstance(error, RayTaskError) and not isinstance(cause, OSError):
                     raise
                 # Else the store failed, or Ray ended a process, for want of memory say.
-                raise Stopped(f"putting the output together failed: {one_line(cause)}; the same command goes on") from None
+                text = f"putting the output together failed: {one_line(cause)}; the same command goes on"
+                raise Stopped(text, code=ErrorCode.STORE_FAILED) from None
         total.used = [used]
         return total
 
 
-def why_stop(config: Config, status: RunStatus, refused: int = 0) -> str | None:
-    """The reason to stop early, or None. `refused` rows failed for the key, with none done between."""
+def why_stop(config: Config, status: RunStatus, refused: int = 0) -> Stopped | None:
+    """The reason to stop early, or None. `refused` rows in a row failed because the provider refused the key."""
+    too_many = functools.partial(Stopped, code=ErrorCode.TOO_MANY_ERRORS)
     failed, finished = status.failed + status.invalid, status.done + status.failed
     example = next(iter(status.first_errors.values()), "")
     if refused >= (REFUSALS_TO_STOP if status.done else 1):
-        return f"the provider refuses the key ({status.first_errors['auth']})"
+        return Stopped(f"the provider refuses the key ({status.first_errors['auth']})", code=ErrorCode.KEY_REFUSED)
     if config.run.max_errors is not None and failed >= config.run.max_errors:
-        return f"{failed} rows failed, run.max_errors is {config.run.max_errors} (one of them: {example})"
+        return too_many(f"{failed} rows failed, run.max_errors is {config.run.max_errors} (one of them: {example})")
     rate = config.run.max_error_rate
     if rate is not None and finished >= RATE_NEEDS_ROWS and status.failed > rate * finished:
-        return f"{status.failed} of {finished} rows failed, run.max_error_rate is {rate} (one of them: {example})"
+        return too_many(f"{status.failed} of {finished} rows failed, run.max_error_rate is {rate} (one of them: {example})")
     if rate is not None and status.read >= RATE_NEEDS_ROWS and status.invalid > rate * status.read:
-        return f"{status.invalid} of {status.read} rows cannot be read, run.max_error_rate is {rate}"
+        return too_many(f"{status.invalid} of {status.read} rows cannot be read, run.max_error_rate is {rate}")
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from engines.config import EngineConfig
 from engines.errors import ConfigError
+from engines.registry import kind_of
 from pipeline.config import HardwareConfig
 
 
@@ -54,7 +55,7 @@ def placement(hardware: HardwareConfig, engine: EngineConfig) -> Placement:
     low, high = hardware.bounds() or (1, _room(hardware, gpus))
     first = {"CPU": hardware.cpus, "GPU": gpus, "memory": float(int(hardware.memory * 2**30))}
     bundles = [first]
-    if stages > 1 and gpus > 1 and not 0 < gpus <= node and engine.kind == "vllm":  # the only one that Ray spreads
+    if stages > 1 and gpus > 1 and not 0 < gpus <= node and kind_of(engine).parallel_sizes:
         bundles = [{**first, "GPU": 1.0}, *({"GPU": 1.0} for _ in range(int(gpus) - 1))]
     labels = {str(name): str(value) for name, value in hardware.label_selector.items()}
     return Placement(low, high, tuple({k: v for k, v in bundle.items() if v} for bundle in bundles), labels)

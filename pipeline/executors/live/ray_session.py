@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from tenacity import retry, stop_after_attempt
 
-from engines.errors import ConfigError, EaglerayError
+from engines.errors import ConfigError, EaglerayError, ErrorCode
 from engines.text import one_line
 from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.placement import Placement, lack, room
@@ -45,7 +45,8 @@ def running_ray() -> Iterator[bool]:
             ray.exceptions.RayError,
         ) as error:  # no cluster there, a token it wants, another Ray version
             hint = " (where it wants a token, set RAY_AUTH_MODE=token)" if "RAY_AUTH_MODE" not in os.environ else ""
-            raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}") from None
+            text = f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}"
+            raise ConfigError(text, code=ErrorCode.NO_RAY_CLUSTER) from None
         yield False
     else:
         # Ray never removes what it wrote; a run a night would fill the disk. Kept for its logs after a bug, and after
@@ -113,7 +114,7 @@ def look_for_room(placed: Placement, own: bool, console: Console) -> None:
     nodes = ray.nodes()
     missing = lack(placed, nodes)
     if missing and own and not room(placed, nodes):
-        raise ConfigError(f"{missing} (see hardware=…)")
+        raise ConfigError(f"{missing} (see hardware=…)", code=ErrorCode.NO_ROOM)
     if missing:
         warn(console, f"{missing[0].upper()}{missing[1:]}; the rest wait for nodes to join.")
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from engines.errors import ConfigError, EngineError, Outage
+from engines.errors import ConfigError, EngineError, ErrorCode, Outage
 from engines.registry import secret_variables
 from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.engine_journal import JournalReading, remove_journals
@@ -41,6 +41,11 @@ class _Death:
     replica: ReplicaActor
     reason: str
     reading: JournalReading
+
+
+def says_node_died(text: str) -> bool:
+    """True if Ray's message says that an actor's node was lost. Ray has no error class or field for it."""
+    return "node has died" in text or "node was terminated" in text
 
 
 class ReplicaPool:
@@ -106,11 +111,12 @@ class ReplicaPool:
                 end(replica.actor, replica.group)
                 ray.get(self.dispatcher.leave.remote(replica.name))
                 if isinstance(error.cause, ConfigError):
-                    raise ConfigError(str(error.cause)) from None
+                    raise ConfigError(str(error.cause), code=error.cause.code, key=error.cause.key) from None
                 if isinstance(error.cause, Outage):
-                    raise Stopped(str(error.cause)) from None
+                    raise Stopped(str(error.cause), code=error.cause.code) from None
                 if isinstance(error.cause, OSError):
-                    raise Stopped(f"a worker could not read or write: {error.cause}") from None
+                    text = f"a worker could not read or write: {error.cause}"
+                    raise Stopped(text, code=ErrorCode.STORE_FAILED) from None
                 raise
             except RayError as error:  # it can no longer be placed, say
                 self._died(replica, str(error), status)
@@ -129,12 +135,11 @@ class ReplicaPool:
                 replica.actor.leave_nodes.remote(nodes)
 
     def _lost(self, replica: ReplicaActor, status: RunStatus) -> None:
-        self._died(replica, "node has died", status)
+        self._died(replica, "", status, node_lost=True)
 
-    def _died(self, replica: ReplicaActor, reason: str, status: RunStatus) -> None:
+    def _died(self, replica: ReplicaActor, reason: str, status: RunStatus, *, node_lost: bool = False) -> None:
         end(replica.actor, replica.group)
-        # Ray tells of a lost node, which is not its rows' fault, in this sentence only.
-        if "node has died" in reason or "node was terminated" in reason:
+        if node_lost or says_node_died(reason):  # which is not the fault of its rows
             self._leave(replica, None, None, status)
         else:
             self.deaths.append(_Death(replica, " ".join(reason.split())[:300], JournalReading(replica.journal)))

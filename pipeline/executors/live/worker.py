@@ -108,9 +108,10 @@ class Worker:
             self.spans = RequestSpans(self.config.trace, self.config.engine, self.name)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
-        engine.attach(reserve_through_ray, self.config.max_outage_s)
-        if self.config.budget:
-            engine.check_budget = self._check_budget
+        if (remote := engine.remote) is not None:
+            remote.attach(reserve_through_ray, self.config.max_outage_s)
+            if self.config.budget:
+                remote.set_budget(self._check_budget)
         with contextlib.suppress(OSError):  # without it, all rows held here are suspects if this process dies
             self.journal = EngineJournal(journal_place().path, engine.concurrency)
         slots = [asyncio.create_task(self._slot(engine, at)) for at in range(engine.concurrency)]
@@ -162,8 +163,8 @@ class Worker:
         self.idle.set()
         if self.puller is not None:
             self.puller.cancel()
-        if self.engine is not None:
-            self.engine.drain()
+        if self.engine is not None and self.engine.remote is not None:
+            self.engine.remote.drain()
 
     async def _end(self) -> None:
         self.ended = True
@@ -239,7 +240,7 @@ class Worker:
             if self.spans is not None:
                 self.spans.add(row.key, row.id, began_ns, completion)
             failed = completion.error
-            gone = engine.outage if failed is not None and failed.retryable else None
+            gone = engine.remote.outage if failed is not None and failed.retryable and engine.remote is not None else None
             if failed is not None and (gone or failed.type in ("cancelled", "engine_crash")):  # it goes back
                 self._record_tries(row, completion)
                 if failed.type == "engine_crash":
@@ -339,17 +340,18 @@ class Worker:
         if engine is None:
             return ReplicaHeartbeat()
         leaving = self.puller is not None and self.puller.done()
-        counts = engine.counts
+        remote = engine.remote
+        counts = remote.counts if remote is not None else {}
         return ReplicaHeartbeat(
             "leaving" if leaving else "working",
             self.busy,
             self.done,
-            engine.admitted,
+            remote.admitted if remote is not None else None,
             engine.config.max_concurrency or engine.concurrency,
-            counts["retried"],
-            counts["throttled"],
-            float(counts["limiter_wait_seconds"]),
-            engine.stall_reason,
+            int(counts.get("retried", 0)),
+            int(counts.get("throttled", 0)),
+            counts.get("limiter_wait_seconds", 0.0),
+            remote.stall_reason if remote is not None else "",
         )
 
     def _maybe_idle(self) -> None:
@@ -391,7 +393,8 @@ class Worker:
 
     def _report_metrics(self) -> None:
         if self.engine is not None:
-            self.metrics.record(self.unreported, self.waits, self.engine.counts, self.busy, len(self.queue))
+            counts = self.engine.remote.counts if self.engine.remote is not None else {}
+            self.metrics.record(self.unreported, self.waits, counts, self.busy, len(self.queue))
             self.unreported, self.waits = [], []
 
 
