@@ -202,7 +202,8 @@ class LiveExecutor:
         config, row_reader = self.config, self.row_reader
         jobs, total = plan_jobs(self.splits, summaries), JobResult()
         if foreign := self.output.intend(part_names(jobs, config.output.format)):
-            raise Stopped(f"{self.output.in_the_way(foreign)}; the same command goes on from here")
+            text = f"{self.output.in_the_way(foreign)}; the same command goes on from here"
+            raise Stopped(text, code=ErrorCode.FILE_IN_THE_WAY)
         if exists(self.fs, f"{self.root}/{MANIFEST}"):  # until it is written again, no reader may trust the files
             self.fs.delete_file(f"{self.root}/{MANIFEST}")
         answer_columns = plan_answer_columns(config.output.columns, config.params().response_format)
