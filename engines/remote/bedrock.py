@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from engines.errors import ConfigError, EngineError, ErrorType
-from engines.remote import bedrock_converse, openai_chat
+from engines.remote import bedrock_converse
 from engines.remote.auth import Auth
 from engines.remote.concurrency import Endpoint, EndpointPool
 from engines.remote.engine import RemoteEngine
 from engines.remote.errors import failure
+from engines.remote.wire import bad_response, check_choices
 from engines.types import Completion, Request
 
 
@@ -56,7 +57,7 @@ class BedrockEngine(RemoteEngine):
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         loop = asyncio.get_running_loop()
         payload = await loop.run_in_executor(self.threads, self._converse, content)
-        completion = bedrock_converse.completion(payload, self.provider)
+        completion = check_choices(bedrock_converse.completion(payload, self.provider), request.generation.n)
         completion.model = content["modelId"]
         return completion
 
@@ -76,7 +77,7 @@ class BedrockEngine(RemoteEngine):
         except (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError) as error:
             raise EngineError("timeout", f"no answer in time: {error}", retryable=True) from None
         except (parsers.ResponseParserError, UnicodeDecodeError) as error:
-            raise openai_chat.bad_response("the answer cannot be read", error) from None
+            raise bad_response("the answer cannot be read", error) from None
         except (exceptions.BotoCoreError, OSError) as error:
             raise EngineError("connection", " ".join(str(error).split())[:300], retryable=True) from None
 

@@ -10,7 +10,6 @@ import random
 import secrets
 import time
 import uuid
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -26,15 +25,12 @@ from engines.remote.errors import OVERLOAD, broken, failure, observed
 from engines.remote.http import Transport
 from engines.remote.provider import Provider, endpoints, merge
 from engines.remote.rate_limits import Limits
-from engines.remote.sse import SSEParser, StreamAccumulator
+from engines.remote.sse import SSEParser
+from engines.remote.wire import Wire, bad_response, check_choices
 from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
 from engines.usage import Usage
 
-WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
-ACCUMULATORS: dict[str, type[StreamAccumulator]] = {
-    "chat": openai_chat.ChatAccumulator,
-    "messages": anthropic_messages.MessagesAccumulator,
-}
+WIRES: dict[str, Wire] = {"chat": openai_chat, "messages": anthropic_messages}
 
 # Full jitter: a wait is drawn between 0 and twice as much each time, up to the most.
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
@@ -162,7 +158,7 @@ class RemoteEngine(Engine):
 
     async def _generate(self, request: Request) -> Completion:
         self._bind()
-        streams = getattr(self.wire, "STREAM", {}) if request.stream is not None else {}
+        streams = self.wire.STREAM if request.stream is not None else {}
         try:
             content, size = self.encode({**streams, **self.body(request)})
         except EngineError as error:
@@ -289,7 +285,8 @@ class RemoteEngine(Engine):
 
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         """Sends and reads. Raises `EngineError`."""
-        parser = SSEParser(ACCUMULATORS[self.provider.wire](), request.stream) if request.stream is not None else None
+        accumulator = self.wire.accumulator() if request.stream is not None else None
+        parser = SSEParser(accumulator, request.stream) if accumulator and request.stream is not None else None
         try:
             sent = {**headers, **await self.auth.headers()}
             reply = await self.transport.send("POST", endpoint.url, sent, content, parser.feed if parser else None)
@@ -318,20 +315,23 @@ class RemoteEngine(Engine):
             with contextlib.suppress(ValueError):
                 payload = orjson.loads(reply.content)
         if not isinstance(payload, dict):
-            raise self._clean(openai_chat.bad_response("the answer is not a JSON object", reply.content[:200]))
+            raise self._clean(bad_response("the answer is not a JSON object", reply.content[:200]))
         inner = payload.get("error")
         if inner and not payload.get("choices"):  # some say with a 200 that it went wrong
             code = inner.get("code") if isinstance(inner, dict) else None
             code = code if isinstance(code, int) and code >= 400 else 502
-            raise self._clean(failure(code, orjson.dumps(payload), reply.headers))
-        return self.read(payload)
+            broken_off = failure(code, orjson.dumps(payload), reply.headers)
+            if payload.get("usage"):
+                broken_off.usage = self.wire.usage(payload)
+            raise self._clean(broken_off)
+        return self.read(payload, request.generation.n)
 
-    def read(self, answer: dict[str, Any] | EngineError) -> Completion:
-        """The completion in an answer's body. Raises `EngineError` where there is none, or the one it is given."""
+    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None) -> Completion:
+        """The completion in the body of an answer, of `n` choices. Raises `EngineError` for a bad one, or the one given."""
         if isinstance(answer, EngineError):
             raise self._clean(answer)
         try:
-            completion: Completion = self.wire.completion(answer, self.provider)
+            completion = check_choices(self.wire.completion(answer, self.provider), n)
         except EngineError as error:
             raise self._clean(error) from None
         return completion

@@ -82,7 +82,7 @@ class Batches:
             if custom_id not in asked:
                 continue
             try:
-                completion = engine.read(outcome)
+                completion = engine.read(outcome, asked[custom_id].generation.n)
             except EngineError as error:
                 completion = Completion(error=Failure.of(error), usage=error.usage or Usage())
             completion.cost_usd = engine.cost(completion.usage, asked[custom_id].model, completion.model, batch=True)
