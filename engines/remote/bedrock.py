@@ -1,4 +1,4 @@
-"""`engine=bedrock`: Amazon Bedrock's Converse API through boto3, whose blocking calls run in a pool of threads."""
+"""`engine=bedrock`: Amazon Bedrock's Converse API through boto3. Its blocking calls run in a pool of threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engines.types import Completion, Request
 
 
 class BedrockEngine(RemoteEngine):
-    """Credentials come from AWS's own chain, the region from AWS_REGION or its configuration. One client a process."""
+    """Bedrock. Credentials come from AWS's own chain, the region from AWS_REGION or AWS's configuration."""
 
     kind = "bedrock"
 
@@ -35,7 +35,7 @@ class BedrockEngine(RemoteEngine):
             raise ConfigError("engine=bedrock takes one engine.base_url")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         settings = Config(
-            retries={"total_max_attempts": 1},  # ours decide
+            retries={"total_max_attempts": 1},  # `RemoteEngine` retries
             max_pool_connections=self.max_concurrency,
             connect_timeout=min(config.connect_timeout_s, config.timeout_s),
             read_timeout=config.read_timeout_s or config.timeout_s,
@@ -62,7 +62,7 @@ class BedrockEngine(RemoteEngine):
         return completion
 
     def _converse(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Raises `EngineError`."""
+        """One call of the API. Raises `EngineError`."""
         from botocore import exceptions, parsers
 
         try:
@@ -87,7 +87,7 @@ class BedrockEngine(RemoteEngine):
             self.client.close()
 
 
-# What Bedrock means where its status is not telling enough.
+# Bedrock's error codes whose HTTP status says less than the code.
 _TYPES: dict[str, ErrorType] = {
     "ThrottlingException": "rate_limit",
     "TooManyRequestsException": "rate_limit",

@@ -277,7 +277,8 @@ class RemoteEngine(Engine):
             self.semaphore.overloaded(sent)
             if error.retry_after:
                 self.limits.observe(model, min(error.retry_after, MOST_PAUSE_S), {})
-        if error.retryable:
+        # An answer with its usage comes from a server that works: a broken one counts against its row only.
+        if error.retryable and not (error.usage is not None and error.usage.known):
             self.endpoints.failed(endpoint, str(error), error.retry_after)
         else:  # the server works; it is the row that it does not want
             self.endpoints.answered(endpoint)

@@ -1,4 +1,4 @@
-"""What a program does with batches: `engine.infer_batch(conversations)` and its sisters."""
+"""Batches for programs: `engine.infer_batch(conversations)`, `get_batch_status`, `get_batch_results` and more."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Batches:
-    """What a program does with batches; a part of every engine. Raises `ConfigError` where an engine has none.
+    """The batch methods of an engine. They raise `ConfigError` where the engine's provider has no batch API.
 
-    Answers find their conversations by what is asked in these, so neither their order nor whether all are there matters.
+    An answer belongs to a conversation by a hash of its request, so the order and number of conversations may change.
     """
 
     def infer_batch(
@@ -31,7 +31,7 @@ class Batches:
         conversations: Iterable[Conversation | Mapping[str, Any]],
         generation: GenerationParams | Mapping[str, Any] | None = None,
     ) -> str:
-        """Submits one batch and returns its id. Raises `EngineError` for what the provider or a conversation has wrong."""
+        """Submits one batch and returns its id. Raises `EngineError` for an invalid conversation or a provider's error."""
         from engines.remote.batch.client import Requests
         from engines.remote.batch.factory import encoded
 
@@ -56,7 +56,7 @@ class Batches:
             wire.client.close()
 
     def get_batch_status(self: Any, batch_id: str) -> BatchStatus:
-        """How a batch stands: `.status` is one of `BatchState`."""
+        """The state of a batch: `.status` is a `BatchState`."""
         _, wire = self._batches()
         return wire.status(batch_id)
 
@@ -66,9 +66,9 @@ class Batches:
         conversations: Sequence[Conversation | Mapping[str, Any]],
         generation: GenerationParams | Mapping[str, Any] | None = None,
     ) -> list[Completion]:
-        """The completions of `conversations`, in their order; those that the batch has no answer for bear an error.
+        """The completions of `conversations`, in their order. One that the batch has no answer for has an error.
 
-        `generation` must be what `infer_batch` was given.
+        `generation` must be the one that `infer_batch` was called with.
         """
         from engines.remote.batch.client import BatchState
         from engines.structured import in_shape
@@ -98,11 +98,11 @@ class Batches:
         return list(self._batches()[1].list())
 
     def cancel_batch(self: Any, batch_id: str) -> None:
-        """Asks for a batch's end. What is answered by then can still be fetched."""
+        """Asks the provider to end a batch. Its answers so far can still be fetched."""
         self._batches()[1].cancel(batch_id)
 
     def _batches(self: Any) -> tuple[BatchEngine, BatchWire]:
-        from engines.remote.batch.factory import wire_of  # heavier than an engine that never asks for it should be
+        from engines.remote.batch.factory import wire_of  # loads modules that an engine without batches does not need
 
         return wire_of(self)
 
@@ -111,7 +111,7 @@ class Batches:
         conversations: Iterable[Conversation | Mapping[str, Any]],
         generation: GenerationParams | Mapping[str, Any] | None,
     ) -> Iterator[tuple[str, Request]]:
-        """Requests with names made of what they ask; the second of two equal ones has a name of its own."""
+        """Requests with a name each: a hash of the request, and a number that tells equal requests apart."""
         from engines.types import to_request
 
         base = generation if isinstance(generation, GenerationParams) else GenerationParams.parse(generation or {})
