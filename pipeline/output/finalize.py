@@ -310,12 +310,13 @@ class PartWriter:
             "index": pa.array(np.arange(index, index + len(rows.ids))),
             "messages": pa.array(
                 [
-                    _with_answer(messages, dialogue, text, calls, error is None)
-                    for messages, dialogue, text, calls, error in zip(
+                    _with_answer(messages, dialogue, text, calls, more, error is None)
+                    for messages, dialogue, text, calls, more, error in zip(
                         rows.messages,
                         completions["dialogue"].to_pylist(),
                         completions["response"].to_pylist(),
                         completions["tool_calls"].to_pylist(),
+                        completions["message_fields"].to_pylist(),
                         completions["error"].to_pylist(),
                         strict=True,
                     )
@@ -375,13 +376,13 @@ class PartWriter:
 
 
 def _with_answer(
-    messages: bytes | None, dialogue: str | None, text: str | None, calls: str | None, answered: bool
+    messages: bytes | None, dialogue: str | None, text: str | None, calls: str | None, more: str | None, answered: bool
 ) -> bytes | None:
     if messages is not None and dialogue is not None:
         messages = messages[:-1] + b"," + dialogue[1:].encode()
     if messages is None or not answered:
         return messages
-    reply = dumps(answer(text, orjson.loads(calls) if calls else None))
+    reply = dumps({**answer(text, loads(calls.encode()) if calls else None), **(loads(more.encode()) if more else {})})
     return messages[:-1] + b"," + reply + b"]"
 
 

@@ -426,9 +426,9 @@ class BatchRunner:
             # An answer that cannot be read is paid, and does not tell its usage.
             used, answered = Usage(known=isinstance(outcome, EngineError)), None
             try:
-                completion = self.engine.read(outcome)
-                used, answered = completion.usage, completion.model
                 generation = self.generation.override(loads((own.get(key) or "{}").encode()))
+                completion = self.engine.read(outcome, generation.n)
+                used, answered = completion.usage, completion.model
                 if wrong := first_schema_error(completion, generation, batch.tries - 1):
                     raise wrong
             except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
