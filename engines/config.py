@@ -76,31 +76,35 @@ class EngineConfig:
     """
 
     kind: str = ""
-    model: str | None = key(None, "which model: a path, a hub id or a provider's name for it")
-    adapter: str | None = key(None, "a LoRA adapter: a path or a hub id")
-    revision: str | None = key(None, "the model's revision on the hub")
-    kwargs: dict[str, Any] = key({}, "the engine's own keywords, passed through")
-    base_url: Any = key(None, "where a remote engine listens")
-    api_key_env: str | None = key(None, "the environment variable that holds the key")
-    headers: dict[str, str] = key({}, "further HTTP headers")
-    extra_body: dict[str, Any] = key({}, "further fields of every request's body")
-    max_concurrency: int | None = key(None, "requests in flight in one replica; unset leaves it to the engine")
-    requests_per_minute: float | None = key(None, "limit over the whole cluster")
-    input_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
-    output_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
-    max_retries: int = key(5, "how often a failed request is tried again")
-    timeout_s: float = key(600.0, "how long one request may take")
-    provider: dict[str, Any] = key({}, "what is particular to a remote provider; see engines/remote/provider.py")
-    unsupported: str = key("error", "a parameter the engine does not have: error refuses the row, drop leaves it out")
-    prompt_caching: bool = key(False, "mark system prompt and tools for the provider's prompt cache")
-    connect_timeout_s: float = key(10.0, "how long connecting may take")
-    read_timeout_s: float | None = key(None, "how long a server may be silent within one answer")
-    fallback: Any = key([], "engines that get a row this one failed for good: names, or mappings of the keys here")
+    model: str | None = key(None, "the model: a path, a hub id or a provider's model name")
+    adapter: str | None = key(None, "a LoRA adapter: a path, a hub id, or its name on the server")
+    revision: str | None = key(None, "the revision of the model on the hub")
+    kwargs: dict[str, Any] = key({}, "keywords of the engine itself, passed on unchanged")
+    base_url: Any = key(None, "the URL of a remote engine, or a list of URLs")
+    api_key_env: str | None = key(None, "the environment variable that holds the API key")
+    headers: dict[str, str] = key({}, "additional HTTP headers")
+    extra_body: dict[str, Any] = key({}, "additional fields of every request body")
+    max_concurrency: int | None = key(None, "maximum requests in flight in one replica; unset: the engine's default")
+    requests_per_minute: float | None = key(None, "maximum requests per minute over the whole cluster")
+    input_tokens_per_minute: float | None = key(None, "maximum input tokens per minute over the whole cluster")
+    output_tokens_per_minute: float | None = key(None, "maximum output tokens per minute over the whole cluster")
+    max_retries: int = key(5, "maximum retries of a failed request")
+    timeout_s: float = key(600.0, "maximum seconds for one request")
+    provider: dict[str, Any] = key({}, "the settings of a remote provider")
+    unsupported: str = key(
+        "error", "for a parameter that the engine does not support: error refuses the row, drop removes the parameter"
+    )
+    prompt_caching: bool = key(False, "mark the system prompt and the tools for the provider's prompt cache")
+    connect_timeout_s: float = key(10.0, "maximum seconds to connect")
+    read_timeout_s: float | None = key(None, "maximum seconds without data within one answer")
+    fallback: Any = key(
+        [], "engines for the rows that failed permanently on this one: names, or mappings of the keys of engine"
+    )
     price: Price = field(
         default_factory=Price,
         metadata={
-            "help": "input, cached_input, cache_write, output of engine.model: US$ per million tokens; unset: the list "
-            "price, where it is known"
+            "help": "input, cached_input, cache_write, output: US$ per million tokens of engine.model; "
+            "unset: the list price, if it is known"
         },
     )
 

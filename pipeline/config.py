@@ -25,57 +25,67 @@ _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @dataclass(slots=True)
 class DatasetConfig:
-    path: Any = key(None, "file, directory, glob or list of them; local, s3://, gs://, az:// or any fsspec URL")
+    path: Any = key(None, "a file, directory, glob or list of these; local, s3://, gs://, az:// or any fsspec URL")
     format: str = key("auto", "auto, messages, oumi, openai_batch, sharegpt, prompt or turns")
-    limit: int | None = key(None, "read only so many rows")
-    columns: dict[str, Any] = key({}, "which column plays which role, e.g. {prompt: question, id: qid}")
-    template: Any = key(None, "Jinja that turns a row's columns into a conversation: a text, or {system: …, user: …}")
-    on_bad_input: str = key("quarantine", "quarantine: a bad row becomes an error row; fail: it ends the run")
-    max_row_bytes: int = key(32 << 20, "a longer line is an error row")
-    chunk_bytes: int = key(32 << 20, "how much input one read task takes, in bytes")
+    limit: int | None = key(None, "maximum number of rows to read")
+    columns: dict[str, Any] = key({}, "maps a role to a column, for example {prompt: question, id: qid}")
+    template: Any = key(None, "a Jinja template that builds a conversation from a row: a text, or {system: …, user: …}")
+    on_bad_input: str = key("quarantine", "for an unreadable row: quarantine makes it an error row, fail stops the run")
+    max_row_bytes: int = key(32 << 20, "maximum bytes of a line; a longer line becomes an error row")
+    chunk_bytes: int = key(32 << 20, "bytes of input for one read task")
 
 
 @dataclass(slots=True)
 class OutputConfig:
-    path: str | None = key(None, "directory for the results; local or any filesystem URL")
+    path: str | None = key(None, "the output directory; local or any filesystem URL")
     format: str = key("parquet", "parquet or jsonl")
-    style: str = key("eagleray", "shape of JSONL lines: eagleray, openai_batch or oumi")
+    style: str = key("eagleray", "the format of JSONL lines: eagleray, openai_batch or oumi")
     columns: Any = key(
-        None, "columns out of answers, typed by the JSON schema: schema (all of it), [score, …] or {name: detail.score, …}"
+        None,
+        "columns made from the answers, typed by the JSON schema: schema (all properties), "
+        "[score, …] or {name: detail.score, …}",
     )
-    overwrite: bool = key(False, "let another dataset replace the one whose output is in output.path; answers are kept")
-    ordered: bool = key(True, "rows in input order (it costs nothing here; false promises no order)")
+    overwrite: bool = key(
+        False, "true: another dataset may replace the output in output.path; all answers stay in the ledger"
+    )
+    ordered: bool = key(True, "true: rows are in input order (without extra cost); false: no order is guaranteed")
 
 
 @dataclass(slots=True)
 class RunConfig:
-    resume: bool = key(True, "use the answers an earlier run left in output.path; false starts over and removes them")
-    retry_failed: bool = key(True, "ask again what failed in an earlier run")
-    max_error_rate: float | None = key(None, "stop early when this share of at least 100 rows failed")
-    max_errors: int | None = key(None, "stop early after so many failed rows")
-    budget_usd: float | None = key(None, "stop, resumably, before all runs into output.path together have cost so many US$")
-    flush_s: float = key(2.0, "a completion is durable after at most so many seconds")
-    drain_s: float = key(30.0, "on Ctrl-C or SIGTERM, rows in flight get so many seconds to finish")
-    max_outage_s: float = key(900.0, "stop, resumably, when no server has answered for so many seconds")
-    max_engine_deaths: int = key(5, "stop when engines died so often in a row without finishing a row")
-    mode: str = key("live", "live: ask row by row; batch: through the provider's batch API, for half the price")
-    batch_fallback: str = key("batch", "what a batch left unanswered goes to: another batch, or live")
-    batch_poll_s: float = key(60.0, "look at batches at least so often, in seconds")
-    dry_run: bool = key(False, "read, check and count the input, ask nothing, write nothing")
-    traces: str | None = key(None, "send OpenTelemetry traces there: an OTLP/HTTP address, e.g. http://localhost:4318")
-    progress_s: float = key(10.0, "seconds between progress lines where there is no terminal")
+    resume: bool = key(True, "true: use the answers of earlier runs in output.path; false: remove them and start again")
+    retry_failed: bool = key(True, "send the failed rows of earlier runs again")
+    max_error_rate: float | None = key(None, "stop early if this share of at least 100 rows failed")
+    max_errors: int | None = key(None, "stop early after this number of failed rows")
+    budget_usd: float | None = key(
+        None, "stop before all runs into output.path together cost more than this, in US$; the run can be resumed"
+    )
+    flush_s: float = key(2.0, "maximum seconds until an answer is durable")
+    drain_s: float = key(30.0, "seconds for rows in flight to finish after Ctrl-C or SIGTERM")
+    max_outage_s: float = key(900.0, "stop if no server answers for this number of seconds; the run can be resumed")
+    max_engine_deaths: int = key(5, "stop after this number of engine deaths in succession without a finished row")
+    mode: str = key(
+        "live", "live: send each row as a request; batch: use the provider's batch API, mostly for half the price"
+    )
+    batch_fallback: str = key("batch", "where rows without an answer from a batch go: batch (another batch) or live")
+    batch_poll_s: float = key(60.0, "maximum seconds between two status requests for a batch")
+    dry_run: bool = key(False, "read, check and count the input; send no request and write nothing")
+    traces: str | None = key(None, "the OTLP/HTTP address for OpenTelemetry traces, for example http://localhost:4318")
+    progress_s: float = key(10.0, "seconds between progress lines if the output is not a terminal")
 
 
 @dataclass(slots=True)
 class HardwareConfig:
-    replicas: Any = key(1, "engines to run: a number, {min: 1, max: 8}, or auto: as many as the profile's GPUs hold")
-    cpus: float = key(0.0, "logical CPUs each replica reserves; 0 reserves none and may use all of its node")
-    gpus: float | None = key(0.0, "GPUs each replica reserves; null: tensor × pipeline parallel size, so mostly 1")
-    memory: float = key(0.0, "GiB of memory each replica reserves")
-    label_selector: dict[str, Any] = key({}, "Ray node labels a replica needs")
-    nodes: int = key(1, "nodes with GPUs that replicas=auto counts on")
-    gpus_per_node: int = key(0, "GPUs of each of these nodes; 0: not known")
-    gpu_memory: float = key(0.0, "GiB of each GPU, by which eagleray plan goes; 0: not known")
+    replicas: Any = key(1, "number of replicas: a number, {min: 1, max: 8}, or auto: as many as fit on the profile's GPUs")
+    cpus: float = key(
+        0.0, "logical CPUs that each replica reserves; 0 reserves none, and the replica may use the whole node"
+    )
+    gpus: float | None = key(0.0, "GPUs that each replica reserves; null: tensor × pipeline parallel size (1 if not set)")
+    memory: float = key(0.0, "GiB of memory that each replica reserves")
+    label_selector: dict[str, Any] = key({}, "labels that a Ray node must have to run a replica")
+    nodes: int = key(1, "number of nodes with GPUs, for replicas=auto")
+    gpus_per_node: int = key(0, "GPUs of each of these nodes; 0: unknown")
+    gpu_memory: float = key(0.0, "GiB of each GPU, for eagleray plan; 0: unknown")
 
     def bounds(self) -> tuple[int, int] | None:
         """The least and the most replicas; None where the GPUs tell."""
@@ -101,10 +111,10 @@ class HardwareConfig:
 
 @dataclass(slots=True)
 class ServeConfig:
-    host: str = key("127.0.0.1", "where eagleray serve listens; 0.0.0.0 is every address of the machine")
-    port: int = key(8000, "its port; 0 takes any that is free on this machine")
+    host: str = key("127.0.0.1", "the address that eagleray serve listens on; 0.0.0.0: all addresses of the machine")
+    port: int = key(8000, "the port that eagleray serve listens on; 0: any free port of this machine")
     api_key_env: str | None = key(
-        None, "the environment variable with the key that its clients must send; unset asks for none"
+        None, "the environment variable with the API key that clients must send; unset: no key is required"
     )
 
 
@@ -231,26 +241,26 @@ OPEN_KEYS = (
 
 
 GENERATION_HELP = {
-    "max_tokens": "tokens an answer may have",
-    "temperature": "0 always takes the likeliest token; higher is more varied",
-    "top_p": "sample from the likeliest tokens that make up this share, 0 to 1",
-    "top_k": "sample from so many of the likeliest tokens",
-    "min_p": "leave out tokens below this share of the likeliest one's probability, 0 to 1",
-    "stop": "a text, or a list of them, that ends an answer",
-    "stop_token_ids": "token ids that end an answer",
-    "seed": "of the sampling",
-    "n": "answers for each row; they land in the column choices",
-    "frequency_penalty": "against tokens by how often they came already, -2 to 2",
-    "presence_penalty": "against tokens that came already, -2 to 2",
-    "repetition_penalty": "against tokens that came already, as a factor; 1 is none",
-    "logit_bias": "token id -> what is added to its logit, e.g. {50256: -100}",
-    "logprobs": "log probabilities of so many alternatives to each token; 0 gives the chosen one's alone",
-    "response_format": "the shape of an answer: a file with a JSON schema, a schema ({type: object, …}), "
-    "or {type: json_schema | json_object | regex | choice | grammar | text, …}",
-    "tools": "tools the model may call, as in OpenAI's chat API",
-    "tool_choice": "auto, none, required, or one tool as in OpenAI's chat API",
-    "reasoning_effort": "how much a reasoning model thinks, e.g. low, medium or high",
-    "schema_retries": "how often an answer that is not the JSON of response_format is asked for again [2]",
+    "max_tokens": "maximum tokens of an answer",
+    "temperature": "sampling temperature; 0 always selects the most likely token",
+    "top_p": "sample from the most likely tokens whose probabilities add up to this value, 0 to 1",
+    "top_k": "sample from this number of the most likely tokens",
+    "min_p": "exclude tokens whose probability is below this share of the most likely token's, 0 to 1",
+    "stop": "a text, or a list of texts, that ends an answer",
+    "stop_token_ids": "ids of tokens that end an answer",
+    "seed": "the seed of the sampling",
+    "n": "answers for each row; the column choices contains all of them",
+    "frequency_penalty": "penalty for tokens by their number of occurrences, -2 to 2",
+    "presence_penalty": "penalty for tokens that occurred before, -2 to 2",
+    "repetition_penalty": "penalty factor for tokens that occurred before; 1 means no penalty",
+    "logit_bias": "maps a token id to a value that is added to its logit, for example {50256: -100}",
+    "logprobs": "log probabilities of this number of alternatives for each token; 0: only the chosen token's",
+    "response_format": "the form of an answer: a file with a JSON schema, a schema ({type: object, …}), or "
+    "{type: json_schema | json_object | regex | choice | grammar | text, …}",
+    "tools": "tools that the model may call, in the format of OpenAI's chat API",
+    "tool_choice": "auto, none, required, or one tool in the format of OpenAI's chat API",
+    "reasoning_effort": "the effort of a reasoning model, for example low, medium or high",
+    "schema_retries": "maximum retries of an answer that does not match response_format [2]",
 }
 
 _MAY_HOLD_SECRETS = (*OPEN_KEYS, "engine.fallback")

@@ -123,6 +123,22 @@ def test_every_page_is_in_the_readme() -> None:
     assert {page.resolve() for page in DOCS.glob("*.md")} <= linked
 
 
+# A file that adding-an-engine.md tells its reader to write.
+WRITTEN = {"engines/parrot.py", "conf/engine/parrot.yaml"}
+
+
+def test_every_file_and_directory_of_ours_that_a_page_names_exists() -> None:
+    named = set()
+    for page in (*PAGES, ROOT / "CHANGELOG.md"):
+        for path in re.findall(r"`((?:engines|pipeline|jobs|conf|tests|bench|docs)/[\w./-]+)`", page.read_text()):
+            if path not in WRITTEN:
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
+                named.add(path)
+        for name in re.findall(r"`(\w+\.py)`", page.read_text()):
+            assert any(list((ROOT / room).rglob(name)) for room in ("engines", "pipeline", "jobs")), f"{page.name}: {name}"
+    assert len([path for path in named if path.startswith(("engines/", "pipeline/"))]) > 40
+
+
 @pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page) if b.language == "yaml"], ids=str)
 def test_yaml_is_yaml(block: Block) -> None:
     assert isinstance(yaml.safe_load(block.text), dict)

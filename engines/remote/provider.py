@@ -30,6 +30,10 @@ from engines.params import GENERATION_FIELDS
 # `models` may have a `batch` with another price.
 BATCH_KEYS = ("wire", "rows", "bytes", "queued_tokens", "price", "price_as_of")
 
+# What a finish reason can mean. `server` and `bad_response`: the answer is broken and is asked again.
+ENDINGS = ("stop", "length", "tool_calls", "content_filter", "server", "bad_response")
+REASONING_HISTORIES = ("all", "tool_calls", "none")
+
 WIRE_PATHS = {"chat": "/chat/completions", "messages": "/messages", "converse": ""}
 
 
@@ -52,6 +56,11 @@ class Provider:
     adapter_model: str | None = None  # the model that asks for an adapter: "{adapter}" or "{model}:{adapter}"
     prompt_caching: bool = False  # caches only what is marked
     idempotency_header: str | None = None
+    # The provider's finish reasons beside those of its wire, and what they mean: stop, length, tool_calls or
+    # content_filter; `server` or `bad_response` for an answer that is asked again. "null": no reason was given.
+    finish_reasons: dict[str, str] = field(default_factory=dict)
+    # Which of a conversation's answers are sent with their reasoning: all, tool_calls (those that call tools) or none.
+    reasoning_history: str = "tool_calls"
     kwargs: list[str] = field(default_factory=list)  # the keys under engine.kwargs
     batch: dict[str, Any] = field(default_factory=dict)  # the batch API: `wire`, and the limits in BATCH_KEYS
     prices: dict[str, Any] = field(default_factory=dict)  # by model: rates as in conf/price, before those lists
@@ -63,6 +72,9 @@ class Provider:
         provider = cls(**_checked(config.provider, "engine.provider"))
         if provider.wire not in WIRE_PATHS:
             raise ConfigError(f"engine.provider.wire={provider.wire} is not known{nearest(provider.wire, WIRE_PATHS)}")
+        if provider.reasoning_history not in REASONING_HISTORIES:
+            hint = nearest(str(provider.reasoning_history), REASONING_HISTORIES)
+            raise ConfigError(f"engine.provider.reasoning_history={provider.reasoning_history} is not known{hint}")
         for name in provider.batch:
             if name not in BATCH_KEYS:
                 raise unknown_key(name, BATCH_KEYS, "engine.provider.batch")
@@ -113,6 +125,11 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         for param in values.get(name) or ():
             if param not in GENERATION_FIELDS:
                 raise ConfigError(f"{where}.{name}: there is no parameter '{param}'{nearest(param, GENERATION_FIELDS)}")
+    for reason, meaning in (values.get("finish_reasons") or {}).items():
+        if meaning not in ENDINGS:
+            raise ConfigError(
+                f"{where}.finish_reasons.{reason}: there is no meaning '{meaning}'{nearest(str(meaning), ENDINGS)}"
+            )
     return dict(values)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 import pyarrow.fs as pafs
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
 from pipeline.config import Config
 from pipeline.storage.filesystem import canonical_place, info_of, is_within, listing, split_glob, write_atomic
@@ -97,7 +97,8 @@ def check_inputs(dataset: Any, output: str) -> None:
             where = "is that directory" if place == there else "lies inside it"
             raise ConfigError(
                 f"output.path={output} would hold its own input: dataset.path={path} {where}; choose another output.path, "
-                "which may lie below the dataset's directory"
+                "which may lie below the dataset's directory",
+                code=ErrorCode.INPUT_IN_OUTPUT,
             )
 
 
@@ -147,7 +148,8 @@ class Ownership:
                 shown = ", ".join(sorted(names)[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
                 raise ConfigError(
                     f"output.path: {self.root} is not empty and not an output of Eagleray's (it holds {shown}): "
-                    "choose a new or empty directory"
+                    "choose a new or empty directory",
+                    code=ErrorCode.OUTPUT_NOT_OURS,
                 )
             self.state = OLD
 
@@ -174,7 +176,8 @@ class Ownership:
             if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
                 foreign.append(f"{SEGMENTS}/{LOCK}")
         if foreign:
-            raise ConfigError(f"output.path: {self.in_the_way(foreign)}, or choose another output.path")
+            text = f"output.path: {self.in_the_way(foreign)}, or choose another output.path"
+            raise ConfigError(text, code=ErrorCode.FILE_IN_THE_WAY)
 
     def _is_there(self, name: str) -> bool:
         return bool(info_of(self.fs, f"{self.root}/{name}").type != pafs.FileType.NotFound)
@@ -196,7 +199,8 @@ class Ownership:
             return
         raise ConfigError(
             f"output.path: {self.root} holds the answers to another dataset ({', '.join(before)[:300]}): choose another "
-            "output.path, or replace that output with output.overwrite=true"
+            "output.path, or replace that output with output.overwrite=true",
+            code=ErrorCode.OTHER_DATASET,
         )
 
     def _typed_dataset(self) -> list[str]:

@@ -52,7 +52,10 @@ def _messages(rows: InputRows, completions: pa.Table) -> pa.Array:
     """The conversations, with the answers appended."""
     names = ("dialogue", "response", "tool_calls", "message_fields", "error")
     given = zip(rows.messages, *(completions[name].to_pylist() for name in names), strict=True)
-    texts = [_with_answer(*values, error is None) for *values, error in given]
+    texts = [
+        _with_answer(messages, turns, text, calls, more, error is None)
+        for messages, turns, text, calls, more, error in given
+    ]
     return pa.array(texts, pa.string())
 
 
