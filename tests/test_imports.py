@@ -108,7 +108,7 @@ LONGER = {
     "engines.local.llamacpp.LlamaCppEngine": (450, "temporary: the same"),
     "engines.local.transformers": (490, "temporary: its scheduler is being split off"),
     "engines.local.transformers.TransformersEngine": (340, "temporary: the same"),
-    "engines.remote.engine.RemoteEngine": (345, "temporary: its wires become classes"),
+    "engines.remote.engine.RemoteEngine": (350, "temporary: its wires become classes"),
     "pipeline.config.Config.check": (80, "temporary: one validation of all keys takes its place"),
     "jobs.plan._model": (65, "temporary: one table of lines"),
 }
