@@ -20,7 +20,9 @@ from rich.text import Text
 from engines.base import Engine
 from engines.config import EngineConfig
 from engines.errors import ConfigError, EngineError
-from engines.local.memory_estimate import Prompts, footprint, holds_model, prompts
+from engines.local.checkpoint_files import holds_model
+from engines.local.memory_estimate import footprint
+from engines.local.prompt_renderer import PromptRenderer, prompt_renderer
 from engines.remote.engine import RemoteEngine
 from engines.text import visible
 from engines.types import Request
@@ -125,7 +127,7 @@ def dry_run(
     return found, seen.wrong
 
 
-def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
+def _model_at_hand(engine: EngineConfig) -> tuple[int | None, PromptRenderer | None]:
     """The context and the prompts of a model that lies here; nothing is fetched from a hub."""
     if not holds_model(engine) or not engine.model:
         return None, None
@@ -133,7 +135,7 @@ def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
         return None, None
     try:
         shape = footprint(engine)
-        return (shape.context if shape else None), prompts(engine)
+        return (shape.context if shape else None), prompt_renderer(engine)
     except (ConfigError, ImportError):
         return None, None
 
@@ -174,7 +176,7 @@ def show(lines: Iterable[Line], console: Console) -> None:
     console.print(table, "", highlight=False)
 
 
-def shown_request(config: Config, engine: Engine | None, shape: Prompts | None, request: Request) -> str:
+def shown_request(config: Config, engine: Engine | None, shape: PromptRenderer | None, request: Request) -> str:
     """A request as it would be sent: the HTTP of a remote engine, the prompt of a local one. Secrets are `***`."""
     try:
         if isinstance(engine, RemoteEngine):
@@ -195,7 +197,7 @@ def shown_request(config: Config, engine: Engine | None, shape: Prompts | None, 
         aside = {name: value for name in ("model", "adapter") if (value := getattr(request, name)) is not None}
         asked = [f"{name}: {_pretty(value)}" for name, value in {**aside, **params}.items()]
         if shape is not None:
-            return visible("\n".join([_cut(shape.text(request.messages, request.generation)), *asked]))
+            return visible("\n".join([_cut(shape.render(request.messages, request.generation)), *asked]))
     except EngineError as error:
         return visible(f"(cannot be asked: {error})")
     return visible("\n".join([_pretty(request.messages), *asked]))
