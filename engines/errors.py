@@ -74,6 +74,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (known: {', '.join(known)})" if len(known) <= 24 else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A problem of a configuration that was found before a run. `local` means that another machine may not have it."""
+
+    text: str
+    code: str = "configuration"
+    key: str | None = None
+    local: bool = False
+
+
 @dataclass(slots=True)
 class Failure:
     type: ErrorType

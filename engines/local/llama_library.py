@@ -12,8 +12,8 @@ import sys
 from collections import deque
 from typing import Any
 
-# llama.cpp's threads meet at hundreds of barriers per token, and libgomp spins at each one. If a core is shared (with Ray, or
-# a second engine), a thread spins while the thread that it waits for is not running. A short spin avoids that.
+# llama.cpp's threads meet at hundreds of barriers per token, and libgomp spins at each one. If a core is shared (with Ray
+# or a second engine), a thread spins while the thread that it waits for is not running. A short spin avoids that.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

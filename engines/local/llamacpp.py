@@ -38,13 +38,15 @@ import asyncio
 import random
 
 from engines.base import Engine
-from engines.errors import EngineError, invalid
+from engines.config import EngineConfig
+from engines.errors import EngineError, Finding, invalid
 from engines.local.chat_template import ChatTemplate
 from engines.local.gguf import check_gguf_kwargs
 from engines.local.llamacpp_model import LlamaModel
 from engines.local.llamacpp_sampling import Sampler
 from engines.local.llamacpp_scheduler import Scheduler
 from engines.local.llamacpp_sequence import Sequence
+from engines.local.preflight import check_llamacpp
 from engines.text import TOOL_CALL, parse_tool_calls
 from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Request, Usage, answer
 
@@ -57,6 +59,11 @@ class LlamaCppEngine(Engine):
     model: LlamaModel
     template: ChatTemplate
     scheduler: Scheduler
+
+    @classmethod
+    def preflight(cls, config: EngineConfig, thorough: bool) -> list[Finding]:
+        """Problems of a configuration on this machine. No model is loaded."""
+        return check_llamacpp(config)
 
     def _load(self) -> None:
         kwargs = check_gguf_kwargs(self.config.kwargs)

@@ -50,15 +50,6 @@ def prompt_renderer(config: EngineConfig) -> PromptRenderer | None:
     return tokenize and PromptRenderer(ChatTemplate(config.kwargs, own, bos, eos), tokenize)
 
 
-def local_prompt_renderer(config: EngineConfig) -> PromptRenderer | None:
-    """As `prompt_renderer`, but None if the model is not on this machine: nothing is downloaded."""
-    if not holds_model(config) or not config.model:
-        return None
-    if config.model != "smollm2" and not Path(config.model).expanduser().exists():
-        return None
-    return prompt_renderer(config)
-
-
 def _fast_tokenizer(path: Path) -> Callable[[str], list[int]] | None:
     """The tokenizer of a tokenizer.json; None without the package `tokenizers`."""
     try:

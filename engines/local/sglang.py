@@ -22,8 +22,9 @@ from typing import Any
 
 import httpx
 
-from engines.config import SourceOf, packaged
-from engines.errors import ConfigError, EngineError
+from engines.config import EngineConfig, SourceOf, packaged
+from engines.errors import ConfigError, EngineError, Finding
+from engines.local.preflight import check_paths
 from engines.remote.engine import RemoteEngine
 from engines.text import one_line
 from engines.types import DEFAULT_MAX_TOKENS, Completion, Request
@@ -42,6 +43,11 @@ class SGLangOfflineEngine(RemoteEngine):
 
     kind = "sglang_offline"
     dead: str | None = None  # why the server ended; None while it runs
+
+    @classmethod
+    def preflight(cls, config: EngineConfig, thorough: bool) -> list[Finding]:
+        """Problems of a configuration on this machine. No model is loaded."""
+        return check_paths(config)
 
     def _load(self) -> None:
         config = self.config

@@ -33,8 +33,9 @@ from typing import Any
 import torch
 
 from engines.base import Engine
-from engines.config import Capabilities
-from engines.errors import EngineError, invalid
+from engines.config import Capabilities, EngineConfig
+from engines.errors import EngineError, Finding, invalid
+from engines.local.preflight import check_transformers
 from engines.local.transformers_batching import Batcher
 from engines.local.transformers_decoding import decode_text
 from engines.local.transformers_model import TransformersModel
@@ -57,6 +58,16 @@ class TransformersEngine(Engine):
 
     loaded: TransformersModel
     batcher: Batcher
+
+    @classmethod
+    def preflight(cls, config: EngineConfig, thorough: bool) -> list[Finding]:
+        """Problems of a configuration on this machine. No model is loaded."""
+        return check_transformers(config)
+
+    @classmethod
+    def capabilities_before_loading(cls, config: EngineConfig) -> Capabilities:
+        """The widest capabilities of this configuration: only the loaded checkpoint tells if it takes images."""
+        return replace(cls.capabilities, images=True)
 
     def _load(self) -> None:
         self.loaded = TransformersModel(self.config)

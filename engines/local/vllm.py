@@ -29,9 +29,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncEngineArgs, AsyncLLM
 
 from engines.base import Engine
-from engines.config import Capabilities
-from engines.errors import ConfigError, EngineError, invalid, nearest
+from engines.config import Capabilities, EngineConfig
+from engines.errors import ConfigError, EngineError, Finding, invalid, nearest
 from engines.local import process_guard
+from engines.local.preflight import check_paths
 from engines.local.vllm_adapters import AdapterGate, adapter_path, adapter_rank
 from engines.remote import openai_chat
 from engines.remote.errors import failure
@@ -55,6 +56,11 @@ class VLLMEngine(Engine):
 
     kind = "vllm"
     capabilities = Capabilities(images=True, row_adapter=True)
+
+    @classmethod
+    def preflight(cls, config: EngineConfig, thorough: bool) -> list[Finding]:
+        """Problems of a configuration on this machine. No model is loaded."""
+        return check_paths(config)
 
     def _load(self) -> None:
         config = self.config
