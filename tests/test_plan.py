@@ -370,7 +370,7 @@ def test_a_model_of_the_hub_needs_the_hub_and_nothing_heavy_is_imported(tmp_path
     argv = [sys.executable, "-m", "jobs.cli", "plan", "engine=vllm", "engine.model=org/model"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("eagleray: engine.model: org/model cannot be had from the hub: ")
+    assert done.stderr.startswith("eagleray: engine.model: config.json of org/model cannot be downloaded from the hub: ")
     assert done.stderr.count("\n") == 1
     code = f"""
 import sys
