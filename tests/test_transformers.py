@@ -22,6 +22,9 @@ from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.local.transformers import TransformersEngine
 from engines.params import GenerationParams
+from tests.checkpoint import smollm2_adapter, smollm2_checkpoint
+
+__all__ = ["smollm2_adapter", "smollm2_checkpoint"]
 
 FRANCE = "What is the capital of France?"
 RAIN = "Write a haiku about rain."

@@ -26,6 +26,9 @@ import transformers
 
 from engines import ConfigError
 from engines.local.transformers import TransformersEngine
+from tests.checkpoint import tiny_llava
+
+__all__ = ["tiny_llava"]
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> bytes:

