@@ -19,9 +19,11 @@ import signal
 
 from engines.base import ModelEngine
 from engines.config import Capabilities, EngineConfig
-from engines.errors import ConfigError, EngineError, must_be, nearest
+from engines.errors import EngineError, unknown_kwarg
 from engines.types import Choice, Completion, Request, answer, text_of
 from engines.usage import Usage
+from engines.validation import check_value, number
+from engines.validation import text as text_check
 
 _DEFAULTS = {"latency_s": 0.0, "jitter_s": 0.0, "failure_rate": 0.0, "crash_rate": 0.0, "slow_every": 0.0, "slow_s": 0.0}
 
@@ -35,15 +37,11 @@ class EchoEngine(ModelEngine):
     def _load(self) -> None:
         settings = dict(_DEFAULTS)
         kwargs = dict(self.config.kwargs)
-        self.crash_text = kwargs.pop("crash_text", "")
-        if not isinstance(self.crash_text, str):
-            raise ConfigError(f"engine.kwargs.crash_text must be a text, not {self.crash_text!r}")
+        self.crash_text: str = check_value("engine.kwargs.crash_text", kwargs.pop("crash_text", ""), text_check)
         for name, value in kwargs.items():
             if name not in settings:
-                raise ConfigError(f"engine.kwargs.{name} is not known to engine=echo{nearest(name, settings)}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-                raise ConfigError(must_be(f"engine.kwargs.{name}", "a number of at least 0", value), key="engine.kwargs")
-            settings[name] = float(value)
+                raise unknown_kwarg(name, "echo", settings)
+            settings[name] = check_value(f"engine.kwargs.{name}", value, number(0))
         self.settings = settings
         # No setting needs a random number, so requests are not hashed.
         self.plain = not any(settings.values()) and not self.crash_text

@@ -10,10 +10,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.errors import ConfigError, nearest
+from engines.errors import ConfigError, must_be, unknown_kwarg
 from engines.types import Message, ToolCall, text_of
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping", list: "a list"}
+from engines.validation import TYPE_WORDS, at_least, check_value
 
 
 def check_kwargs(
@@ -26,16 +25,16 @@ def check_kwargs(
     checked = {}
     for name, value in kwargs.items():
         if name not in types:
-            raise ConfigError(f"engine.kwargs.{name} is not known to engine={kind}{nearest(name, types)}")
+            raise unknown_kwarg(name, kind, types)
         if value is None:
             continue
         want = types[name]
         if want is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, want) or (want in (int, float) and isinstance(value, bool)):
-            raise ConfigError(f"engine.kwargs.{name} must be {_WORDS[want]}, not {value!r:.80}")
-        if name in positive and value < 1:
-            raise ConfigError(f"engine.kwargs.{name} must be at least 1, not {value!r}")
+            raise ConfigError(must_be(f"engine.kwargs.{name}", TYPE_WORDS[want.__name__], value, 80))
+        if name in positive:
+            check_value(f"engine.kwargs.{name}", value, at_least(1))
         checked[name] = value
     return checked
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from engines.errors import ConfigError, EngineError, ErrorCode
-from jobs.compose import GROUPS, SECTIONS, as_yaml, compose, options
+from jobs.compose import as_yaml, compose, options
+from jobs.compose_errors import GROUPS, SECTIONS
 from jobs.guide import see
 from pipeline.config import Config, without_typed_secret
 
