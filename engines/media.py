@@ -1,4 +1,4 @@
-"""Images in messages: whatever form they have there, as a URL or as bytes with their media type."""
+"""Images in messages, read from any form (web address, data URL, file) into a URL or bytes with a media type."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from urllib.parse import unquote, urlsplit
 
 from engines.errors import invalid
 
-# How the files of the four kinds that every provider takes begin.
+# The first bytes of the image formats that every provider takes; WebP is found apart.
 _STARTS = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"))
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Either `url`, which the provider fetches, or `data` of `media_type`."""
+    """An image: a `url` that the provider fetches, or `data` of `media_type`."""
 
     url: str | None = None
     data: bytes = b""
@@ -50,7 +50,11 @@ def image_of(part: Any) -> Image:
     try:
         path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url).expanduser()
         data = path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # also no URL, no such user's home, a NUL in the name
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # also an invalid URL, an unknown user or a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise invalid(f"the image {url[:200]!r} cannot be read: {reason}") from None
     media_type = _media_type(data)

@@ -17,6 +17,8 @@ from engines.prices import RATES
 from engines.registry import REGISTRY, fallbacks
 from engines.structured import check_schema
 
+# The values of `run.mode`: `pipeline.executors.registry.register` adds to them.
+RUN_MODES = ["live", "batch"]
 # Ray sets it for what `ray job submit` starts.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -160,7 +162,7 @@ class Config:
         _one_of("output.style", self.output.style, ("eagleray", "openai_batch", "oumi"))
         if self.output.style != "eagleray" and self.output.format != "jsonl":
             raise ConfigError(f"output.style={self.output.style} needs output.format=jsonl")
-        _one_of("run.mode", self.run.mode, ("live", "batch"))
+        _one_of("run.mode", self.run.mode, tuple(RUN_MODES))
         _one_of("run.batch_fallback", self.run.batch_fallback, ("batch", "live"))
         _above_zero("run.batch_poll_s", self.run.batch_poll_s)
         _at_least("dataset.limit", self.dataset.limit, 1)
@@ -210,10 +212,6 @@ class Config:
                 check_schema(json_schema_of(response_format))
             except EngineError as error:
                 raise ConfigError(f"generation.response_format: {error}") from None
-        if self.output.columns is not None:
-            from pipeline.output.answer_columns import plan_answer_columns  # pyarrow
-
-            plan_answer_columns(self.output.columns, response_format)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -49,7 +49,10 @@ T = TypeVar("T")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 PROVIDER = Provider(
-    formats={name: f"structured_outputs.{name}" for name in ("regex", "choice", "grammar")}, developer_role=True
+    formats={name: f"structured_outputs.{name}" for name in ("regex", "choice", "grammar")},
+    developer_role=True,
+    reasoning_history="all",
+    finish_reasons={"repetition": "length"},
 )
 
 
@@ -192,7 +195,7 @@ class VLLMEngine(ModelEngine):
         try:
             answer = await self.state.openai_serving_chat.create_chat_completion(ChatCompletionRequest.model_validate(body))
             if request.stream is not None and not isinstance(answer, ErrorResponse):
-                parser = SSEParser(openai_chat.ChatAccumulator(), request.stream)
+                parser = SSEParser(openai_chat.accumulator(), request.stream)
                 async for event in answer:
                     parser.feed(event.encode())
                 answer = parser.payload()

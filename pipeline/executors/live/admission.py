@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterable
 
 from pipeline.executors.cost_budget import CostBudget, write_spent
-from pipeline.executors.live.queue import PendingRequest
+from pipeline.executors.requests import PendingRequest
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.filesystem import resolve
 

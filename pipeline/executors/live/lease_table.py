@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pipeline.executors.live.admission import Admission
 from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.protocol import Lease
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest
 
 LEASED, COMPLETED, DURABLE = 0, 1, 2
 

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
-from typing import NamedTuple
 
-from pipeline.dataset.formats import Parsed
-from pipeline.storage.exact_json import dumps
-
-# Conversations that begin with so many equal characters, after equal models and adapters, share a prefix worth keeping.
-PREFIX_CHARACTERS = 256
-
-
-class PendingRequest(NamedTuple):
-    """One row to ask."""
-
-    key: bytes
-    id: str
-    request: bytes
-    prefix: int  # equal where prompts begin alike
-    max_tokens: int  # what the row itself sets, or 0
-
-
-def prefix_of(parsed: Parsed) -> int:
-    """63 bits that are equal for conversations whose prompts begin alike."""
-    content = parsed.messages[0].get("content") if parsed.messages else None
-    start = (content if isinstance(content, str) else dumps(content).decode())[:PREFIX_CHARACTERS]
-    name = f"{parsed.model}\0{parsed.adapter}\0{start}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+from pipeline.executors.requests import PendingRequest
 
 
 class PrefixQueue:

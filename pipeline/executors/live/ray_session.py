@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -19,10 +18,7 @@ from engines.text import one_line
 from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.placement import Placement, lack, room
 from pipeline.monitor.console import warn
-from pipeline.monitor.progress import restore_terminal
 
-# The exit status of a run that Ctrl-C or SIGTERM ended.
-INTERRUPTED = 130
 # An engine may take minutes to load; that none has found room yet is worth a word before that.
 PATIENCE_S = 20.0
 
@@ -117,25 +113,6 @@ def look_for_room(placed: Placement, own: bool, console: Console) -> None:
         raise ConfigError(f"{missing} (see hardware=…)", code=ErrorCode.NO_ROOM)
     if missing:
         warn(console, f"{missing[0].upper()}{missing[1:]}; the rest wait for nodes to join.")
-
-
-@contextlib.contextmanager
-def note_signals() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM instead of dying of them; the second one kills."""
-    seen: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            restore_terminal()
-            os._exit(INTERRUPTED)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def here() -> Any:

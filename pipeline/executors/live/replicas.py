@@ -59,7 +59,6 @@ class ReplicaPool:
         self.replicas: list[ReplicaActor] = []
         self.started = 0
         self.deaths: list[_Death] = []
-        self.status = RunStatus()  # as last told
         self.looked = 0.0
 
     def start(self) -> None:
@@ -79,7 +78,6 @@ class ReplicaPool:
         import ray
         from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-        self.status = status
         self._announce_draining()
         self._conclude(status)
         ended, _ = ray.wait([r.run for r in self.replicas], num_returns=len(self.replicas), timeout=0) \
@@ -173,7 +171,11 @@ class ReplicaPool:
 
     def stop_all(self) -> None:
         """Ends all replicas, gives their places back, and removes what they would have removed themselves."""
+        import ray
+
+        # A process whose place is not known yet has not come as far as its journal.
+        places = [replica.journal for replica in self.replicas]
+        known = ray.wait(places, num_returns=len(places), timeout=0)[0] if places else []
         for replica in self.replicas:
             end(replica.actor, replica.group)
-        at_work = [replica for replica in self.replicas if replica.name in self.status.replicas]
-        remove_journals([replica.journal for replica in at_work if self.status.replicas[replica.name].state != "loading"])
+        remove_journals(known)
