@@ -1,4 +1,4 @@
-"""What a run is made of, resolved once from its configuration."""
+"""The parts of a run, resolved once from its configuration."""
 
 from __future__ import annotations
 

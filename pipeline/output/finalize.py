@@ -31,7 +31,7 @@ from pipeline.tasks import TaskRunner
 
 @dataclass(slots=True)
 class WrittenOutput:
-    """What all jobs wrote."""
+    """The results of all jobs together."""
 
     used: npt.NDArray[np.bool_]  # for each request of the index: an input row has it
     rows: int = 0

@@ -29,7 +29,7 @@ from pipeline.storage.output_files import DATA, ERRORS
 
 @dataclass(slots=True)
 class JobResult:
-    """What one job wrote."""
+    """The result of one job."""
 
     rows: int = 0
     failed: int = 0

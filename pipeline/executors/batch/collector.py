@@ -34,7 +34,7 @@ SEGMENT_ROWS, SEGMENT_BYTES = 5_000, 32 << 20
 
 @dataclass(slots=True)
 class _Counts:
-    """What a file of results holds."""
+    """The lines of a file of results."""
 
     lines: int = 0
     answers: int = 0  # lines without an error

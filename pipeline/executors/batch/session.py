@@ -1,4 +1,4 @@
-"""What all parts of the batch executor share: the engine, the provider's batch API, and the batches of one output."""
+"""Shared by all parts of the batch executor: the engine, the provider's batch API, and the batches of one output."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Worker:
         return self.moves
 
     async def place(self) -> JournalPlace:
-        """Where this worker's journal is."""
+        """The place of this worker's journal."""
         return journal_place()
 
     async def leave_nodes(self, nodes: frozenset[str]) -> None:
