@@ -26,7 +26,8 @@ from bench.llamacpp import questions
 from engines.base import Engine
 from engines.registry import load_engine
 from pipeline.dataset.formats import Parsed
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue, prefix_of
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest, prefix_of
 from tests.support.checkpoint import adapter_dir, checkpoint_dir
 
 KWARGS: dict[str, Any] = {

@@ -136,9 +136,9 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
-        raise invalid(f"the schema in response_format is none: {_describe(error)}") from None
+        raise invalid(f"the schema in response_format is invalid: {_describe(error)}") from None
     except Exception as error:  # a value that only looks like a schema
-        raise invalid(f"the schema in response_format is none: {_printable(error)}") from None
+        raise invalid(f"the schema in response_format is invalid: {_printable(error)}") from None
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from pipeline.config import Config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.executors.batch.runner import BatchRunner
+    from pipeline.executors.batch.session import BatchSession
 
 STEPS = {
     "submit": "read the dataset, split it, upload and submit the batches; does not wait for answers",
@@ -69,10 +69,9 @@ def _look(step: str, config: Config, console: Console) -> int:
     """Shows batches. The step `cancel` first cancels those under way."""
     from rich.markup import escape
 
-    from pipeline.dataset.formats import RowParser
-    from pipeline.dataset.keys import RequestHasher
-    from pipeline.dataset.reader import RowReader
-    from pipeline.executors.batch.runner import BatchRunner
+    from pipeline.executors.batch.collector import BatchCollector
+    from pipeline.executors.batch.session import BatchSession
+    from pipeline.executors.batch.steps import BatchSteps
     from pipeline.output.ownership import NEW, Ownership
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
@@ -80,47 +79,46 @@ def _look(step: str, config: Config, console: Console) -> int:
 
     config.check(runs=step != "list")
     fs, root = resolve(str(config.output.path or "."))
-    parser = RowParser(config.dataset.format, config.dataset.columns, config.dataset.template)
-    row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), config.dataset.max_row_bytes)
     # Raises where the directory is not Eagleray's. A new directory holds no batches, so nothing is locked there.
     state = NEW if step == "list" else Ownership.look(config, fs, root).state
     with contextlib.ExitStack() as stack:
         if step == "cancel" and state != NEW:  # a run that waits would go on with the batches
             stack.enter_context(run_lock(fs, root))
-        run = stack.enter_context(contextlib.closing(BatchRunner(config, fs, root, row_reader)))
+        session = stack.enter_context(contextlib.closing(BatchSession(config, fs, root)))
+        steps = BatchSteps(session, BatchCollector(session))
         if step == "list":
-            _show_account(run, console)
+            _show_account(session, console)
             return 0
         failed = False
-        for batch in run.store.open:
+        for batch in session.store.open:
             try:
                 if step == "cancel":
-                    run.cancel(batch)
+                    steps.cancel(batch)
                 if batch.state == "submitted":
-                    batch.status = run.wire.status(str(batch.id))
+                    batch.status = session.wire.status(str(batch.id))
             except EngineError as error:
                 failed = True
                 console.print(f"{batch.id or batch.name}: {escape(str(error))}", highlight=False)
-        _show(run, console)
+        _show(session, console)
     return STOPPED if failed else 0
 
 
-def _show(run: BatchRunner, console: Console) -> None:
-    from pipeline.executors.batch.runner import done_of
+def _show(session: BatchSession, console: Console) -> None:
+    from pipeline.executors.batch.session import done_of
 
     rows = []
-    for batch in run.store.batches:
+    for batch in session.store.batches:
         state = batch.status.status if batch.status else batch.ended or batch.state
         done = batch.answered + batch.failed if batch.ended else done_of(batch.rows, batch.status)
         rows.append((batch.id or batch.name, str(state), f"{done:,}", f"{batch.rows:,}"))
     _table(console, ("batch", "state", "done", "of"), rows)
-    waiting = sum(batch.rows for batch in run.store.open)
-    console.print(f"{waiting:,} rows under way in {len(run.store.open)} batches.", highlight=False)
+    waiting = sum(batch.rows for batch in session.store.open)
+    console.print(f"{waiting:,} rows under way in {len(session.store.open)} batches.", highlight=False)
 
 
-def _show_account(run: BatchRunner, console: Console) -> None:
+def _show_account(session: BatchSession, console: Console) -> None:
     rows = []
-    for batch in run.wire.list():
+    for batch in session.wire.list():
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.created_at)) if batch.created_at else ""
         rows.append((batch.id, str(batch.status), f"{batch.done + batch.failed:,}", f"{batch.total:,}", created))
     _table(console, ("batch", "state", "done", "of", "created"), rows)

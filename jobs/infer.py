@@ -78,8 +78,8 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
     from rich.text import Text
 
     from pipeline.errors import Interrupted, Stopped
-    from pipeline.executors.live.ray_session import INTERRUPTED
     from pipeline.run import BUG, STOPPED
+    from pipeline.signals import INTERRUPTED
 
     _check_clash()
     console = Console(stderr=True)

@@ -100,7 +100,7 @@ def _model(config: Config, model: Any) -> list[Line]:
     lines: list[Line] = [
         ("model", f"{engine.model}: {model.parameters / 1e9:,.3g} billion parameters, {source}", False),
         ("replicas", f"{replicas}, {tensor * stages} × {place} each", False),
-        ("weights", f"{_size(model.weight_bytes)}, {model.numbers}{each[0]}", False),
+        ("weights", f"{_size(model.weight_bytes)}, {model.weight_format}{each[0]}", False),
         (
             "KV cache",
             f"{_size(model.sequence_bytes(1))} a token, {_size(model.sequence_bytes(context))} a sequence of "
@@ -157,7 +157,7 @@ def _machine_memory() -> float:
 def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     import numpy as np
 
-    from engines.local.memory_estimate import prompts as prompts_of
+    from engines.local.prompt_renderer import prompt_renderer
     from pipeline.dataset.formats import RowParser
     from pipeline.dataset.keys import RequestHasher
     from pipeline.dataset.plan import list_splits
@@ -167,7 +167,7 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     dataset = config.dataset
     parser = RowParser(dataset.format, dataset.columns, dataset.template)
     row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), dataset.max_row_bytes)
-    found = DatasetEstimate(config, context, prompts_of(config.engine)).read(list_splits(config, console), row_reader)
+    found = DatasetEstimate(config, context, prompt_renderer(config.engine)).read(list_splits(config, console), row_reader)
     asked, prompts = len(found.keys), np.array(found.prompts or [0])
     rows = f"{found.rows:,} in {found.files:,} files: {asked:,} requests to ask, {found.duplicates:,} duplicates"
     lines: list[Line] = [("rows", rows, False)]

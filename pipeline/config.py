@@ -30,7 +30,7 @@ from engines.validation import (
     one_of,
 )
 
-# The values of `run.mode`.
+# The values of `run.mode`: `pipeline.executors.registry.register` adds to them.
 RUN_MODES = ["live", "batch"]
 # Ray sets this environment variable for processes that `ray job submit` starts.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -261,10 +261,6 @@ def _check_generation(config: Config) -> None:
             check_schema(json_schema_of(response_format))
         except EngineError as error:
             raise ConfigError(f"generation.response_format: {error}") from None
-    if config.output.columns is not None:
-        from pipeline.output.answer_columns import plan_answer_columns  # imports pyarrow
-
-        plan_answer_columns(config.output.columns, response_format)
 
 
 _RULES = (_check_engine, _check_style_has_format, _check_budget_has_price, _check_generation)

@@ -24,7 +24,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from jobs.compose import compose
-from pipeline.executors.live.live import GRACE_S
+from pipeline.executors.live.live_run import GRACE_S
 from pipeline.run import WITH_FAILURES, WRONG
 from tests.support import kuberay
 from tests.support.clusters import Raylets

@@ -21,9 +21,9 @@ from jobs.guide import anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
 from pipeline.errors import Stopped
-from pipeline.executors.live.live import why_stop
-from pipeline.executors.live.ray_session import INTERRUPTED
+from pipeline.executors.stop_reasons import stop_reason
 from pipeline.monitor.status import RunStatus
+from pipeline.signals import INTERRUPTED
 from tests.support.pages import (
     CONFIGURED,
     PAGES,
@@ -186,7 +186,7 @@ def test_every_error_type_and_exit_status_is_explained() -> None:
         (ConfigError("x", code=ErrorCode.OUTPUT_BUSY), "errors.md#another-run-writes-there"),
         (ConfigError("'a' is not of the form key=value"), "errors.md#2-wrong-configuration"),
         (Stopped("x", code=ErrorCode.KEY_REFUSED), "errors.md#auth"),
-        (why_stop(compose(["run.max_errors=12"]), RunStatus(failed=12)), "errors.md#too-many-failed-rows"),
+        (stop_reason(compose(["run.max_errors=12"]).run, RunStatus(failed=12)), "errors.md#too-many-failed-rows"),
         (Stopped("something new; the same command goes on from here"), "errors.md#4-stopped-early"),
     ],
 )  # fmt: skip

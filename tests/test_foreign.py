@@ -21,7 +21,7 @@ from pipeline.storage.ledger_index import read_index
 OURS = "eagleray-0123abcd-00001"
 FOREIGN = {
     "notes.json": "[1, 2]", "torn.json": '{"name": ', "eagleray.json": "{}", "eagleray-xyz-00001.json": "{}",
-    "notes.jsonl": "mine", "rows.parquet": "mine", ".keep": "",
+    "notes.jsonl": "mine", "rows.parquet": "mine", ".keep": "", f".{'0' * 32}.tmp": "",
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_files_among_the_batches_that_are_not_ours_are_left_alone(tmp_path: Path
     made.save(Batch(OURS, "m", 1, 1, {}, state="fetched"))
     for name, text in FOREIGN.items():
         (tmp_path / "_batches" / name).write_text(text)
-    leftovers = [f"{OURS}.jsonl", f"{OURS}.parquet", f".{'0' * 32}.tmp"]
+    leftovers = [f"{OURS}.jsonl", f"{OURS}.parquet", f".eagleray-{'0' * 32}.tmp"]
     for name in leftovers:  # of a batch that is done, and of a write that was killed
         (tmp_path / "_batches" / name).write_text("")
     found = store_of(tmp_path)
@@ -82,10 +82,11 @@ def test_damaged_keys_of_a_batch_are_an_error_that_names_their_file(tmp_path: Pa
 @pytest.mark.parametrize("table", [{"a": [1]}, {"key": ["x"], "error": [None], "done_at": ["x"], "usage": [1]}, {}])
 def test_a_parquet_file_of_another_program_is_no_segment(tmp_path: Path, table: dict[str, Any]) -> None:
     (tmp_path / "_segments").mkdir()
-    file = tmp_path / "_segments" / "theirs.parquet"
-    pq.write_table(pa.table(table), file)
+    named_as_ours = tmp_path / "_segments" / "w1-0123456789ab.parquet"
+    for file in (named_as_ours, tmp_path / "_segments" / "theirs.parquet"):
+        pq.write_table(pa.table(table), file)
     index = read_index(pafs.LocalFileSystem(), str(tmp_path))
-    assert (len(index), index.torn) == (0, [str(file)])
+    assert (len(index), index.torn) == (0, [str(named_as_ours)])
     shown = eagleray("status", tmp_path, "--json")
     assert json.loads(shown.stdout)["state"] == "empty", shown.stderr
 

@@ -172,7 +172,7 @@ def test_what_could_not_run_at_all_is_told_and_a_real_run_ends_with_it_at_once(
     def no_ray() -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("pipeline.run.running_ray", no_ray)
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", no_ray)
     with pytest.raises(ConfigError) as raised:
         dry(data, *overrides, real=True)
     assert said in str(raised.value)
@@ -186,7 +186,7 @@ def test_a_parameter_that_no_row_could_have_ends_a_run_at_once(
     data = write_jsonl([ask("a")])
     status, text = dry(data, *OPENAI, "generation.top_k=3")
     assert (status, "generation.top_k is not supported by engine=openai" in text) == (2, True)
-    monkeypatch.setattr("pipeline.run.running_ray", lambda: 1 / 0)
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", lambda: 1 / 0)
     with pytest.raises(ConfigError, match="generation.top_k is not supported by engine=openai"):
         dry(data, *OPENAI, "generation.top_k=3", real=True)
 
@@ -304,7 +304,7 @@ def test_no_row_ends_the_look_ahead(infer: Infer, write_jsonl: Write) -> None:
 def test_a_model_that_is_not_there_is_told_before_ray_starts(
     write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.run.running_ray", lambda: 1 / 0)
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", lambda: 1 / 0)
     monkeypatch.setitem(sys.modules, "ray", None)
     data = [f"dataset.path={write_jsonl([ask('a')])}", f"output.path={tmp_path}/out"]
     for engine, model in (("llamacpp", "nope.gguf"), ("transformers", "/nope")):

@@ -173,3 +173,22 @@ def test_bedrock_answers_a_dataset_with_an_image(
     assert [row["attempts"] for row in rows] == [3, 1]
     sent = next(seen.body for seen in server.requests if seen.text == "what?")
     assert json.dumps(sent).count('"format": "png"') == 1
+
+
+def test_what_a_provider_wants_back_is_in_the_messages(
+    infer: Infer, write_jsonl: Callable[..., Path], server: ProviderServer
+) -> None:
+    signed = {
+        "id": "1",
+        "type": "function",
+        "function": {"name": "f", "arguments": "{}"},
+        "extra_content": {"google": {"s": "x"}},
+    }
+    message = {"role": "assistant", "content": None, "tool_calls": [signed], "reasoning_content": "hm"}
+    body = {"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}], "usage": {}}
+    server.plan["a"] = ["body=" + json.dumps(body)]
+    assert infer(write_jsonl([ask("a"), ask("b")]), *remote(server), engine="openai_compatible").exit_status == 0
+    first, second = infer.rows()
+    assert json.loads(first["messages"]) == [{"role": "user", "content": "a"}, message]
+    assert json.loads(second["messages"])[-1] == {"role": "assistant", "content": "b"}
+    assert "message_fields" not in first

@@ -15,7 +15,6 @@ import secrets
 import threading
 import time
 import uuid
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -35,16 +34,13 @@ from engines.remote.http import Transport
 from engines.remote.preflight import findings, masked, without_secrets
 from engines.remote.provider import Provider, endpoints, merge
 from engines.remote.rate_limits import Limits
-from engines.remote.sse import SSEParser, StreamAccumulator
+from engines.remote.sse import SSEParser
+from engines.remote.wire import Wire, bad_response, check_choices
 from engines.rendering import render_http
 from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
 from engines.usage import Usage
 
-WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
-ACCUMULATORS: dict[str, type[StreamAccumulator]] = {
-    "chat": openai_chat.ChatAccumulator,
-    "messages": anthropic_messages.MessagesAccumulator,
-}
+WIRES: dict[str, Wire] = {"chat": openai_chat, "messages": anthropic_messages}
 
 # Full jitter: each wait is drawn between 0 and a bound that doubles with every try.
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
@@ -202,7 +198,7 @@ class RemoteEngine(Batches, ModelEngine):
         return content, len(content)
 
     async def _generate(self, request: Request) -> Completion:
-        streams = getattr(self.wire, "STREAM", {}) if request.stream is not None else {}
+        streams = self.wire.STREAM if request.stream is not None else {}
         try:
             content, size = self.encode({**streams, **self.body(request)})
         except EngineError as error:
@@ -329,7 +325,8 @@ class RemoteEngine(Batches, ModelEngine):
             self.semaphore.overloaded(sent)
             if error.retry_after:
                 self.limits.observe(model, min(error.retry_after, MOST_PAUSE_S), {})
-        if error.retryable:
+        # An answer with its usage comes from a server that works: a broken one counts against its row only.
+        if error.retryable and not (error.usage is not None and error.usage.known):
             self.endpoints.failed(endpoint, str(error), error.retry_after)
         else:  # the server works; it refuses this row
             self.endpoints.answered(endpoint)
@@ -337,7 +334,8 @@ class RemoteEngine(Batches, ModelEngine):
 
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         """Sends and reads. Raises `EngineError`."""
-        parser = SSEParser(ACCUMULATORS[self.provider.wire](), request.stream) if request.stream is not None else None
+        accumulator = self.wire.accumulator() if request.stream is not None else None
+        parser = SSEParser(accumulator, request.stream) if accumulator and request.stream is not None else None
         try:
             sent = {**headers, **await self.auth.headers()}
             reply = await self.transport.send("POST", endpoint.url, sent, content, parser.feed if parser else None)
@@ -366,20 +364,23 @@ class RemoteEngine(Batches, ModelEngine):
             with contextlib.suppress(ValueError):
                 payload = orjson.loads(reply.content)
         if not isinstance(payload, dict):
-            raise self._clean(openai_chat.bad_response("the answer is not a JSON object", reply.content[:200]))
+            raise self._clean(bad_response("the answer is not a JSON object", reply.content[:200]))
         inner = payload.get("error")
         if inner and not payload.get("choices"):  # some providers report errors with status 200
             code = inner.get("code") if isinstance(inner, dict) else None
             code = code if isinstance(code, int) and code >= 400 else 502
-            raise self._clean(failure(code, orjson.dumps(payload), reply.headers))
-        return self.read(payload)
+            broken_off = failure(code, orjson.dumps(payload), reply.headers)
+            if payload.get("usage"):
+                broken_off.usage = self.wire.usage(payload)
+            raise self._clean(broken_off)
+        return self.read(payload, request.generation.n)
 
-    def read(self, answer: dict[str, Any] | EngineError) -> Completion:
-        """The completion in an answer's body. Raises `EngineError` if there is none, or the one it is given."""
+    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None) -> Completion:
+        """The completion in the body of an answer, of `n` choices. Raises `EngineError` for a bad one, or the one given."""
         if isinstance(answer, EngineError):
             raise self._clean(answer)
         try:
-            completion: Completion = self.wire.completion(answer, self.provider)
+            completion = check_choices(self.wire.completion(answer, self.provider), n)
         except EngineError as error:
             raise self._clean(error) from None
         return completion

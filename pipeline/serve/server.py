@@ -30,9 +30,10 @@ from pipeline.config import Config
 from pipeline.errors import Stopped
 from pipeline.executors.live.placement import Placement, placement, serve_options, spread
 from pipeline.executors.live.rate_limiter import NAMESPACE, rate_limit_actor, reserve_through_ray
-from pipeline.executors.live.ray_session import PATIENCE_S, look_for_room, note_signals, running_ray
+from pipeline.executors.live.ray_session import PATIENCE_S, look_for_room, running_ray
 from pipeline.executors.live.secrets import Secrets, settle_environment
 from pipeline.serve.openai_api import ChatRequest, Chunks, error_body, event, parse_chat_request, status_of, whole
+from pipeline.signals import note_signals
 from pipeline.storage.exact_json import dumps, loads
 
 NAME = "eagleray"

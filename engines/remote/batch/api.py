@@ -71,7 +71,7 @@ class Batches:
     ) -> list[Completion]:
         """The completions of `conversations`, in their order. A conversation without an answer gets an error.
 
-        `generation` must be what `infer_batch` was given.
+        `generation` must be the one that `infer_batch` was called with.
         """
         from engines.remote.batch.client import BatchState
         from engines.remote.batch.factory import wire_of
@@ -86,7 +86,7 @@ class Batches:
             if custom_id not in asked:
                 continue
             try:
-                completion = engine.read(outcome)
+                completion = engine.read(outcome, asked[custom_id].generation.n)
             except EngineError as error:
                 completion = Completion(error=Failure.of(error), usage=error.usage or Usage())
             completion.cost_usd = engine.cost(completion.usage, asked[custom_id].model, completion.model, batch=True)
