@@ -52,11 +52,11 @@ def run(data: Path | None, rows: int, tokens: int, repeats: int, batch: int = 64
 
         def bare() -> float:
             began = time.perf_counter()
-            made = generate_loop(engine.model, engine.tokenizer, asked, tokens, batch)  # type: ignore[attr-defined]
+            made = generate_loop(engine.loaded.model, engine.loaded.tokenizer, asked, tokens, batch)  # type: ignore[attr-defined]
             return made / (time.perf_counter() - began)
 
         engine.infer(conversations[:batch], {"max_tokens": 8})
-        generate_loop(engine.model, engine.tokenizer, asked[:batch], 8, batch)  # type: ignore[attr-defined]
+        generate_loop(engine.loaded.model, engine.loaded.tokenizer, asked[:batch], 8, batch)  # type: ignore[attr-defined]
         pairs = [(bare(), ours()) if turn % 2 else tuple(reversed((ours(), bare()))) for turn in range(repeats)]
     return {
         "tokens_per_s": round(statistics.median(b for _, b in pairs), 1),

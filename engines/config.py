@@ -9,28 +9,38 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from engines.errors import ConfigError, EngineError, invalid, must_be, nearest, unknown_key
+from engines.errors import ConfigError, EngineError, invalid, nearest
 from engines.params import GenerationParams
 from engines.types import Request
 from engines.usage import Usage
+from engines.validation import Check, above, at_least, check_fields, check_keys, number, one_of
 
 
-def key(default: Any, help: str) -> Any:
-    """A configuration key, with the sentence that `--help` and the docs show for it."""
+def key(default: Any, help: str, check: Check | None = None) -> Any:
+    """A configuration key, with the sentence that `--help` and the docs show for it, and the check of its value."""
+    metadata = {"help": help, "check": check}
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# The check of a price: US dollars per million tokens.
+RATE = number(0)
+
+
+def _rate() -> Any:
+    return field(default=None, metadata={"check": RATE})
 
 
 @dataclass(slots=True)
 class Price:
     """US dollars per million tokens. What nobody told is None, never 0; `engines/prices.py` looks up list prices."""
 
-    input: float | None = None
-    cached_input: float | None = None  # None: as `input`
-    output: float | None = None
+    input: float | None = _rate()
+    cached_input: float | None = _rate()  # None: as `input`
+    output: float | None = _rate()
     as_of: str | None = None  # the day of the list it is from
-    cache_write: float | None = None  # for 5 minutes; None: as `input`
+    cache_write: float | None = _rate()  # for 5 minutes; None: as `input`
 
     # Writing to the prompt cache for an hour costs 2.0 times the input where 5 minutes cost 1.25 times.
     HOUR: ClassVar[float] = 2.0 / 1.25
@@ -84,19 +94,23 @@ class EngineConfig:
     api_key_env: str | None = key(None, "the environment variable that holds the API key")
     headers: dict[str, str] = key({}, "additional HTTP headers")
     extra_body: dict[str, Any] = key({}, "additional fields of every request body")
-    max_concurrency: int | None = key(None, "maximum requests in flight in one replica; unset: the engine's default")
-    requests_per_minute: float | None = key(None, "maximum requests per minute over the whole cluster")
-    input_tokens_per_minute: float | None = key(None, "maximum input tokens per minute over the whole cluster")
-    output_tokens_per_minute: float | None = key(None, "maximum output tokens per minute over the whole cluster")
-    max_retries: int = key(5, "maximum retries of a failed request")
-    timeout_s: float = key(600.0, "maximum seconds for one request")
+    max_concurrency: int | None = key(
+        None, "maximum requests in flight in one replica; unset: the engine's default", at_least(1)
+    )
+    requests_per_minute: float | None = key(None, "maximum requests per minute over the whole cluster", above(0))
+    input_tokens_per_minute: float | None = key(None, "maximum input tokens per minute over the whole cluster", above(0))
+    output_tokens_per_minute: float | None = key(None, "maximum output tokens per minute over the whole cluster", above(0))
+    max_retries: int = key(5, "maximum retries of a failed request", at_least(0))
+    timeout_s: float = key(600.0, "maximum seconds for one request", above(0))
     provider: dict[str, Any] = key({}, "the settings of a remote provider")
     unsupported: str = key(
-        "error", "for a parameter that the engine does not support: error refuses the row, drop removes the parameter"
+        "error",
+        "for a parameter that the engine does not support: error refuses the row, drop removes the parameter",
+        one_of(("error", "drop")),
     )
     prompt_caching: bool = key(False, "mark the system prompt and the tools for the provider's prompt cache")
-    connect_timeout_s: float = key(10.0, "maximum seconds to connect")
-    read_timeout_s: float | None = key(None, "maximum seconds without data within one answer")
+    connect_timeout_s: float = key(10.0, "maximum seconds to connect", above(0))
+    read_timeout_s: float | None = key(None, "maximum seconds without data within one answer", above(0))
     fallback: Any = key(
         [], "engines for the rows that failed permanently on this one: names, or mappings of the keys of engine"
     )
@@ -210,22 +224,19 @@ SourceOf = Callable[[EngineConfig], Any]
 
 
 def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
-    """The packaged keys of an engine, replaced by `keys` where given. Raises `ConfigError` for an unknown key."""
+    """The packaged keys of an engine, replaced by `keys` where given. Raises `ConfigError` for a wrong key or value."""
     known = {f.name for f in fields(EngineConfig)} - {"kind"}
     for name in keys:
         if name not in known:
             raise ConfigError(f"engine '{kind}' has no key '{name}'{nearest(name, known)}; engine keywords go in kwargs")
     values = {**packaged(kind), **keys, "kind": kind}
     if isinstance(price := values.get("price"), Mapping):
-        rates = {f.name for f in fields(Price)}
-        for name, value in price.items():
-            if name not in rates:
-                raise unknown_key(name, rates, "engine.price")
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-            if name != "as_of" and value is not None and not number:
-                raise ConfigError(must_be(f"engine.price.{name}", "a number of at least 0", value), key="engine.price")
+        check_keys(price, {f.name for f in fields(Price)}, "engine.price")
         values["price"] = Price(**price)
-    return EngineConfig(**values)
+    config = EngineConfig(**values)
+    check_fields("engine", config)
+    check_fields("engine.price", config.price)
+    return config
 
 
 @functools.cache

@@ -184,12 +184,16 @@ def invalid(message: str, *, code: str | None = None, key: str | None = None) ->
     return EngineError("invalid_input", message, code=code, key=key)
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most similar; None if none is similar enough."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"`, or a list of the known names if none is close and there are few."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f" (did you mean '{close[0]}'?)"
+    if close := closest(name, known):
+        return f" (did you mean '{close}'?)"
     return f" (known: {', '.join(known)})" if len(known) <= 24 else ""
 
 
@@ -197,6 +201,17 @@ def must_be(name: str, wanted: str, value: object, limit: int | None = None) -> 
     """The message for a value that is not allowed: `"top_p must be a number between 0.0 and 1.0, not 'x'"`."""
     shown = repr(value)
     return f"{name} must be {wanted}, not {shown if limit is None else shown[:limit]}"
+
+
+def no_such(kind: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that does not exist: `"there is no engine 'ecko' (did you mean 'echo'?)"`."""
+    return f"there is no {kind} '{name}'{nearest(str(name), known)}"
+
+
+def unknown_kwarg(name: str, engine: str, known: Iterable[str], hint: str = "") -> ConfigError:
+    """The error for a keyword in `engine.kwargs` that the engine does not have."""
+    text = f"engine.kwargs.{name} is not known to engine={engine}{nearest(name, known)}"
+    return ConfigError(f"{text}; {hint}" if hint else text)
 
 
 def unknown_key(name: object, known: Iterable[str], where: str) -> ConfigError:

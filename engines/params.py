@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engines.errors import EngineError, ErrorCode, invalid, must_be, nearest
+from engines.errors import ErrorCode, invalid, nearest
+from engines.validation import SHOWN, Check, Refused, is_whole, number, text, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,6 @@ RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "gr
 
 # Engines keep these in 32 bits.
 INT_LIMIT = 1 << 31
-# Characters of a large value (tools, a schema) that a message shows.
-SHOWN = 200
-
-# Returns the value in its canonical type; the name is for messages. Raises `EngineError`.
-Check = Callable[[str, Any], Any]
 
 
 def _check_param(name: str, value: Any) -> Any:
@@ -71,70 +67,29 @@ def _check_param(name: str, value: Any) -> Any:
     if check is None:
         text = f"'{name}' is not a generation parameter{nearest(str(name), GENERATION_FIELDS)}"
         raise invalid(text, code=ErrorCode.UNKNOWN_PARAMETER, key="generation")
-    return check(name, value)
-
-
-def _refused(name: str, wanted: str, value: Any, limit: int | None = None) -> EngineError:
-    return invalid(must_be(name, wanted, value, limit), key=f"generation.{name}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _int(low: int | None = None, below: int | None = None) -> Check:
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, float) and value.is_integer():  # Parquet and YAML may hold 256 as 256.0
-            value = int(value)
-        if below is not None and isinstance(value, int) and value >= below:
-            raise invalid(f"{name} must be below {below:,}")
-        if not _is_int(value) or (low is not None and value < low):
-            bound = f" of at least {low}" if low is not None else ""
-            raise _refused(name, f"a whole number{bound}", value)
-        return int(value)
-
-    return check
-
-
-def _float(low: float, high: float) -> Check:
-    def check(name: str, value: Any) -> float:
-        if not _is_number(value) or not low <= value <= high:
-            raise _refused(name, f"a number between {low} and {high}", value)
-        try:
-            return float(value)
-        except OverflowError:
-            raise invalid(f"{name} is too large a number") from None
-
-    return check
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _refused(name, "a text", value, SHOWN)
-    return value
+    try:
+        return check(name, value)
+    except Refused as refused:
+        raise invalid(str(refused), key=f"generation.{name}") from None
 
 
 def _logprobs(name: str, value: Any) -> int | None:
     if isinstance(value, bool):  # OpenAI's chat API has true, with top_logprobs beside it
         return 0 if value else None
-    found: int = _int(low=0)(name, value)
+    found: int = whole(low=0)(name, value)
     return found
 
 
 def _stop(name: str, value: Any) -> list[str] | None:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise _refused(name, "a non-empty text or a list of them", value)
+        raise Refused.value(name, "a non-empty text or a list of them", value)
     return stops or None
 
 
 def _stop_token_ids(name: str, value: Any) -> list[int] | None:
-    if not isinstance(value, list) or not all(map(_is_int, value)):
-        raise _refused(name, "a list of token ids", value)
+    if not isinstance(value, list) or not all(map(is_whole, value)):
+        raise Refused.value(name, "a list of token ids", value)
     return value or None
 
 
@@ -142,49 +97,49 @@ def _logit_bias(name: str, value: Any) -> dict[str, float] | None:
     try:
         return {str(int(token)): float(bias) for token, bias in value.items()} or None
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise invalid(f"{name} must map token ids to numbers, not {value!r}") from None
+        raise Refused(f"{name} must map token ids to numbers, not {value!r}") from None
 
 
 def _response_format(name: str, value: Any) -> dict[str, Any] | None:
     if isinstance(value, Mapping) and value.get("type") == "object":  # a schema without the envelope
         return {"type": "json_schema", "json_schema": {"schema": dict(value)}}
     if not isinstance(value, Mapping) or value.get("type") not in RESPONSE_FORMATS:
-        raise invalid(f"{name} needs a 'type' among {', '.join(RESPONSE_FORMATS)}, not {repr(value)[:SHOWN]}")
+        raise Refused(f"{name} needs a 'type' among {', '.join(RESPONSE_FORMATS)}, not {repr(value)[:SHOWN]}")
     return None if value["type"] == "text" else dict(value)
 
 
 def _tools(name: str, value: Any) -> list[Any] | None:
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise _refused(name, "a list of tool definitions", value, SHOWN)
+        raise Refused.value(name, "a list of tool definitions", value, SHOWN)
     return value or None
 
 
 def _tool_choice(name: str, value: Any) -> Any:
     if not isinstance(value, (str, Mapping)):
-        raise _refused(name, "a text or an object", value, SHOWN)
+        raise Refused.value(name, "a text or an object", value, SHOWN)
     return value
 
 
 CHECKS: dict[str, Check] = {
-    "max_tokens": _int(low=1, below=INT_LIMIT),
-    "temperature": _float(0.0, math.inf),
-    "top_p": _float(0.0, 1.0),
-    "top_k": _int(),
-    "min_p": _float(0.0, 1.0),
+    "max_tokens": whole(low=1, below=INT_LIMIT),
+    "temperature": number(0.0, math.inf),
+    "top_p": number(0.0, 1.0),
+    "top_k": whole(),
+    "min_p": number(0.0, 1.0),
     "stop": _stop,
     "stop_token_ids": _stop_token_ids,
-    "seed": _int(),
-    "n": _int(low=1, below=INT_LIMIT),
-    "frequency_penalty": _float(-2.0, 2.0),
-    "presence_penalty": _float(-2.0, 2.0),
-    "repetition_penalty": _float(0.0, math.inf),
+    "seed": whole(),
+    "n": whole(low=1, below=INT_LIMIT),
+    "frequency_penalty": number(-2.0, 2.0),
+    "presence_penalty": number(-2.0, 2.0),
+    "repetition_penalty": number(0.0, math.inf),
     "logit_bias": _logit_bias,
     "logprobs": _logprobs,
     "response_format": _response_format,
     "tools": _tools,
     "tool_choice": _tool_choice,
-    "reasoning_effort": _text,
-    "schema_retries": _int(low=0),
+    "reasoning_effort": text,
+    "schema_retries": whole(low=0),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from engines.base import Engine
 from engines.config import Capabilities, EngineConfig, config_from_keys
-from engines.errors import ConfigError, EngineError, ErrorCode, Finding, nearest
+from engines.errors import ConfigError, EngineError, ErrorCode, Finding, no_such
 from engines.types import Request
 
 
@@ -109,7 +109,7 @@ def _imported(target: str) -> Any:
 def missing_package(kind: str, provider: Mapping[str, Any] | None = None) -> ConfigError | None:
     """The error for an unknown kind, or for a package that is not installed; None if the engine can be imported."""
     if kind not in REGISTRY and not provider:
-        return ConfigError(f"there is no engine '{kind}'{nearest(kind, REGISTRY)}", key="engine")
+        return ConfigError(no_such("engine", kind, REGISTRY), key="engine")
     entry = REGISTRY.get(kind, _HTTP_ENGINE)
     if entry.package and importlib.util.find_spec(entry.package) is None:
         text = f"engine={kind} needs the package '{entry.package}': run pip install 'eagleray[{entry.extra}]'"
@@ -210,7 +210,6 @@ def fallbacks(config: EngineConfig) -> list[EngineConfig]:
                 key="engine.fallback",
             )
         if kind not in REGISTRY and not keys.get("provider"):
-            text = f"engine.fallback: there is no engine '{kind}'{nearest(kind, REGISTRY)}"
-            raise ConfigError(text, key="engine.fallback")
+            raise ConfigError(f"engine.fallback: {no_such('engine', kind, REGISTRY)}", key="engine.fallback")
         found.append(config_from_keys(kind, keys))
     return found

@@ -1,4 +1,4 @@
-"""`eagleray batch`: the main job through the provider's batch API; in one command that waits, or step by step."""
+"""`eagleray batch`: runs the main job through a provider's batch API, in one command that waits or step by step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engines.errors import ConfigError, EngineError
+from engines.errors import ConfigError, EngineError, nearest
 from jobs.infer import command, finish, guarded, start
 from pipeline.config import Config
 
@@ -18,24 +18,21 @@ if TYPE_CHECKING:
     from pipeline.executors.batch.session import BatchSession
 
 STEPS = {
-    "submit": "read, split, upload and submit; returns at once",
-    "status": "how the batches of output.path stand",
-    "fetch": "bring in what is ready, submit again what came back without an answer; status 4 while some are under way",
-    "cancel": "ask for the end of those under way; what is done by then is fetched",
-    "list": "all batches of the account",
+    "submit": "read the dataset, split it, upload and submit the batches; does not wait for answers",
+    "status": "show the state of the batches of output.path",
+    "fetch": "download finished batches and submit rows without an answer again; exit status 4 while batches remain",
+    "cancel": "cancel the batches in progress; fetch downloads the answers that they have by then",
+    "list": "show all batches of the account",
 }
 
 
 def main(argv: list[str]) -> int:
-    """Runs a step, or without one all of them, and returns the exit status."""
+    """Runs one step, or all steps if none is named. Returns the exit status."""
     step, rest = (argv[0], argv[1:]) if argv and argv[0] in STEPS else ("", argv)
     if argv and not step and argv[0].isalpha():
-        from engines.errors import nearest
-
-        argv = []
-        raise_ = ConfigError(f"there is no step '{rest[0]}' of eagleray batch{nearest(rest[0], STEPS)}")
-        return start([], help_text, lambda _: _fail(raise_))
-    if step == "list":  # asks for nothing of a dataset
+        error = ConfigError(f"there is no step '{rest[0]}' of eagleray batch{nearest(rest[0], STEPS)}")
+        return start([], help_text, lambda _: _fail(error))
+    if step == "list":  # needs no dataset and no output
         rest = [*rest, "run.mode=batch"]
     again = command("batch", argv)
     return start([*rest, "run.mode=batch"] if step != "list" else rest, help_text, lambda config: _run(step, config, again))
@@ -63,7 +60,7 @@ def _go(step: str, config: Config, console: Console) -> int:
         if step == "submit" and not late:
             return 0
         if late:
-            text = f"{len(late)} batches are not submitted yet: the same command goes on with them."
+            text = f"{len(late)} batches are not submitted yet: run the same command again to submit them."
             console.print(text, highlight=False)
     return status
 
@@ -131,7 +128,7 @@ def _table(console: Console, titles: tuple[str, ...], rows: Sequence[tuple[str, 
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:  # an id that is cut short is no use
+    for title in titles:  # users copy the id, so it must not be cut
         table.add_column(title, justify="right" if title in ("done", "of") else "left", no_wrap=title == "batch")
     for row in rows:
         table.add_row(*row)
@@ -139,18 +136,18 @@ def _table(console: Console, titles: tuple[str, ...], rows: Sequence[tuple[str, 
 
 
 def help_text() -> str:
-    """The steps; the keys are those of `eagleray infer`."""
+    """The help text: the steps. The keys are those of `eagleray infer`."""
     steps = "\n".join(f"  {name:<8}{what}" for name, what in STEPS.items())
     return f"""\
-The main job through a provider's batch API, at about half the price, answered within a day.
+Run the main job through a provider's batch API: mostly for half the price, with answers within a day.
 
   eagleray batch [step] dataset.path=IN output.path=OUT engine=openai engine.model=… [key=value …]
 
-Steps (without one: all of them, waiting as long as it takes; it may be killed and started again):
+Steps (without a step, the command runs all of them and waits; you can kill it and start it again):
 {steps}
 
-Every step takes the same arguments; `eagleray infer --help` lists them, and the exit statuses.
-run.batch_fallback=live asks live what a batch left unanswered, with the same settings."""
+Every step takes the same arguments; `eagleray infer --help` lists them and the exit statuses.
+With run.batch_fallback=live, rows without an answer from a batch are sent as live requests with the same settings."""
 
 
 if __name__ == "__main__":

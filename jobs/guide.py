@@ -1,4 +1,4 @@
-"""Where the documentation says more about an error: the last words of the line that reports it."""
+"""The link to the documentation at the end of the line that reports an error."""
 
 from __future__ import annotations
 

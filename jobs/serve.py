@@ -1,4 +1,4 @@
-"""`eagleray serve`: an engine as an endpoint for OpenAI's clients."""
+"""`eagleray serve`: serves an engine over HTTP for OpenAI clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Serves until Ctrl-C or SIGTERM; returns the exit status."""
+    """Serves until Ctrl-C or SIGTERM. Returns the exit status."""
     return start(argv, help_text, lambda config: guarded(lambda console: _run(config, console)))
 
 
@@ -32,13 +32,14 @@ def _run(config: Config, console: Console) -> int:
 
 
 def help_text() -> str:
-    """The keys that matter to an endpoint."""
+    """The help text: the keys that an endpoint uses."""
     lines = [
-        "Serve an engine over HTTP as OpenAI's API: POST /v1/chat/completions, GET /v1/models, GET /health.",
+        "Serve an engine over HTTP with OpenAI's API: POST /v1/chat/completions, GET /v1/models, GET /health.",
         "",
         "  eagleray serve engine=ENGINE [hardware=PROFILE] [group=option …] [key=value …]",
         "",
-        "hardware.replicas={min: 1, max: 8} follows the requests. Generation keys hold where a request says nothing.",
+        "With hardware.replicas={min: 1, max: 8}, the number of replicas follows the load. Generation keys are defaults: a",
+        "request may set other values.",
         "",
         *keys_help(("engine", "hardware", "generation", "serve"), ("run.drain_s", "run.max_outage_s")),
         "",

@@ -107,10 +107,10 @@ def test_nodes_go_and_come_the_limiter_moves_and_the_driver_dies(
     raylets.tell("kill", victim)
     bound += AT_ONCE * 4
     some_more(200)
-    limiter, process = where("Limiter")
+    limiter, process = where("RateLimitActor")
     while limiter in ("head", stays):  # these stay; a new limiter, as good as the old one, comes on any node
         os.kill(process, signal.SIGKILL)
-        limiter, process = where("Limiter")
+        limiter, process = where("RateLimitActor")
     raylets.tell("kill", limiter)  # and the replica on it
     bound += AT_ONCE * 4
     raylets.tell("add", "five")

@@ -19,7 +19,7 @@ import pytest
 from engines import Completion, ConfigError, load_engine
 from engines.base import Engine
 from pipeline.errors import Stopped
-from tests.support.checkpoint import adapter_dir, checkpoint_dir
+from tests.support.checkpoint import adapter_dir, checkpoint_dir, smollm2_adapters
 from tests.support.infer import Infer, ask
 from tests.support.processes import until
 from tests.support.streams import joined, streamed
@@ -33,6 +33,8 @@ pytestmark = [
     ),
 ]
 
+
+__all__ = ["smollm2_adapters"]
 
 CAPITAL = "What is the capital of France?"
 WEATHER = {

@@ -22,7 +22,7 @@ import orjson
 
 from engines.base import ModelEngine
 from engines.config import Capabilities, EngineConfig, SourceOf
-from engines.errors import ConfigError, EngineError, Finding, invalid, nearest
+from engines.errors import ConfigError, EngineError, Finding, invalid, unknown_kwarg
 from engines.remote import anthropic_messages, openai_chat
 from engines.remote.auth import Auth
 from engines.remote.batch.api import Batches
@@ -77,10 +77,8 @@ class RemoteEngine(Batches, ModelEngine):
             )
         for name in config.kwargs:
             if name not in self.provider.kwargs:
-                raise ConfigError(
-                    f"engine.kwargs.{name} is not known to engine={config.kind}{nearest(name, self.provider.kwargs)}; "
-                    "engine.extra_body adds fields to the requests"
-                )
+                hint = "engine.extra_body adds fields to the requests"
+                raise unknown_kwarg(name, config.kind, self.provider.kwargs, hint)
         self._connect()
 
     def _connect(self) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from engines.config import Capabilities, EngineConfig
-from engines.errors import ConfigError, ErrorCode, nearest, unknown_key
+from engines.errors import ConfigError, ErrorCode, no_such
 from engines.params import GENERATION_FIELDS
+from engines.validation import check_keys, check_value, one_of
 
 # wire: openai, anthropic, together or fireworks; rows and bytes: the most in one batch, where less than the provider takes;
 # queued_tokens: the most in all batches at once; price: the share of the live price, as it was on price_as_of. A rule of
@@ -70,14 +71,9 @@ class Provider:
     def of(cls, config: EngineConfig) -> Provider:
         """The checked `provider` section. Raises `ConfigError` with the nearest right name."""
         provider = cls(**_checked(config.provider, "engine.provider"))
-        if provider.wire not in WIRE_PATHS:
-            raise ConfigError(f"engine.provider.wire={provider.wire} is not known{nearest(provider.wire, WIRE_PATHS)}")
-        if provider.reasoning_history not in REASONING_HISTORIES:
-            hint = nearest(str(provider.reasoning_history), REASONING_HISTORIES)
-            raise ConfigError(f"engine.provider.reasoning_history={provider.reasoning_history} is not known{hint}")
-        for name in provider.batch:
-            if name not in BATCH_KEYS:
-                raise unknown_key(name, BATCH_KEYS, "engine.provider.batch")
+        check_value("engine.provider.wire", provider.wire, one_of(WIRE_PATHS))
+        check_value("engine.provider.reasoning_history", provider.reasoning_history, one_of(REASONING_HISTORIES))
+        check_keys(provider.batch, BATCH_KEYS, "engine.provider.batch")
         for rule in provider.models:
             if not isinstance(rule, Mapping) or "match" not in rule:
                 raise ConfigError("engine.provider.models: each needs a 'match', a regular expression of model names")
@@ -117,19 +113,14 @@ class Provider:
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(Provider)}
-    for name in values:
-        if name not in known:
-            raise unknown_key(name, known, where)
+    check_keys(values, {f.name for f in dataclasses.fields(Provider)}, where)
     for name in ("rename", "unsupported", "defaults"):
         for param in values.get(name) or ():
             if param not in GENERATION_FIELDS:
-                raise ConfigError(f"{where}.{name}: there is no parameter '{param}'{nearest(param, GENERATION_FIELDS)}")
+                raise ConfigError(f"{where}.{name}: {no_such('parameter', param, GENERATION_FIELDS)}")
     for reason, meaning in (values.get("finish_reasons") or {}).items():
         if meaning not in ENDINGS:
-            raise ConfigError(
-                f"{where}.finish_reasons.{reason}: there is no meaning '{meaning}'{nearest(str(meaning), ENDINGS)}"
-            )
+            raise ConfigError(f"{where}.finish_reasons.{reason}: {no_such('meaning', str(meaning), ENDINGS)}")
     return dict(values)
 
 

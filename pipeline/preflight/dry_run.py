@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
 import pyarrow.fs as pafs
 from rich.console import Console
@@ -16,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.base import Engine
-from engines.config import EngineConfig
-from engines.errors import ConfigError, EngineError
-from engines.local.memory_estimate import Prompts, footprint, holds_model, prompts
+from engines.errors import EngineError
+from engines.local.preflight import model_on_this_machine
+from engines.local.prompt_renderer import PromptRenderer
 from engines.rendering import render_messages
 from engines.text import visible
 from engines.types import Request
@@ -103,9 +102,9 @@ def dry_run(
     index = read_index(fs, root)
     seen = examine(config, thorough=True)
     wrong = [finding.text for finding in seen.wrong]
-    context, shape = _model_at_hand(config.engine)
+    context, renderer = model_on_this_machine(config.engine)
     known = index.only(failed_too=not config.run.retry_failed)
-    found = DatasetEstimate(config, context, shape, seen.check).read(splits, row_reader, known)
+    found = DatasetEstimate(config, context, renderer, seen.check).read(splits, row_reader, known)
     if found.invalid and config.dataset.on_bad_input == "fail":
         wrong.append(f"{found.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
     complete = unchanged(config, fs, root, splits, index) is not None
@@ -118,23 +117,10 @@ def dry_run(
         console.print(Text(f"The first {len(found.first)} requests, as they would be sent:", "bold"))
     for id, request in found.first:
         console.print(Text(f"\n{visible(id)}", "bold cyan"))
-        console.print(Text(shown_request(seen.engine, shape, request)), soft_wrap=True)
+        console.print(Text(shown_request(seen.engine, renderer, request)), soft_wrap=True)
     if seen.engine is not None:
         seen.engine.close()
     return found, wrong
-
-
-def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
-    """The context and the prompts of a model that lies here; nothing is fetched from a hub."""
-    if not holds_model(engine) or not engine.model:
-        return None, None
-    if engine.model != "smollm2" and not Path(engine.model).expanduser().exists():
-        return None, None
-    try:
-        shape = footprint(engine)
-        return (shape.context if shape else None), prompts(engine)
-    except (ConfigError, ImportError):
-        return None, None
 
 
 def _about(
@@ -175,9 +161,9 @@ def show(lines: Iterable[ReportLine], console: Console) -> None:
     console.print(table, "", highlight=False)
 
 
-def shown_request(engine: Engine | None, prompts: Prompts | None, request: Request) -> str:
+def shown_request(engine: Engine | None, renderer: PromptRenderer | None, request: Request) -> str:
     """A request as it would be sent: the HTTP of a remote engine, the prompt of a local one. Secrets are `***`."""
-    render = engine.render_request if engine else prompts.render_request if prompts else render_messages
+    render = engine.render_request if engine else renderer.render_request if renderer else render_messages
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
