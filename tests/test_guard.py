@@ -11,9 +11,9 @@ import psutil
 
 OWNER = """
 import subprocess, sys, time
-from engines import guard
+from engines.local import process_guard
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
-follower = guard.follow([child.pid])
+follower = process_guard.follow([child.pid])
 print(child.pid, follower.pid, flush=True)
 if sys.argv[1] == "dismiss":
     follower.kill(), follower.wait()
