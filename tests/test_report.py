@@ -558,7 +558,9 @@ def test_no_width_scrolls_sideways(page: Page, width: int) -> None:
         page.browser.execute_async_script("setTimeout(arguments[0], 20)")
         assert page("document.documentElement.scrollWidth") <= width
         assert page("document.getElementById('chat').scrollWidth <= document.getElementById('chat').clientWidth")
-    page.browser.execute_script("document.querySelectorAll('.figures dd').forEach(dd => { dd.textContent = '123.45 min'; })")
+    page.browser.execute_script(
+        "document.querySelectorAll('.figures dd').forEach(dd => { dd.textContent = '123.45 min'; })"
+    )
     assert page("document.documentElement.scrollWidth") <= width
 
 
