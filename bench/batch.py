@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from tests.batch_server import BatchServer
+from tests.support.batch_server import BatchServer
 
 SIZES = (12_000, 120_000)
 # So that three files of 50,000 rows at most are some 100 MB.

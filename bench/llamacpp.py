@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# First: it settles how libgomp waits before the library is loaded.
-from engines.local.gguf import requantized, resolve_model  # isort: skip
+# First: it sets how libgomp waits, before llama_cpp is imported.
+from engines.local.gguf_files import requantized, resolve_model  # isort: skip
 from engines.local.llamacpp import LlamaCppEngine  # isort: skip
 
 import llama_cpp as L
@@ -46,9 +46,10 @@ def questions(data: Path | None, rows: int) -> list[str]:
 
 def bare_loop(engine: LlamaCppEngine, prompts: list[list[int]], tokens: int) -> int:
     """Generates `tokens` for every prompt (fewer where the model ends), in the engine's own context; returns how many."""
-    n_seq, n_batch, n_vocab, context = engine.n_seq, engine.n_batch, engine.n_vocab, engine.context
+    model = engine.model
+    n_seq, n_batch, n_vocab, context = model.n_seq, model.n_batch, model.n_vocab, model.context
     batch = L.llama_batch_init(n_batch, 0, 1)
-    L.llama_memory_clear(engine.memory, False)
+    L.llama_memory_clear(model.memory, False)
     waiting = list(reversed(prompts))
     running: dict[int, list[int]] = {}  # sequence -> [position, last token, tokens left]
     filling: dict[int, tuple[list[int], int]] = {}
@@ -56,7 +57,7 @@ def bare_loop(engine: LlamaCppEngine, prompts: list[list[int]], tokens: int) -> 
     while waiting or running or filling:
         for seq in range(n_seq):
             if waiting and seq not in running and seq not in filling:
-                L.llama_memory_seq_rm(engine.memory, seq, -1, -1)
+                L.llama_memory_seq_rm(model.memory, seq, -1, -1)
                 filling[seq] = (waiting.pop(), 0)
         n, room, outputs = 0, n_batch - len(running), []
         for seq in range(n_seq):
@@ -89,7 +90,7 @@ def bare_loop(engine: LlamaCppEngine, prompts: list[list[int]], tokens: int) -> 
                 running[seq] = [len(filling.pop(seq)[0]), 0, tokens]
             state = running[seq]
             state[1], state[2] = pick, state[2] - 1
-            if pick in engine.eog or state[2] == 0:
+            if pick in model.end_tokens or state[2] == 0:
                 del running[seq]
     L.llama_batch_free(batch)
     return made
@@ -125,7 +126,9 @@ def run(
     def bare_run() -> int:
         with LlamaCppEngine(model=str(path), kwargs=kwargs) as engine:
             start[0] = time.perf_counter()
-            prompts = [engine.vocabulary.tokenize(engine.template.render(c["messages"], None, None)) for c in conversations]
+            prompts = [
+                engine.model.tokenizer.tokenize(engine.template.render(c["messages"], None, None)) for c in conversations
+            ]
             made = bare_loop(engine, prompts, tokens)
             took[0] = time.perf_counter() - start[0]
             return made
@@ -133,7 +136,7 @@ def run(
     def sequential_run() -> int:
         defaults = L.llama_cpp.llama_model_default_params
 
-        def safe() -> Any:  # the AMX crash, see engines/local/llamacpp.py
+        def safe() -> Any:  # the AMX crash, see engines/local/llamacpp_model.py
             params = defaults()
             params.use_extra_bufts = b"AMX_INT8 = 1" not in L.llama_print_system_info()
             return params

@@ -68,7 +68,7 @@ def _kind(process: psutil.Process, root: psutil.Process) -> str | None:
     if process.pid == root.pid:
         return "driver"
     title = " ".join(process.cmdline())
-    for part, kind in (("ray::Worker", "worker"), ("ray::Dispatcher", "dispatcher"), ("ray::_do_job", "finalize"),
+    for part, kind in (("ray::Worker", "worker"), ("ray::Dispatcher", "dispatcher"), ("ray::_run_task", "finalize"),
                        ("ray::Read", "reader")):  # fmt: skip
         if part in title:
             return kind

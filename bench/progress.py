@@ -13,7 +13,7 @@ from rich.console import Console
 
 from engines.errors import EaglerayError
 from jobs.compose import compose
-from pipeline.executors.live import live
+from pipeline.executors.live import live_run
 from pipeline.monitor.progress import RunProgress
 from pipeline.monitor.status import RunStatus
 from pipeline.run import run
@@ -38,9 +38,9 @@ SVG_OF: list[str] = []
 
 
 def main() -> None:
-    from tests.provider_server import ProviderServer, by_hash
+    from tests.support.provider_server import ProviderServer, by_hash
 
-    live.RunProgress = Kept  # type: ignore[misc]
+    live_run.RunProgress = Kept  # type: ignore[misc]
     os.environ["OPENAI_API_KEY"] = "not-a-key"
     with tempfile.TemporaryDirectory() as folder, ProviderServer(latency_s=0.5, fault=by_hash(0.02, ("429",))) as server:
         data = Path(folder) / "in.jsonl"

@@ -169,7 +169,7 @@ def faults(work: Path, rows: int, share: float = 0.02) -> dict[str, Any]:
     data, out = work / "faults.jsonl", work / "out-faults"
     write_rows(data, rows)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.provider_server", "--port", "0", "--fault-rate", str(share)],
+        [sys.executable, "-m", "tests.support.provider_server", "--port", "0", "--fault-rate", str(share)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert server.stdout is not None

@@ -1,8 +1,8 @@
 """How much of transformers' own speed `engine=transformers` keeps: `python -m bench --only transformers`.
 
-SmolLM2-135M as a checkpoint (made by tests/checkpoint.py), bfloat16, the same model object for both sides, which take
-turns. The other side is what one would write by hand: all prompts sorted by length and cut into batches, each padded and
-given to `model.generate`.
+SmolLM2-135M as a checkpoint (made by tests/support/checkpoint.py), bfloat16, the same model object for both sides, which
+take turns. The other side is what one would write by hand: all prompts sorted by length and cut into batches, each padded
+and given to `model.generate`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from bench.llamacpp import questions
 from engines.registry import load_engine
-from tests.checkpoint import checkpoint_dir
+from tests.support.checkpoint import checkpoint_dir
 
 
 def generate_loop(model: Any, tokenizer: Any, asked: list[str], tokens: int, batch: int) -> int:
@@ -52,11 +52,11 @@ def run(data: Path | None, rows: int, tokens: int, repeats: int, batch: int = 64
 
         def bare() -> float:
             began = time.perf_counter()
-            made = generate_loop(engine.model, engine.tokenizer, asked, tokens, batch)  # type: ignore[attr-defined]
+            made = generate_loop(engine.loaded.model, engine.loaded.tokenizer, asked, tokens, batch)  # type: ignore[attr-defined]
             return made / (time.perf_counter() - began)
 
         engine.infer(conversations[:batch], {"max_tokens": 8})
-        generate_loop(engine.model, engine.tokenizer, asked[:batch], 8, batch)  # type: ignore[attr-defined]
+        generate_loop(engine.loaded.model, engine.loaded.tokenizer, asked[:batch], 8, batch)  # type: ignore[attr-defined]
         pairs = [(bare(), ours()) if turn % 2 else tuple(reversed((ours(), bare()))) for turn in range(repeats)]
     return {
         "tokens_per_s": round(statistics.median(b for _, b in pairs), 1),

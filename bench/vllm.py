@@ -1,6 +1,6 @@
 """How much of vLLM's own speed `engine=vllm` keeps: `python -m bench --only vllm` (or vllm.engine, …).
 
-SmolLM2-135M as a checkpoint (made by tests/checkpoint.py), eager, one machine. Each step takes turns:
+SmolLM2-135M as a checkpoint (made by tests/support/checkpoint.py), eager, one machine. Each step takes turns:
 - `engine`: 256 questions through ours, and through a bare `AsyncLLM.generate` with everything submitted at once;
 - `order`: prompts of 1,000 shared tokens over two engines of a small cache, by prefix and in turn;
 - `lora`: rows over 4 adapters and the bare model in one batch, and each adapter's rows alone: the answers are compared;
@@ -26,8 +26,9 @@ from bench.llamacpp import questions
 from engines.base import Engine
 from engines.registry import load_engine
 from pipeline.dataset.formats import Parsed
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue, prefix_of
-from tests.checkpoint import adapter_dir, checkpoint_dir
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest, prefix_of
+from tests.support.checkpoint import adapter_dir, checkpoint_dir
 
 KWARGS: dict[str, Any] = {
     "enforce_eager": True, "max_model_len": 1536, "max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30,

@@ -1,6 +1,6 @@
-"""Writes what the code knows into the docs: docs/configuration.md, and the tables of docs/engines.md.
+"""Generates docs/configuration.md and the tables of docs/engines.md from the code.
 
-`make docs` runs it; a test fails where the files are not what it makes.
+`make docs` runs this script. A test fails if the files differ from its output.
 """
 
 from __future__ import annotations
@@ -29,36 +29,38 @@ from pipeline.config import OPEN_KEYS, known_keys  # noqa: E402
 HEAD = """\
 # Configuration
 
-Every key of `eagleray`, made from the code by `make docs`. A key is set on the command line, `key=value`; a group's
-option, `group=option`, sets several at once, and keys beside it go before it. Values are YAML: `[a, b]` is a list,
-`{a: b}` a mapping, `null` nothing. `eagleray infer … --cfg job` prints what a command line comes to; secrets in it are
-`***`.
+This page lists every key of `eagleray`. `make docs` generates it from the code. Set a key on the command line with
+`key=value`. `group=option` selects an option, a file that sets several keys of its group. A single key overrides the
+option. Values are YAML: `[a, b]` is a list, `{a: b}` is a mapping, `null` is no value. `eagleray infer … --cfg job` prints
+the resulting configuration, with `***` in place of secrets.
 
-Files of your own, `DIR/engine/mine.yaml` say, are options too with `--config-dir DIR`: `engine=mine`. They hold keys of
-their group, as the packaged ones below do. `${oc.env:NAME}` is a variable of the environment, `${now:%Y-%m-%d}` today.
+`--config-dir DIR` adds your own options: `DIR/engine/mine.yaml` becomes `engine=mine`. Such a file contains keys of its
+group, like the packaged options below. `${oc.env:NAME}` is an environment variable. `${now:%Y-%m-%d}` is today's date.
 
-What a key may be is checked before anything starts; an unknown key or option is refused with the nearest right name. Keys
-under these are your own: OPEN.
+All keys are checked before a run starts. For an unknown key or option, the error message suggests the nearest known name.
+The keys under OPEN
+are free. An engine checks the names of its own `kwargs`.
 """
 
-# What there is to say of a group besides its keys.
+# Text for the section of a group.
 ABOUT = {
-    "engine": "[Engines](engines.md) has an example of each and what it takes; [providers](providers.md) the particulars "
-    "of the remote ones.",
-    "hardware": "How many replicas run, and what each reserves. [Concepts](concepts.md#replicas)",
-    "dataset": "What is read. [The formats](../README.md#input)",
-    "generation": "How answers are sampled. The same for all engines; what an engine does not take is refused before "
-    "anything is asked ([which](engines.md#what-each-takes)). A row's own `generation` goes before these. Unset leaves it "
-    "to the engine; local engines then decode greedily, up to 1,024 tokens.",
-    "output": "What is written, and where. [The output directory](concepts.md#the-output-directory)",
-    "run": "When to stop, resume and retry. [Exit statuses](errors.md#exit-statuses)",
+    "engine": "The engine and its settings. [Engines](engines.md) has an example of each engine. "
+    "[Providers](providers.md) describes the remote engines.",
+    "hardware": "The number of replicas, and the resources of each replica. See [replicas](concepts.md#replicas).",
+    "dataset": "The input. See [the formats](../README.md#input).",
+    "generation": "The sampling parameters, the same for all engines. A parameter that the engine does not support is "
+    "refused before a request is sent ([table](engines.md#what-each-takes)). A row's own `generation` overrides these "
+    "keys. If a key is not set, the engine's default applies: local engines decode greedily, up to 1,024 tokens.",
+    "output": "The output. See [the output directory](concepts.md#the-output-directory).",
+    "run": "When a run stops, resumes and retries. See [exit statuses](errors.md#exit-statuses).",
+    "serve": "The server of `eagleray serve`. See [serving](../README.md#serving).",
 }
-# Further reading for single keys.
+# Links for single keys.
 MORE = {
     "engine.adapter": "[LoRA](engines.md#lora-adapters)",
-    "engine.kwargs": "[each engine's](engines.md)",
+    "engine.kwargs": "[keywords of each engine](engines.md)",
     "engine.provider": "[its keys](providers.md#adding-one)",
-    "engine.unsupported": "[what each takes](engines.md#what-each-takes)",
+    "engine.unsupported": "[supported parameters](engines.md#what-each-takes)",
     "generation.response_format": "[structured output](engines.md#structured-output)",
     "run.mode": "[batch APIs](engines.md#batch-apis)",
     "run.max_engine_deaths": "[engines that die](errors.md#engines-that-die)",
@@ -79,7 +81,7 @@ def configuration() -> str:
             lines += [about, ""]
         if section in GROUPS:
             lines += _options(section)
-        lines += ["| key | | default | |", "|---|---|---|---|"]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         lines += [_row(name, item) for name, item in keys.items() if name.startswith(f"{section}.")]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
@@ -87,7 +89,7 @@ def configuration() -> str:
 
 def _row(name: str, item: Any) -> str:
     if name == "engine.kind":
-        return f'| <a id="{anchor(name)}"></a>`{name}` | text | the option\'s | which engine; `engine=…` sets it |'
+        return f'| <a id="{anchor(name)}"></a>`{name}` | text | the option\'s | the kind of engine; `engine=…` sets it |'
     if name.startswith("generation."):
         declared = next(f for f in dataclasses.fields(GenerationParams) if f.name == name.partition(".")[2])
         kind, default = str(declared.type), None
@@ -105,12 +107,12 @@ def _row(name: str, item: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Braces and stars in a help text are meant as they are."""
+    """Quotes braces and stars of a help text for Markdown."""
     return re.sub(r"(\{[^}]*\})", r"`\1`", text).replace("*", "\\*")
 
 
 def _options(group: str) -> list[str]:
-    """The options of a group with what they set: all of it, or for engines the comment on top of the file."""
+    """The options of a group: the comment at the top of each file and, except for engines, the keys it sets."""
     lines = [f"| `{group}=` | |", "|---|---|"]
     defaults = {name: value for entry in _yaml(conf_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
                 for name, value in entry.items()}  # fmt: skip
@@ -141,11 +143,11 @@ FORMATS = ("json_object", "json_schema", "regex", "choice", "grammar")
 
 
 def capabilities(kind: str) -> Capabilities:
-    """What an engine declares. Read from its source where it is a local one, whose library may be missing here."""
+    """The capabilities of an engine. Reads the source of a local engine, because its library may not be installed."""
     provider = config_from_keys(kind, {}).provider
     if provider:
         return Provider.of(config_from_keys(kind, {})).capabilities()
-    module, name = REGISTRY[kind][0].split(":")
+    module, name = REGISTRY[kind].target.split(":")
     tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     for node in body:
@@ -153,15 +155,15 @@ def capabilities(kind: str) -> Capabilities:
             found = eval(ast.unparse(node.value), {"Capabilities": Capabilities, "frozenset": frozenset})
             assert isinstance(found, Capabilities)
             return found
-    if kind == "sglang_offline":  # a server of its own, asked as any other
+    if kind == "sglang_offline":  # its own SGLang server has the same capabilities
         return capabilities("sglang")
     return Capabilities()
 
 
 def features() -> str:
-    """A table of all engines: what each takes."""
+    """A table of the capabilities of all engines."""
     lines = [
-        "| engine | parameters it does not take | `response_format` | images | a row's model | a row's adapter |",
+        "| engine | unsupported parameters | `response_format` | images | row's model | row's adapter |",
         "|---|---|---|---|---|---|",
     ]
     for kind in REGISTRY:
@@ -169,14 +171,14 @@ def features() -> str:
         lacks = ", ".join(f"`{name}`" for name in GENERATION_FIELDS if name in found.unsupported) or "none"
         formats = [name for name in FORMATS if name in found.response_formats]
         shown = "all" if len(formats) == len(FORMATS) else ", ".join(f"`{name}`" for name in formats) or "none"
-        images = "by the model" if kind == "transformers" else _yes(found.images)
+        images = "depends on the model" if REGISTRY[kind].images_by_model else _yes(found.images)
         lines.append(f"| `{kind}` | {lacks} | {shown} | {images} | {_yes(found.row_model)} | {_yes(found.row_adapter)} |")
     return "\n".join(lines)
 
 
 def batches() -> str:
     """A table of the engines with a batch API."""
-    lines = ["| engine | batch API | rows at most | bytes at most | share of the live price |", "|---|---|---|---|---|"]
+    lines = ["| engine | batch API | maximum rows | maximum bytes | share of the live price |", "|---|---|---|---|---|"]
     without = []
     for kind in REGISTRY:
         declared = config_from_keys(kind, {}).provider.get("batch")
@@ -186,19 +188,19 @@ def batches() -> str:
         wire = WIRES[declared["wire"]]
         rows, size = declared.get("rows", wire.max_rows), declared.get("bytes", wire.max_bytes)
         lines.append(f"| `{kind}` | {declared['wire']} | {rows:,} | {size:,} | {declared.get('price', 1.0)} |")
-    return "\n".join([*lines, "", f"Without one: {', '.join(without)}."])
+    return "\n".join([*lines, "", f"Engines without a batch API: {', '.join(without)}."])
 
 
 def remote() -> str:
-    """A table of the engines behind HTTP, from their files."""
-    lines = ["| engine | class | key from | address | answers with |", "|---|---|---|---|---|"]
+    """A table of the remote engines, from their YAML files."""
+    lines = ["| engine | class | API key from | address | wire format |", "|---|---|---|---|---|"]
     for kind in (*HTTP_ENGINES, "bedrock"):
         config = config_from_keys(kind, {})
         provider = Provider.of(config)
-        auth = {"google": "Google's default credentials", "aws": "AWS's credential chain", "optional": "none needed"}
+        auth = {"google": "Google's default credentials", "aws": "AWS's credential chain", "optional": "not needed"}
         key = f"`{config.api_key_env}`" if config.api_key_env else auth[provider.auth]
-        url = f"`{config.base_url}`" if config.base_url else "AWS's of `AWS_REGION`" if kind == "bedrock" else "yours"
-        name = HTTP_ENGINES.get(kind, REGISTRY[kind][0].partition(":")[2])
+        url = f"`{config.base_url}`" if config.base_url else "AWS's in `AWS_REGION`" if kind == "bedrock" else "your server"
+        name = HTTP_ENGINES.get(kind, REGISTRY[kind].target.partition(":")[2])
         lines.append(f'| <a id="{kind}"></a>`{kind}` | `{name}` | {key} | {url} | `{provider.wire}` |')
     return "\n".join(lines)
 
@@ -211,7 +213,7 @@ TABLES = {"features": features, "remote": remote, "batches": batches}
 
 
 def filled(text: str) -> str:
-    """A page with its generated parts made anew: what is between `<!-- features -->` and `<!-- end -->`."""
+    """The page with new tables between `<!-- features -->` (and the like) and `<!-- end -->`."""
     for name, table in TABLES.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         text = f"{before}{mark}{table()}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
@@ -219,7 +221,7 @@ def filled(text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated page and what it should be."""
+    """Every generated page with its text."""
     docs = ROOT / "docs"
     return {docs / "configuration.md": configuration(), docs / "engines.md": filled((docs / "engines.md").read_text())}
 

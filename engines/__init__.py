@@ -1,6 +1,6 @@
 """Eagleray's engines, usable without Ray: `from engines import load_engine, Conversation`.
 
-Importing this loads no heavy library; an engine's own package is imported when the engine is first named.
+Importing this loads no heavy library. An engine's own package is imported when the engine's class is first used.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     from engines.registry import engine_class
 
-    for kind, (target, _, _) in REGISTRY.items():
-        if HTTP_ENGINES.get(kind, target.partition(":")[2]) == name:
+    for kind, entry in REGISTRY.items():
+        if name == (entry.class_name or entry.target.partition(":")[2]):
             return engine_class(kind)
     raise AttributeError(f"module 'engines' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""The configuration of an engine: its keys, its price, what it can do."""
+"""The configuration of an engine: its keys, its price, its capabilities."""
 
 from __future__ import annotations
 
@@ -13,24 +13,34 @@ from engines.errors import ConfigError, EngineError, invalid, nearest
 from engines.params import GenerationParams
 from engines.types import Request
 from engines.usage import Usage
+from engines.validation import Check, above, at_least, check_fields, check_keys, number, one_of
 
 
-def key(default: Any, help: str) -> Any:
-    """A configuration key, with the sentence that `--help` and the docs show for it."""
+def key(default: Any, help: str, check: Check | None = None) -> Any:
+    """A configuration key, with the sentence that `--help` and the docs show for it, and the check of its value."""
+    metadata = {"help": help, "check": check}
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# The check of a price: US dollars per million tokens.
+RATE = number(0)
+
+
+def _rate() -> Any:
+    return field(default=None, metadata={"check": RATE})
 
 
 @dataclass(slots=True)
 class Price:
     """US dollars per million tokens. What nobody told is None, never 0; `engines/prices.py` looks up list prices."""
 
-    input: float | None = None
-    cached_input: float | None = None  # None: as `input`
-    output: float | None = None
+    input: float | None = _rate()
+    cached_input: float | None = _rate()  # None: as `input`
+    output: float | None = _rate()
     as_of: str | None = None  # the day of the list it is from
-    cache_write: float | None = None  # for 5 minutes; None: as `input`
+    cache_write: float | None = _rate()  # for 5 minutes; None: as `input`
 
     # Writing to the prompt cache for an hour costs 2.0 times the input where 5 minutes cost 1.25 times.
     HOUR: ClassVar[float] = 2.0 / 1.25
@@ -76,35 +86,43 @@ class EngineConfig:
     """
 
     kind: str = ""
-    model: str | None = key(None, "which model: a path, a hub id or a provider's name for it")
-    adapter: str | None = key(None, "a LoRA adapter: a path or a hub id")
-    revision: str | None = key(None, "the model's revision on the hub")
-    kwargs: dict[str, Any] = key({}, "the engine's own keywords, passed through")
-    base_url: Any = key(None, "where a remote engine listens")
-    api_key_env: str | None = key(None, "the environment variable that holds the key")
-    headers: dict[str, str] = key({}, "further HTTP headers")
-    extra_body: dict[str, Any] = key({}, "further fields of every request's body")
-    max_concurrency: int | None = key(None, "requests in flight in one replica; unset leaves it to the engine")
-    requests_per_minute: float | None = key(None, "limit over the whole cluster")
-    input_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
-    output_tokens_per_minute: float | None = key(None, "limit over the whole cluster")
-    max_retries: int = key(5, "how often a failed request is tried again")
-    timeout_s: float = key(600.0, "how long one request may take")
-    provider: dict[str, Any] = key({}, "what is particular to a remote provider; see engines/remote/provider.py")
-    unsupported: str = key("error", "a parameter the engine does not have: error refuses the row, drop leaves it out")
-    prompt_caching: bool = key(False, "mark system prompt and tools for the provider's prompt cache")
-    connect_timeout_s: float = key(10.0, "how long connecting may take")
-    read_timeout_s: float | None = key(None, "how long a server may be silent within one answer")
-    fallback: Any = key([], "engines that get a row this one failed for good: names, or mappings of the keys here")
+    model: str | None = key(None, "the model: a path, a hub id or a provider's model name")
+    adapter: str | None = key(None, "a LoRA adapter: a path, a hub id, or its name on the server")
+    revision: str | None = key(None, "the revision of the model on the hub")
+    kwargs: dict[str, Any] = key({}, "keywords of the engine itself, passed on unchanged")
+    base_url: Any = key(None, "the URL of a remote engine, or a list of URLs")
+    api_key_env: str | None = key(None, "the environment variable that holds the API key")
+    headers: dict[str, str] = key({}, "additional HTTP headers")
+    extra_body: dict[str, Any] = key({}, "additional fields of every request body")
+    max_concurrency: int | None = key(
+        None, "maximum requests in flight in one replica; unset: the engine's default", at_least(1)
+    )
+    requests_per_minute: float | None = key(None, "maximum requests per minute over the whole cluster", above(0))
+    input_tokens_per_minute: float | None = key(None, "maximum input tokens per minute over the whole cluster", above(0))
+    output_tokens_per_minute: float | None = key(None, "maximum output tokens per minute over the whole cluster", above(0))
+    max_retries: int = key(5, "maximum retries of a failed request", at_least(0))
+    timeout_s: float = key(600.0, "maximum seconds for one request", above(0))
+    provider: dict[str, Any] = key({}, "the settings of a remote provider")
+    unsupported: str = key(
+        "error",
+        "for a parameter that the engine does not support: error refuses the row, drop removes the parameter",
+        one_of(("error", "drop")),
+    )
+    prompt_caching: bool = key(False, "mark the system prompt and the tools for the provider's prompt cache")
+    connect_timeout_s: float = key(10.0, "maximum seconds to connect", above(0))
+    read_timeout_s: float | None = key(None, "maximum seconds without data within one answer", above(0))
+    fallback: Any = key(
+        [], "engines for the rows that failed permanently on this one: names, or mappings of the keys of engine"
+    )
     price: Price = field(
         default_factory=Price,
         metadata={
-            "help": "input, cached_input, cache_write, output of engine.model: US$ per million tokens; unset: the list "
-            "price, where it is known"
+            "help": "input, cached_input, cache_write, output: US$ per million tokens of engine.model; "
+            "unset: the list price, if it is known"
         },
     )
 
-    # The keywords that change what is asked or which numbers answer; the others change only how fast.
+    # The keywords that change the answer; the others change only the speed.
     ANSWER_KWARGS: ClassVar[tuple[str, ...]] = (
         "chat_template",
         "chat_template_kwargs",
@@ -149,14 +167,14 @@ class EngineConfig:
     )
 
     def identity(self) -> dict[str, Any]:
-        """What of this configuration belongs to a request's identity: never secrets, concurrency, retries or speed."""
+        """The part of this configuration that can change an answer: no secrets, no concurrency, no retries."""
         same = {
             "engine": self.kind,
             "model": self.model,
             "adapter": self.adapter,
             "revision": self.revision,
             "wire": self.provider.get("wire"),
-            # More endpoints of one service answer the same: the first names it.
+            # All endpoints of one service give the same answers: the first stands for them.
             "base_url": self.base_url[0] if isinstance(self.base_url, list) and self.base_url else self.base_url,
             "extra_body": self.extra_body or None,
             "kwargs": {k: v for k, v in self.kwargs.items() if k in self.ANSWER_KWARGS} or None,
@@ -166,7 +184,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine cannot do, so that a request is refused before anything is spent on it."""
+    """What an engine can and cannot do, so that a request is refused before it costs anything."""
 
     unsupported: frozenset[str] = frozenset()  # names of GenerationParams fields
     response_formats: frozenset[str] = frozenset(("json_object", "json_schema", "regex", "choice", "grammar"))
@@ -175,7 +193,7 @@ class Capabilities:
     row_adapter: bool = False  # a row may name another adapter
 
     def refuse(self, request: Request, config: EngineConfig) -> EngineError | None:
-        """The reason why this request cannot be served, naming the field; None where it can."""
+        """The reason why this request cannot be served, with the field's name; None if it can."""
         if reason := self.lacks(request.generation):
             return invalid(f"engine={config.kind} does not support {reason[1]} (engine.unsupported=drop leaves it out)")
         if not self.row_model and request.model not in (None, config.model):
@@ -190,7 +208,7 @@ class Capabilities:
         return None
 
     def lacks(self, generation: GenerationParams) -> tuple[str, str] | None:
-        """The first parameter that is set and not supported: its name, and what to call it. None where all are."""
+        """The first parameter that is set and not supported: its name, and how messages call it; None if there is none."""
         for name in self.unsupported:
             value = getattr(generation, name)
             if value is not None and not (name == "n" and value == 1):
@@ -201,30 +219,24 @@ class Capabilities:
         return None
 
 
-# Makes the place where an engine asks for its share of a key's limits.
+# Makes the function that an engine asks for its share of a key's limits.
 SourceOf = Callable[[EngineConfig], Any]
-
-# These hold one model: the model names in an OpenAI batch file's lines do not apply to them.
-SINGLE_MODEL_KINDS = frozenset(("llamacpp", "transformers", "vllm", "sglang_offline"))
 
 
 def config_from_keys(kind: str, keys: Mapping[str, Any]) -> EngineConfig:
-    """The packaged keys of an engine with `keys` laid over; an unknown one is refused with the nearest right name."""
+    """The packaged keys of an engine, replaced by `keys` where given. Raises `ConfigError` for a wrong key or value."""
     known = {f.name for f in fields(EngineConfig)} - {"kind"}
     for name in keys:
         if name not in known:
             raise ConfigError(f"engine '{kind}' has no key '{name}'{nearest(name, known)}; engine keywords go in kwargs")
     values = {**packaged(kind), **keys, "kind": kind}
     if isinstance(price := values.get("price"), Mapping):
-        rates = {f.name for f in fields(Price)}
-        for name, value in price.items():
-            if name not in rates:
-                raise ConfigError(f"engine '{kind}' has no key 'price.{name}'{nearest(str(name), rates)}")
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-            if name != "as_of" and value is not None and not number:
-                raise ConfigError(f"price.{name} of engine '{kind}' must be a number of at least 0, not {value!r}")
+        check_keys(price, {f.name for f in fields(Price)}, "engine.price")
         values["price"] = Price(**price)
-    return EngineConfig(**values)
+    config = EngineConfig(**values)
+    check_fields("engine", config)
+    check_fields("engine.price", config.price)
+    return config
 
 
 @functools.cache
@@ -236,5 +248,5 @@ def _packaged_keys(kind: str) -> dict[str, Any]:
 
 
 def packaged(kind: str) -> dict[str, Any]:
-    """The keys in `conf/engine/<kind>.yaml`; none where there is no such file."""
+    """The keys in `conf/engine/<kind>.yaml`; none if there is no such file."""
     return copy.deepcopy(_packaged_keys(kind))

@@ -1,10 +1,13 @@
-"""`engine=echo`: answers with the last user message. For dry runs, tests, and measuring the pipeline itself.
+"""`engine=echo`: answers with the last user message. For dry runs, tests, and measurements of the pipeline itself.
 
-Everything it does follows from the request alone, so two runs agree row by row. `kwargs`:
-`latency_s` (mean time an answer takes), `jitter_s` (spread evenly around it), `failure_rate` (share of requests that
-fail with a `server` error), `crash_rate` (share that kill the process, as a segfault in an engine would), `crash_text` (a
-request with this text in its last user message kills the process, after `latency_s`), `slow_every` and `slow_s` (one
-request in so many takes this long: stragglers).
+An answer depends only on the request, so two runs give the same rows. `kwargs`:
+    latency_s      mean time of an answer, in seconds
+    jitter_s       the time varies evenly by this much around the mean, in seconds
+    failure_rate   share of requests that fail with a `server` error
+    crash_rate     share of requests that kill the process, as a segmentation fault in an engine does
+    crash_text     a request with this text in its last user message kills the process, after `latency_s`
+    slow_every     one request in this many is slow (a straggler)
+    slow_s         time of a slow answer, in seconds
 """
 
 from __future__ import annotations
@@ -14,34 +17,38 @@ import hashlib
 import os
 import signal
 
-from engines.base import Engine
-from engines.config import Capabilities
-from engines.errors import ConfigError, EngineError, nearest
+from engines.base import ModelEngine
+from engines.config import Capabilities, EngineConfig
+from engines.errors import EngineError, unknown_kwarg
 from engines.types import Choice, Completion, Request, answer, text_of
 from engines.usage import Usage
+from engines.validation import check_value, number
+from engines.validation import text as text_check
 
 _DEFAULTS = {"latency_s": 0.0, "jitter_s": 0.0, "failure_rate": 0.0, "crash_rate": 0.0, "slow_every": 0.0, "slow_s": 0.0}
 
 
-class EchoEngine(Engine):
+class EchoEngine(ModelEngine):
+    """Answers with the last user message. Loading raises `ConfigError` for an unknown or negative keyword."""
+
     kind = "echo"
     capabilities = Capabilities(images=True, row_model=True, row_adapter=True)
 
     def _load(self) -> None:
         settings = dict(_DEFAULTS)
         kwargs = dict(self.config.kwargs)
-        self.crash_text = kwargs.pop("crash_text", "")
-        if not isinstance(self.crash_text, str):
-            raise ConfigError(f"engine.kwargs.crash_text must be a text, not {self.crash_text!r}")
+        self.crash_text: str = check_value("engine.kwargs.crash_text", kwargs.pop("crash_text", ""), text_check)
         for name, value in kwargs.items():
             if name not in settings:
-                raise ConfigError(f"engine.kwargs.{name} is not known to engine=echo{nearest(name, settings)}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"engine.kwargs.{name} must be a number of at least 0, not {value!r}")
-            settings[name] = float(value)
+                raise unknown_kwarg(name, "echo", settings)
+            settings[name] = check_value(f"engine.kwargs.{name}", value, number(0))
         self.settings = settings
-        # Nothing random to draw: answering costs no hash at all.
+        # No setting needs a random number, so requests are not hashed.
         self.plain = not any(settings.values()) and not self.crash_text
+
+    @classmethod
+    def unloaded(cls, config: EngineConfig) -> EchoEngine:
+        return cls(config)
 
     @property
     def concurrency(self) -> int:
@@ -62,6 +69,7 @@ class EchoEngine(Engine):
         return Completion(choices, usage, latency_s=latency)
 
     async def _misbehave(self, request: Request, text: str) -> float:
+        """Waits, fails or crashes as the settings say, by a hash of the request. Returns the latency in seconds."""
         s = self.settings
         digest = hashlib.blake2b((request.key or text).encode(), digest_size=32).digest()
         fail, crash, jitter, slow = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in range(0, 32, 8))

@@ -1,4 +1,4 @@
-"""`engine.fallback`: what one engine failed for good, or refused to answer, goes to the next."""
+"""`engine.fallback`: a request that one engine fails for good, or refuses to answer, goes to the next engine."""
 
 from __future__ import annotations
 
@@ -6,52 +6,49 @@ import dataclasses
 from collections.abc import Sequence
 
 from engines.base import Engine
-from engines.config import EngineConfig, SourceOf
+from engines.config import Capabilities
 from engines.params import GenerationParams
+from engines.remote.controls import CombinedControls, RemoteControls
 from engines.types import Completion, Request
 
 
 class FallbackEngine(Engine):
-    """Engines in a row. A completion's `engine` and `model` tell which one answered."""
+    """Asks engines that are already built, in order. A completion's `engine` and `model` name the one that answered.
 
-    def __init__(self, config: EngineConfig, engines: Sequence[Engine]) -> None:
+    Each engine answers a whole conversation (all turns, validated) before the next one is asked.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = list(engines)
-        super().__init__(config)
-        self.kind = config.kind  # type: ignore[misc]
-        self.counts = self.engines[0].counts
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name == "afford":
-            for engine in self.engines:
-                engine.check_budget = self.check_budget
+        self.first = self.engines[0]
+        self.config = self.first.config
+        self.kind = self.first.kind  # type: ignore[misc]
+        controls = CombinedControls([engine.remote for engine in self.engines])
+        self.controls = controls if controls.all else None
 
     @property
-    def admitted(self) -> float | None:
-        return self.engines[0].admitted
-
-    @property
-    def stall_reason(self) -> str:
-        return self.engines[0].stall_reason
+    def remote(self) -> RemoteControls | None:
+        return self.controls
 
     @property
     def concurrency(self) -> int:
-        return self.engines[0].concurrency
+        return self.first.concurrency
 
     def check(self, generation: GenerationParams) -> None:
         for engine in self.engines:
             engine.check(generation)
 
-    def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
-        for engine in self.engines:
-            engine.attach(source_of, max_outage_s)
+    def capabilities_for(self, request: Request) -> Capabilities:
+        return self.first.capabilities_for(request)
 
-    def drain(self) -> None:
-        for engine in self.engines:
-            engine.drain()
+    def prepared(self, request: Request) -> Request:
+        return self.first.prepared(request)
 
-    async def _generate(self, request: Request) -> Completion:
-        raise AssertionError("generate() never comes here")
+    def check_request(self, request: Request) -> None:
+        self.first.check_request(request)
+
+    def render_request(self, request: Request) -> str:
+        return self.first.render_request(request)
 
     async def generate(self, request: Request) -> Completion:
         before = Completion(attempts=0)
@@ -60,14 +57,14 @@ class FallbackEngine(Engine):
             completion.accumulate(before)
             before = completion
             refused = completion.finish_reason == "content_filter"
-            # An engine that is broken must be replaced, and not hidden behind what may cost money.
+            # A crashed engine must be replaced; a fallback that costs money must not hide the crash.
             ends = completion.error is not None and completion.error.type in ("cancelled", "engine_crash")
-            seen = request.stream is not None and request.stream.begun  # another's words would follow the first one's
+            # A reader has seen the first words: another engine's words must not follow them.
+            seen = request.stream is not None and request.stream.begun
             if ends or seen or (completion.error is None and not refused):
                 break
-            # The row's own model and adapter are names of the first engine.
+            # A row's model and adapter are names of the first engine.
             request = dataclasses.replace(request, model=None, adapter=None)
-        self.outage = self.engines[-1].outage
         return completion
 
     def close(self) -> None:

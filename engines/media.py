@@ -1,4 +1,4 @@
-"""Images in messages: whatever form they have there, as a URL or as bytes with their media type."""
+"""Reads images in messages: each becomes a URL, or bytes with their media type."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from urllib.parse import unquote, urlsplit
 
 from engines.errors import invalid
 
-# How the files of the four kinds that every provider takes begin.
+# The first bytes of PNG, JPEG and GIF files. With WebP these are the formats that every provider takes.
 _STARTS = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"))
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Either `url`, which the provider fetches, or `data` of `media_type`."""
+    """Either `url`, which the provider fetches, or `data` with its `media_type`."""
 
     url: str | None = None
     data: bytes = b""
     media_type: str = ""
 
     def data_url(self) -> str:
+        """The URL itself, or the bytes as a data: URL."""
         return self.url or f"data:{self.media_type};base64,{self.base64()}"
 
     def base64(self) -> str:
@@ -31,7 +32,10 @@ class Image:
 
 
 def image_of(part: Any) -> Image:
-    """The image in an `image_url` part: https://, data:, file:// or a path. Raises `EngineError("invalid_input")`."""
+    """The image in an `image_url` content part. Its URL is https://, http://, data:, file:// or a path.
+
+    Raises `EngineError("invalid_input")` if there is no image or it cannot be read.
+    """
     source = part.get("image_url")
     url = source.get("url") if isinstance(source, dict) else source
     if not isinstance(url, str) or not url:
@@ -50,7 +54,7 @@ def image_of(part: Any) -> Image:
     try:
         path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url).expanduser()
         data = path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # also no URL, no such user's home, a NUL in the name
+    except (OSError, ValueError, RuntimeError) as error:  # an invalid URL, a home of an unknown user, a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise invalid(f"the image {url[:200]!r} cannot be read: {reason}") from None
     media_type = _media_type(data)
@@ -60,6 +64,7 @@ def image_of(part: Any) -> Image:
 
 
 def _media_type(data: bytes) -> str | None:
+    """The media type by the file's first bytes; None if it is not PNG, JPEG, GIF or WebP."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp"
     return next((name for start, name in _STARTS if data.startswith(start)), None)

@@ -19,8 +19,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from engines.config import EngineConfig, Price
+from engines.config import RATE, EngineConfig, Price
 from engines.errors import ConfigError, nearest
+from engines.validation import check_value
 
 RATES = ("input", "cached_input", "cache_write", "output")
 # Writing to the prompt cache for 5 minutes, as a multiple of `input`, by model (2026-11: Anthropic, and Claude elsewhere).
@@ -87,6 +88,5 @@ def listed_prices(where: Any) -> dict[str, Any]:
         for name, value in rates.items():
             if name not in RATES:
                 raise ConfigError(f"{where}: '{model}' has no '{name}'{nearest(str(name), RATES)}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{where}: {name} of '{model}' must be a number of at least 0, not {value!r}")
+            check_value(f"{where}: {name} of '{model}'", value, RATE)
     return {"models": {str(model): dict(rates) for model, rates in models.items()}, "as_of": str(listed["as_of"])}

@@ -5,24 +5,38 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from engines.base import Engine
-from engines.config import EngineConfig, config_from_keys
-from engines.errors import ConfigError, nearest
+from engines.config import Capabilities, EngineConfig, config_from_keys
+from engines.errors import ConfigError, EngineError, ErrorCode, Finding, no_such
+from engines.types import Request
 
-# kind -> (module:Class, the module that must be importable, the extra that installs it)
-REGISTRY: dict[str, tuple[str, str | None, str]] = {
-    "echo": ("engines.echo:EchoEngine", None, ""),
-    "llamacpp": ("engines.local.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp"),
-    "transformers": ("engines.local.transformers:TransformersEngine", "transformers", "transformers"),
-    "vllm": ("engines.local.vllm:VLLMEngine", "vllm", "vllm"),
-    "sglang_offline": ("engines.local.sglang:SGLangOfflineEngine", "sglang", "sglang"),
-    "bedrock": ("engines.remote.bedrock:BedrockEngine", "boto3", "bedrock"),
-}
 
-# The engines behind HTTP: the name of each one's class. What they are is in conf/engine/<kind>.yaml.
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """What is known of an engine without importing its library."""
+
+    target: str  # module:Class
+    package: str | None = None  # what must be importable
+    extra: str = ""  # the extra of our package that installs it
+    class_name: str | None = None  # the class's public name, if it differs from the target's
+    preflight: str | None = None  # module:function, for a class whose module imports a heavy library
+    holds_model: bool = False  # one model in the worker's memory: a row cannot name another one
+    gguf_only: bool = False  # all its models are GGUF files
+    gpu_by_layers: bool = False  # uses a GPU only for `n_gpu_layers`
+    reserves_sequences: bool = False  # allocates the KV cache of all its sequences when it starts
+    parallel_sizes: bool = False  # shards by `tensor_parallel_size`; takes a share of each whole GPU; Ray spreads it
+    no_float32: bool = False  # loads float32 checkpoints as bfloat16 unless told otherwise
+    images_by_model: bool = False  # the loaded model decides whether it takes images
+
+
+_HTTP_ENGINE = EngineKind("engines.remote.engine:RemoteEngine")
+_LOCAL = "engines.local.preflight:"
+
+# The engines behind HTTP: the name of each one's class. Their keys are in conf/engine/<kind>.yaml.
 HTTP_ENGINES = {
     "openai": "OpenAIEngine",
     "anthropic": "AnthropicEngine",
@@ -41,41 +55,115 @@ HTTP_ENGINES = {
     "huggingface": "HuggingFaceEngine",
     "openai_compatible": "OpenAICompatibleEngine",
 }
-_HTTP_ENGINE = ("engines.remote.engine:RemoteEngine", None, "")
-REGISTRY |= dict.fromkeys(HTTP_ENGINES, _HTTP_ENGINE)
+
+REGISTRY: dict[str, EngineKind] = {
+    "echo": EngineKind("engines.echo:EchoEngine"),
+    "llamacpp": EngineKind(
+        "engines.local.llamacpp:LlamaCppEngine", "llama_cpp", "llamacpp",
+        preflight=f"{_LOCAL}check_llamacpp", holds_model=True, gguf_only=True, gpu_by_layers=True, reserves_sequences=True,
+    ),
+    "transformers": EngineKind(
+        "engines.local.transformers:TransformersEngine", "transformers", "transformers",
+        preflight=f"{_LOCAL}check_transformers", holds_model=True, images_by_model=True,
+    ),
+    "vllm": EngineKind(
+        "engines.local.vllm:VLLMEngine", "vllm", "vllm",
+        preflight=f"{_LOCAL}check_paths", holds_model=True, parallel_sizes=True, no_float32=True,
+    ),
+    "sglang_offline": EngineKind(
+        "engines.local.sglang:SGLangOfflineEngine", "sglang", "sglang",
+        preflight=f"{_LOCAL}check_paths", holds_model=True,
+    ),
+    "bedrock": EngineKind("engines.remote.bedrock:BedrockEngine", "boto3", "bedrock"),
+    **{kind: dataclasses.replace(_HTTP_ENGINE, class_name=name) for kind, name in HTTP_ENGINES.items()},
+}  # fmt: skip
+
+
+def kind_of(config: EngineConfig) -> EngineKind:
+    """What is known of this engine. Any kind with a `provider` section is a remote engine: a new provider needs no more."""
+    return _kind(config.kind, config.provider)
+
+
+def _kind(kind: str, provider: Mapping[str, Any] | None) -> EngineKind:
+    found = REGISTRY.get(kind, _HTTP_ENGINE)
+    return _HTTP_ENGINE if provider and found.holds_model else found
 
 
 def engine_class(kind: str, provider: Mapping[str, Any] | None = None) -> type[Engine]:
-    """The class of an engine, imported now. Raises `ConfigError` for an unknown kind or a missing package.
-
-    Any kind with a `provider` section is a remote engine: that is all it takes to add one.
-    """
+    """The class of an engine, imported now. Raises `ConfigError` for an unknown kind or a missing package."""
     if missing := missing_package(kind, provider):
         raise missing
-    target, _, _ = REGISTRY.get(kind, _HTTP_ENGINE)
-    module, name = target.split(":")
-    loaded = getattr(importlib.import_module(module), name)
+    entry = REGISTRY.get(kind, _HTTP_ENGINE)
+    loaded = _imported(entry.target)
     assert issubclass(loaded, Engine)
-    if kind in HTTP_ENGINES:
-        return type(HTTP_ENGINES[kind], (loaded,), {"kind": kind})
+    if entry.class_name:
+        return type(entry.class_name, (loaded,), {"kind": kind})
     return loaded
 
 
+def _imported(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def missing_package(kind: str, provider: Mapping[str, Any] | None = None) -> ConfigError | None:
-    """What to install for an engine, or that there is none of this name; None where it can be imported."""
+    """The error for an unknown kind, or for a package that is not installed; None if the engine can be imported."""
     if kind not in REGISTRY and not provider:
-        return ConfigError(f"there is no engine '{kind}'{nearest(kind, REGISTRY)}")
-    _, needs, extra = REGISTRY.get(kind, _HTTP_ENGINE)
-    if needs and importlib.util.find_spec(needs) is None:
-        return ConfigError(f"engine={kind} needs the package '{needs}': run pip install 'eagleray[{extra}]'")
+        return ConfigError(no_such("engine", kind, REGISTRY), key="engine")
+    entry = REGISTRY.get(kind, _HTTP_ENGINE)
+    if entry.package and importlib.util.find_spec(entry.package) is None:
+        text = f"engine={kind} needs the package '{entry.package}': run pip install 'eagleray[{entry.extra}]'"
+        return ConfigError(text, code=ErrorCode.PACKAGE_MISSING, key=f"engine={kind}")
     return None
+
+
+# -- before a run -------------------------------------------------------------------------------------------------------
+
+
+def preflight(config: EngineConfig, thorough: bool) -> list[Finding]:
+    """Problems of an engine's configuration on this machine; see `Engine.preflight`. Imports no heavy library."""
+    if missing := missing_package(config.kind, config.provider):
+        return [Finding.of(missing, local=missing.code == ErrorCode.PACKAGE_MISSING)]
+    entry = kind_of(config)
+    check: Callable[[EngineConfig, bool], list[Finding]]
+    check = _imported(entry.preflight) if entry.preflight else engine_class(config.kind, config.provider).preflight
+    return check(config, thorough)
+
+
+def unloaded_engine(config: EngineConfig) -> Engine | None:
+    """An engine that checks and renders requests, without secrets; None if its model would have to be loaded."""
+    if kind_of(config).holds_model:
+        return None
+    return engine_class(config.kind, config.provider).unloaded(config)
+
+
+def request_check(config: EngineConfig) -> Callable[[Request], None] | None:
+    """A function that raises `EngineError` for a request that the engine's class cannot serve; imports its library."""
+    if config.unsupported == "drop":
+        return None
+    try:
+        capabilities: Capabilities = engine_class(config.kind, config.provider).capabilities
+    except Exception:  # a missing or broken library, which `preflight` reports
+        return None
+    # Whether a model takes images may be known only once it is loaded.
+    able = dataclasses.replace(capabilities, images=capabilities.images or kind_of(config).images_by_model)
+
+    def check(request: Request) -> None:
+        error: EngineError | None = able.refuse(request, config)
+        if error is not None:
+            raise error
+
+    return check
+
+
+# -- loading ------------------------------------------------------------------------------------------------------------
 
 
 def load_engine(kind: str | EngineConfig, **keys: Any) -> Engine:
     """An engine, loaded and ready: `load_engine("llamacpp", model=…, kwargs={…})`. Raises `ConfigError`."""
     config = kind if isinstance(kind, EngineConfig) else config_from_keys(kind, keys)
     if not config.fallback:
-        return engine_class(config.kind, config.provider)(config)
+        return _load(config)
     from engines.fallback import FallbackEngine
 
     engines: list[Engine] = []
@@ -86,11 +174,16 @@ def load_engine(kind: str | EngineConfig, **keys: Any) -> Engine:
         for engine in engines:
             engine.close()
         raise
-    return FallbackEngine(config, engines)
+    return FallbackEngine(engines)
+
+
+def _load(config: EngineConfig) -> Engine:
+    make: Callable[[EngineConfig], Engine] = engine_class(config.kind, config.provider)
+    return make(config)
 
 
 def secret_variables(config: EngineConfig) -> set[str]:
-    """The environment variables a remote engine and its fallbacks may need."""
+    """The environment variables that a remote engine and its fallbacks may need."""
     names = {config.api_key_env or "", *(config.provider.get("environment") or {}).values()}
     names.update(_CLOUD_VARIABLES.get(str(config.provider.get("auth")), ()))
     for entry in fallbacks(config):
@@ -113,9 +206,10 @@ def fallbacks(config: EngineConfig) -> list[EngineConfig]:
             kind, keys = entry.get("engine"), {name: value for name, value in entry.items() if name != "engine"}
         if not isinstance(kind, str):
             raise ConfigError(
-                f"engine.fallback takes names of engines, or mappings with 'engine' and its keys, not {entry!r}"
+                f"engine.fallback takes names of engines, or mappings with 'engine' and its keys, not {entry!r}",
+                key="engine.fallback",
             )
         if kind not in REGISTRY and not keys.get("provider"):
-            raise ConfigError(f"engine.fallback: there is no engine '{kind}'{nearest(kind, REGISTRY)}")
+            raise ConfigError(f"engine.fallback: {no_such('engine', kind, REGISTRY)}", key="engine.fallback")
         found.append(config_from_keys(kind, keys))
     return found

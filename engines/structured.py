@@ -1,5 +1,6 @@
-"""Answers that were asked for in a shape (`response_format`): checked whoever gave them, and asked for again where they
-are not in it. Local engines are held to it by a grammar; providers may ignore it, or know only parts of JSON Schema.
+"""Validates answers against `response_format`, whichever engine gave them, and asks again for those that do not match.
+
+A grammar makes local engines keep to the format. Providers may ignore it, or support only a part of JSON Schema.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from engines.types import DEFAULT_SCHEMA_RETRIES, Choice, Completion, Message, R
 
 Generate = Callable[[Request], Awaitable[Completion]]
 
-# Characters that an error shows of an answer, and of what is wrong with it.
+# Characters of an answer, and of the reason, that an error shows.
 SHOWN = 200
 
 
 class SchemaMismatch(EngineError):
-    """An answer that is not in its shape; retryable while it may be asked for again. `reason` is for the model."""
+    """An answer that does not match its format. `reason` is told to the model if the answer is asked for again."""
 
     def __init__(self, reason: str, said: str, retryable: bool) -> None:
-        # With the answer's beginning, for it is kept nowhere else.
+        # With the beginning of the answer, which is kept nowhere else.
         shown = repr(said) if len(said) <= SHOWN else f"{said[:SHOWN]!r}…"
         super().__init__(
             "schema_mismatch", f"the answer is not in the format asked for: {reason} (it was {shown})", retryable=retryable
@@ -36,10 +37,10 @@ class SchemaMismatch(EngineError):
 
 
 async def generate_validated(generate: Generate, request: Request) -> Completion:
-    """Asks, and again with what was wrong, up to `schema_retries` times; then the error is `schema_mismatch`.
+    """Asks, and asks again for a wrong answer with the reason, up to `schema_retries` times; then fails: `schema_mismatch`.
 
-    Of several choices, each one that is wrong is asked for again by itself. What all tries used is in the completion.
-    What a reader has seen already (`stream`) is not asked for again.
+    Of several choices, each wrong one is asked for again by itself. The completion has the usage of all tries. An answer
+    that a reader has begun to see (`stream`) is not asked for again.
     """
     completion = await generate(request)
     for at in range(len(completion.choices)):
@@ -58,19 +59,19 @@ async def generate_validated(generate: Generate, request: Request) -> Completion
                     continue
                 if again.error.retryable or again.error.type in ("cancelled", "engine_crash"):
                     return again
-                error.retryable = False  # the longer conversation does not fit, say: what was wrong first is the reason
+                error.retryable = False  # such as a conversation that is now too long; the first error is the reason
             return _failed(completion, error)
     return completion
 
 
 def in_shape(completion: Completion, generation: GenerationParams) -> Completion:
-    """The completion, or its error where nobody asks again."""
+    """The completion, or its error, if it cannot be asked for again."""
     error = first_schema_error(completion, generation, sys.maxsize)
     return completion if error is None else _failed(completion, error)
 
 
 def first_schema_error(completion: Completion, generation: GenerationParams, tries: int) -> EngineError | None:
-    """What is wrong with the first of its choices that is wrong; see `mismatch`."""
+    """The error of the first choice that has one; see `schema_error`."""
     return next(filter(None, (schema_error(choice, generation, tries) for choice in completion.choices)), None)
 
 
@@ -79,9 +80,9 @@ def _failed(completion: Completion, error: EngineError) -> Completion:
 
 
 def schema_error(choice: Choice, generation: GenerationParams, tries: int) -> EngineError | None:
-    """What is wrong with an answer that was asked for again `tries` times already; None where nothing is.
+    """The error of an answer that was asked for again `tries` times already; None if it matches its format.
 
-    A call of a tool and a refusal are no answers. One that was cut off would be so again.
+    Tool calls and refusals are not checked. A truncated answer is not retryable: it would be truncated again.
     """
     wanted = generation.response_format
     if wanted is None or wanted["type"] not in ("json_schema", "json_object"):
@@ -103,7 +104,7 @@ def schema_error(choice: Choice, generation: GenerationParams, tries: int) -> En
 
 
 def _reason(text: str, wanted: Mapping[str, Any]) -> str | None:
-    """Why a text is not what `response_format` asks for. Raises `EngineError` for a schema that is none."""
+    """Why a text does not match `response_format`, or None. Raises `EngineError` for an invalid schema."""
     try:
         value = orjson.loads(text)
     except ValueError as error:
@@ -116,40 +117,40 @@ def _reason(text: str, wanted: Mapping[str, Any]) -> str | None:
         raise
     except RecursionError:
         return "it is nested too deeply"
-    except Exception as error:  # a reference to nowhere, a pattern that is none: whatever a row brings
+    except Exception as error:  # the schema comes from a row: a dangling reference, an invalid pattern
         raise invalid(f"the schema in response_format cannot be used: {_printable(error)}") from None
 
 
 def _as_json(schema: Mapping[str, Any]) -> bytes:
     try:
         return orjson.dumps(schema)
-    except TypeError:  # numbers as names, or beyond 64 bits
+    except TypeError:  # keys that are numbers, or numbers beyond 64 bits
         return json.dumps(schema).encode()
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raises `EngineError("invalid_input")` for a JSON schema that is none."""
+    """Raises `EngineError("invalid_input")` for an invalid JSON schema."""
     from jsonschema import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
 
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
-        raise invalid(f"the schema in response_format is none: {_describe(error)}") from None
-    except Exception as error:  # what only looks like one
-        raise invalid(f"the schema in response_format is none: {_printable(error)}") from None
+        raise invalid(f"the schema in response_format is invalid: {_describe(error)}") from None
+    except Exception as error:  # a value that only looks like a schema
+        raise invalid(f"the schema in response_format is invalid: {_printable(error)}") from None
 
 
 @lru_cache(maxsize=256)
 def _errors(schema: bytes) -> Callable[[Any], str | None]:
-    """What is wrong with a value, by a schema (rows of a dataset mostly share one)."""
+    """A function that returns what is wrong with a value, or None. Cached: most rows of a dataset share a schema."""
     from jsonschema.exceptions import best_match
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
 
-    parsed = json.loads(schema)  # numbers of any size
+    parsed = json.loads(schema)  # unlike orjson, reads numbers of any size
     check_schema(parsed)
-    # A registry of its own: the library's would fetch what a schema refers to from the network.
+    # An empty registry: the library's default would fetch references from the network.
     validator = validator_for(parsed, default=Draft202012Validator)(parsed, registry=Registry())
 
     def first(value: Any) -> str | None:
@@ -165,17 +166,17 @@ def _describe(error: Any) -> str:
 
 
 def _printable(text: object) -> str:
-    """A model's words in an error: in one line, not too long, and no terminal obeys them."""
+    """A model's words for an error message: one line, short, without control characters."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
 
 
 def _corrected(request: Request, said: Message, reason: str, name: str) -> Request:
-    """The request with the wrong answer and what is wrong with it; `name` tells it from the others of its row."""
+    """The request with the wrong answer and the reason appended; `name` distinguishes it from others of its row."""
     asks = f"That is not in the format asked for: {reason}. Answer again, with JSON of that format and nothing else."
     messages: list[Message] = [
         *request.messages,
-        answer(text_of(said) or "(nothing)"),  # providers refuse an empty one
+        answer(text_of(said) or "(nothing)"),  # providers refuse an empty message
         {"role": "user", "content": asks},
     ]
     return dataclasses.replace(

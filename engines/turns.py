@@ -1,4 +1,4 @@
-"""Scripts: a conversation whose user has more to say after each answer, whatever that is."""
+"""Multi-turn rows: the user messages in `turns` follow one by one, each after the answer to the one before."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from engines.types import Completion, Message, Request
 
 
 async def generate_turns(generate: Generate, request: Request) -> Completion:
-    """Asks the request and then each of its `turns`, after the answers before it; the completion is the last one's.
+    """Asks the request, then each of its `turns` with the answers before it. Returns the last completion.
 
-    What was said between is its `dialogue`; an error, which ends the script, names the turn and keeps what came before.
+    Its `dialogue` has the messages between. An error ends the conversation, names the turn and keeps the dialogue so far.
     """
     if not request.turns:
         return await generate(request)
@@ -23,7 +23,7 @@ async def generate_turns(generate: Generate, request: Request) -> Completion:
         turn = dataclasses.replace(
             request,
             messages=[*request.messages, *dialogue],
-            # Only the last one's choices are of use.
+            # Further choices are of use in the last turn only.
             generation=request.generation if at == last else dataclasses.replace(request.generation, n=None),
             key=f"{request.key}-turn{at + 1}" if request.key else "",
             turns=[],

@@ -1,4 +1,4 @@
-"""`eagleray batch`: the main job through the provider's batch API; in one command that waits, or step by step."""
+"""`eagleray batch`: runs the main job through a provider's batch API, in one command that waits or step by step."""
 
 from __future__ import annotations
 
@@ -8,34 +8,31 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engines.errors import ConfigError, EngineError
+from engines.errors import ConfigError, EngineError, nearest
 from jobs.infer import command, finish, guarded, start
 from pipeline.config import Config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.executors.batch.runner import BatchRunner
+    from pipeline.executors.batch.session import BatchSession
 
 STEPS = {
-    "submit": "read, split, upload and submit; returns at once",
-    "status": "how the batches of output.path stand",
-    "fetch": "bring in what is ready, submit again what came back without an answer; status 4 while some are under way",
-    "cancel": "ask for the end of those under way; what is done by then is fetched",
-    "list": "all batches of the account",
+    "submit": "read the dataset, split it, upload and submit the batches; does not wait for answers",
+    "status": "show the state of the batches of output.path",
+    "fetch": "download finished batches and submit rows without an answer again; exit status 4 while batches remain",
+    "cancel": "cancel the batches in progress; fetch downloads the answers that they have by then",
+    "list": "show all batches of the account",
 }
 
 
 def main(argv: list[str]) -> int:
-    """Runs a step, or without one all of them, and returns the exit status."""
+    """Runs one step, or all steps if none is named. Returns the exit status."""
     step, rest = (argv[0], argv[1:]) if argv and argv[0] in STEPS else ("", argv)
     if argv and not step and argv[0].isalpha():
-        from engines.errors import nearest
-
-        argv = []
-        raise_ = ConfigError(f"there is no step '{rest[0]}' of eagleray batch{nearest(rest[0], STEPS)}")
-        return start([], help_text, lambda _: _fail(raise_))
-    if step == "list":  # asks for nothing of a dataset
+        error = ConfigError(f"there is no step '{rest[0]}' of eagleray batch{nearest(rest[0], STEPS)}")
+        return start([], help_text, lambda _: _fail(error))
+    if step == "list":  # needs no dataset and no output
         rest = [*rest, "run.mode=batch"]
     again = command("batch", argv)
     return start([*rest, "run.mode=batch"] if step != "list" else rest, help_text, lambda config: _run(step, config, again))
@@ -63,19 +60,18 @@ def _go(step: str, config: Config, console: Console) -> int:
         if step == "submit" and not late:
             return 0
         if late:
-            text = f"{len(late)} batches are not submitted yet: the same command goes on with them."
+            text = f"{len(late)} batches are not submitted yet: run the same command again to submit them."
             console.print(text, highlight=False)
     return status
 
 
 def _look(step: str, config: Config, console: Console) -> int:
-    """Shows batches, having cancelled those under way where that is asked for."""
+    """Shows batches. The step `cancel` first cancels those under way."""
     from rich.markup import escape
 
-    from pipeline.dataset.formats import RowParser
-    from pipeline.dataset.keys import RequestHasher
-    from pipeline.dataset.reader import RowReader
-    from pipeline.executors.batch.runner import BatchRunner
+    from pipeline.executors.batch.collector import BatchCollector
+    from pipeline.executors.batch.session import BatchSession
+    from pipeline.executors.batch.steps import BatchSteps
     from pipeline.output.ownership import NEW, Ownership
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
@@ -83,47 +79,46 @@ def _look(step: str, config: Config, console: Console) -> int:
 
     config.check(runs=step != "list")
     fs, root = resolve(str(config.output.path or "."))
-    parser = RowParser(config.dataset.format, config.dataset.columns, config.dataset.template)
-    row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), config.dataset.max_row_bytes)
     # Raises where the directory is not Eagleray's. A new directory holds no batches, so nothing is locked there.
     state = NEW if step == "list" else Ownership.look(config, fs, root).state
     with contextlib.ExitStack() as stack:
         if step == "cancel" and state != NEW:  # a run that waits would go on with the batches
             stack.enter_context(run_lock(fs, root))
-        run = stack.enter_context(contextlib.closing(BatchRunner(config, fs, root, row_reader)))
+        session = stack.enter_context(contextlib.closing(BatchSession(config, fs, root)))
+        steps = BatchSteps(session, BatchCollector(session))
         if step == "list":
-            _show_account(run, console)
+            _show_account(session, console)
             return 0
         failed = False
-        for batch in run.store.open:
+        for batch in session.store.open:
             try:
                 if step == "cancel":
-                    run.cancel(batch)
+                    steps.cancel(batch)
                 if batch.state == "submitted":
-                    batch.status = run.wire.status(str(batch.id))
+                    batch.status = session.wire.status(str(batch.id))
             except EngineError as error:
                 failed = True
                 console.print(f"{batch.id or batch.name}: {escape(str(error))}", highlight=False)
-        _show(run, console)
+        _show(session, console)
     return STOPPED if failed else 0
 
 
-def _show(run: BatchRunner, console: Console) -> None:
-    from pipeline.executors.batch.runner import done_of
+def _show(session: BatchSession, console: Console) -> None:
+    from pipeline.executors.batch.session import done_of
 
     rows = []
-    for batch in run.store.batches:
+    for batch in session.store.batches:
         state = batch.status.status if batch.status else batch.ended or batch.state
         done = batch.answered + batch.failed if batch.ended else done_of(batch.rows, batch.status)
         rows.append((batch.id or batch.name, str(state), f"{done:,}", f"{batch.rows:,}"))
     _table(console, ("batch", "state", "done", "of"), rows)
-    waiting = sum(batch.rows for batch in run.store.open)
-    console.print(f"{waiting:,} rows under way in {len(run.store.open)} batches.", highlight=False)
+    waiting = sum(batch.rows for batch in session.store.open)
+    console.print(f"{waiting:,} rows under way in {len(session.store.open)} batches.", highlight=False)
 
 
-def _show_account(run: BatchRunner, console: Console) -> None:
+def _show_account(session: BatchSession, console: Console) -> None:
     rows = []
-    for batch in run.wire.list():
+    for batch in session.wire.list():
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.created_at)) if batch.created_at else ""
         rows.append((batch.id, str(batch.status), f"{batch.done + batch.failed:,}", f"{batch.total:,}", created))
     _table(console, ("batch", "state", "done", "of", "created"), rows)
@@ -133,7 +128,7 @@ def _table(console: Console, titles: tuple[str, ...], rows: Sequence[tuple[str, 
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:  # an id that is cut short is no use
+    for title in titles:  # users copy the id, so it must not be cut
         table.add_column(title, justify="right" if title in ("done", "of") else "left", no_wrap=title == "batch")
     for row in rows:
         table.add_row(*row)
@@ -141,18 +136,18 @@ def _table(console: Console, titles: tuple[str, ...], rows: Sequence[tuple[str, 
 
 
 def help_text() -> str:
-    """The steps; the keys are those of `eagleray infer`."""
+    """The help text: the steps. The keys are those of `eagleray infer`."""
     steps = "\n".join(f"  {name:<8}{what}" for name, what in STEPS.items())
     return f"""\
-The main job through a provider's batch API, at about half the price, answered within a day.
+Run the main job through a provider's batch API: mostly for half the price, with answers within a day.
 
   eagleray batch [step] dataset.path=IN output.path=OUT engine=openai engine.model=… [key=value …]
 
-Steps (without one: all of them, waiting as long as it takes; it may be killed and started again):
+Steps (without a step, the command runs all of them and waits; you can kill it and start it again):
 {steps}
 
-Every step takes the same arguments; `eagleray infer --help` lists them, and the exit statuses.
-run.batch_fallback=live asks live what a batch left unanswered, with the same settings."""
+Every step takes the same arguments; `eagleray infer --help` lists them and the exit statuses.
+With run.batch_fallback=live, rows without an answer from a batch are sent as live requests with the same settings."""
 
 
 if __name__ == "__main__":

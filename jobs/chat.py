@@ -1,4 +1,4 @@
-"""`eagleray chat`: a conversation with any engine in the terminal, without Ray."""
+"""`eagleray chat`: a conversation with an engine in the terminal, without Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from engines.errors import EngineError, nearest
+from engines.errors import EngineError, no_such
 from engines.text import visible
 from engines.types import Completion, Message, Request, answer
 from jobs.infer import guarded, keys_help, start
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from engines.base import Engine
 
 COMMANDS = {
-    "/new": "start over, with the same system prompt",
-    "/system": "TEXT sets the system prompt; without a text there is none",
+    "/new": "start a new conversation with the same system prompt",
+    "/system": "TEXT sets the system prompt; without TEXT, the system prompt is removed",
     "/exit": "or Ctrl-D: leave",
-    "/help": "these lines",
+    "/help": "show these commands",
 }
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-UNSEEN = "\ufffd"  # stands for what would command the terminal
+UNSEEN = "\ufffd"  # replaces control characters
 
 
 def main(argv: list[str]) -> int:
-    """Chats until the input ends; returns the exit status."""
+    """Chats until the input ends. Returns the exit status."""
     return start(argv, help_text, lambda config: guarded(lambda _: _run(config)))
 
 
@@ -37,7 +37,7 @@ def _run(config: Config) -> int:
     from engines.registry import load_engine
 
     config.check(runs=False)
-    for stream in (sys.stdin, sys.stdout):  # whatever they hold or cannot hold ends no conversation
+    for stream in (sys.stdin, sys.stdout):  # invalid characters must not end the conversation
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     with load_engine(config.engine) as engine:
@@ -46,7 +46,7 @@ def _run(config: Config) -> int:
 
 
 class Chat:
-    """The conversation so far, and what is done with each line."""
+    """The conversation so far. Each line of input is a command or a user message."""
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self.engine, self.generation = engine, config.params()
@@ -56,14 +56,14 @@ class Chat:
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> int:
-        """Until the input ends. Of a pipe, whose lines nobody watches, the status tells whether one failed."""
+        """Reads lines until the input ends. If the input is a pipe, the exit status says whether a line failed."""
         from pipeline.run import OK, WITH_FAILURES
 
         if self.terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # arrows and history in `input`
             model = self.engine.config.model or self.engine.kind
-            print(f"Chatting with {visible(model, UNSEEN)}. Ctrl-C stops an answer, /help lists what else there is.")
+            print(f"Chatting with {visible(model, UNSEEN)}. Ctrl-C stops an answer, /help lists the commands.")
         while True:
             try:
                 line = input("> " if self.terminal else "").strip()
@@ -90,15 +90,15 @@ class Chat:
         elif name == "/help":
             print("\n".join(f"{command:<9}{what}" for command, what in COMMANDS.items()))
         else:
-            self.complain(f"there is no command '{name}'{nearest(name, COMMANDS)}")
+            self.complain(no_such("command", name, COMMANDS))
 
     def turn(self, text: str) -> None:
-        """Asks, and shows the answer as it comes. One that failed leaves the conversation as it was before."""
+        """Sends the text and prints the answer as it arrives. A failed request does not change the conversation."""
         asked: Message = {"role": "user", "content": text}
         said: list[str] = []
         try:
             completion = asyncio.run(self.ask(Request([*self.system, *self.turns, asked], self.generation), said))
-        except KeyboardInterrupt:  # what was said until then stands
+        except KeyboardInterrupt:  # the part of the answer so far stays in the conversation
             print(PLAIN if self.terminal else "")
             if not said:
                 return
@@ -111,11 +111,11 @@ class Chat:
                 self.complain(completion.error.message)
                 return
             if completion.finish_reason == "length" and self.terminal:
-                print(f"{DIM}(cut off: generation.max_tokens, or the context, ends here){PLAIN}")
+                print(f"{DIM}(cut off: generation.max_tokens or the context is used up){PLAIN}")
         self.turns += [asked, answer("".join(said))]
 
     async def ask(self, request: Request, said: list[str]) -> Completion:
-        """Prints the answer into the terminal and into `said`."""
+        """Streams the answer to the terminal, and appends its pieces to `said`."""
         thinking = False
         async for item in self.engine.stream(request):
             if isinstance(item, Completion):
@@ -123,7 +123,7 @@ class Chat:
                     said.append(json.dumps(call["function"], ensure_ascii=False))
                     _print(said[-1])
                 return item
-            if item.index:  # of several answers the first is the conversation's
+            if item.index:  # of several answers, only the first joins the conversation
                 continue
             if item.reasoning and self.terminal:
                 _print(item.reasoning, "" if thinking else DIM)
@@ -145,10 +145,10 @@ def _print(text: str, before: str = "") -> None:
 
 
 def help_text() -> str:
-    """The commands, and the keys that matter here."""
+    """The help text: the commands and the keys of the engine and of generation."""
     commands = (f"  {command:<9}{what}" for command, what in COMMANDS.items())
     lines = [
-        "Talk to an engine in the terminal; a pipe works too, one line a turn.",
+        "Talk to an engine in the terminal. If the input is a pipe, each line is one user message.",
         "",
         "  eagleray chat engine=ENGINE [group=option …] [key=value …]",
         "",
@@ -157,7 +157,7 @@ def help_text() -> str:
         "",
         *keys_help(("engine", "generation")),
         "",
-        "Exit status: 0; 3 where a line of a pipe was not answered; 2 wrong configuration.",
+        "Exit status: 0; 3 if a line of a pipe got no answer; 2 wrong configuration.",
     ]
     return "\n".join(lines)
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import importlib
 import sys
 
-# job -> what it does
+# job -> its description
 JOBS = {
-    "infer": "ask a model every conversation of a dataset",
-    "batch": "the same through a provider's batch API, for half the price: submit, status, fetch, list, cancel",
-    "serve": "an engine as an endpoint for OpenAI's clients",
+    "infer": "send every conversation of a dataset to a model",
+    "batch": "the same through a provider's batch API, mostly for half the price: submit, status, fetch, list, cancel",
+    "serve": "serve an engine over HTTP for OpenAI clients",
     "chat": "talk to an engine in the terminal",
-    "plan": "whether a model fits the hardware, and what a dataset holds, before anything is asked",
-    "status": "how a run stands: while it goes on, after it stopped, when it is complete",
-    "show": "conversations with their answers, as a chat in the terminal",
-    "errors": "why rows failed, what that means, and how to ask them again",
-    "diff": "two outputs side by side: two models, say, or two prompts",
+    "plan": "check that a model fits the hardware and that a dataset can be read, before a run",
+    "status": "show the progress of a run, also after it stopped or completed",
+    "show": "show conversations with their answers in the terminal",
+    "errors": "show why rows failed, what to do, and the command that sends them again",
+    "diff": "compare two outputs, for example of two models or two prompts",
 }
-# The first of each group, with its heading.
-HEADINGS = {"infer": "Asking", "status": "Looking at an output directory (eagleray status OUT)"}
+# The first job of each group -> the heading of the group.
+HEADINGS = {"infer": "Inference", "status": "Inspect an output directory (eagleray status OUT)"}
 
 
 def main() -> int:
-    """Runs a job and returns its exit status. Imports nothing but the job that is asked for."""
+    """Runs a job and returns its exit status. Imports only this job's module, so that `--help` is fast."""
     args = sys.argv[1:]
     if args and args[0] == "--version":
         from importlib.metadata import version
@@ -34,9 +34,9 @@ def main() -> int:
         return 0
     job, rest = args[0], args[1:]
     if job not in JOBS:
-        from engines.errors import nearest
+        from engines.errors import no_such
 
-        print(f"eagleray: there is no job '{job}'{nearest(job, JOBS)}", file=sys.stderr)
+        print(f"eagleray: {no_such('job', job, JOBS)}", file=sys.stderr)
         return 2
     status: int = importlib.import_module(f"jobs.{job}").main(rest)
     return status
@@ -56,7 +56,7 @@ Examples:
   eagleray plan engine=vllm engine.model=path/to/checkpoint hardware=8xh100 dataset.path=in.jsonl
   eagleray infer engine=transformers engine.model=path/to/checkpoint dataset.path='data/*.parquet' output.path=out
 
-`eagleray <job> --help` lists the keys; `--cfg job` prints the configuration a command stands for."""
+`eagleray <job> --help` lists the keys; `--cfg job` prints the configuration of a command and does not run it."""
 
 
 if __name__ == "__main__":

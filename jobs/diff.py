@@ -1,4 +1,4 @@
-"""`eagleray diff`: two outputs side by side, such as of two models or two prompts."""
+"""`eagleray diff`: compares two outputs row by row, for example of two models or two prompts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from jobs.show import figures, parsed
 from pipeline.storage.exact_json import loads
 
 LIMIT = 5
-# Of longer texts the rest is cut off: comparing word by word takes a time that grows with the square.
+# Longer texts are cut: the time of a comparison by words grows with the square of their length.
 WORDS = 1_500
-# What is kept of each row, some 50 bytes: enough to compare all of them and to fetch those that are shown.
+# The part of each row that stays in memory, about 60 bytes: enough to compare all rows and to fetch the rows to show.
 ROW = np.dtype([("place", "i8", 2), ("id", "i8"), ("index", "i8"), ("answer", "i8"), ("failed", "?"), ("reason", "i4"),
                 ("input", "f8"), ("output", "f8"), ("latency", "f8")])  # fmt: skip
 COLUMNS = ("id", "index", "response", "tool_calls", "error", "usage", "latency_s", "finish_reason")
@@ -34,7 +34,7 @@ Positions = npt.NDArray[np.int64]
 
 
 class Side:
-    """One of the two."""
+    """One of the two outputs, with a table of its rows."""
 
     def __init__(self, out: Output) -> None:
         self.out, self.rows = out, StoredRows(out)
@@ -53,13 +53,13 @@ class Side:
             yield place, hash(row["id"]), row.get("index", -1), answer, bool(error), code, *unknown
 
     def fetch(self, at: Positions) -> list[StoredRow]:
-        """Whole rows, in this order."""
+        """The complete rows at these positions of the table, in this order."""
         places = [(int(part), int(row)) for part, row in self.table["place"][at]]
         whole = dict(zip(sorted(places), map(parsed, self.rows.fetch(places)), strict=True))
         return [whole[place] for place in places]
 
     def summary(self, at: Positions, both: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """The figures of the rows at these positions; tokens and times of those that `both` answered."""
+        """Figures of the rows at these positions. Tokens and times count only rows that `both` outputs answered."""
         reasons = Counter(self.table["reason"][at].tolist())
         table = self.table[at[both]]
         seconds = table["latency"][~np.isnan(table["latency"])]
@@ -77,11 +77,13 @@ class Side:
 
 
 def main(argv: list[str]) -> int:
-    """Compares."""
-    what = "Two outputs row by row: which answers differ, and what they took. Rows are matched by id, or else by place."
+    """Compares two outputs. Returns the exit status."""
+    what = "Compare two outputs row by row: answers, tokens, times and cost. Rows are matched by id, or by place."
     parser = Arguments("diff", what, "out/a out/b\nout/a out/b --id q17\nout/a out/b --limit 50 --json", ("OUT_A", "OUT_B"))
-    parser.add_argument("--id", action="append", help="only this row, equal or not (may be given several times)")
-    parser.add_argument("--limit", type=number(0), default=LIMIT, help=f"rows shown that differ (default: {LIMIT})")
+    parser.add_argument("--id", action="append", help="show only this row, also if it is equal (can be repeated)")
+    parser.add_argument(
+        "--limit", type=number(0), default=LIMIT, help=f"maximum number of differing rows to show (default: {LIMIT})"
+    )
     return parser.run(argv, _run)
 
 
@@ -96,7 +98,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         wanted = {hash(id): id for id in args.id}
         chosen = np.flatnonzero(np.isin(a.table["id"][at_a], list(wanted)))
         if missing := wanted.keys() - set(a.table["id"][at_a[chosen]].tolist()):
-            raise ConfigError(f"the two have no common row with the id {wanted[missing.pop()]!r}")
+            raise ConfigError(f"no row in both outputs has the id {wanted[missing.pop()]!r}")
     pairs = list(zip(a.fetch(at_a[chosen]), b.fetch(at_b[chosen]), strict=True))
     if args.json:
         summary["shown"] = [{"a": {name: x.get(name) for name in COLUMNS}, "b": {name: y.get(name) for name in COLUMNS}}
@@ -112,7 +114,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _settings(a: Output, b: Output) -> dict[str, list[Any]]:
-    """The keys of the configuration in which the two differ, of those that may change an answer."""
+    """The configuration keys that can change an answer and differ between the two outputs."""
     one, two = (dict(_leaves("", out.config)) for out in (a, b))
     return {
         name: [one.get(name), two.get(name)]
@@ -130,7 +132,7 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def matched(a: Side, b: Side) -> tuple[str, Positions, Positions]:
-    """By what the rows were matched, and the positions of the pairs on both sides, in the first one's order."""
+    """How the rows were matched, and the positions of the pairs in both tables, in the order of the first."""
     by, name = "id", "id"
     unique = all(len(np.unique(side.table["id"])) == len(side.table) for side in (a, b))
     if not unique or not len(np.intersect1d(a.table["id"], b.table["id"])):
@@ -144,7 +146,7 @@ def matched(a: Side, b: Side) -> tuple[str, Positions, Positions]:
 
 
 def compare(a: Side, b: Side, at_a: Positions, at_b: Positions) -> tuple[dict[str, Any], Positions]:
-    """The figures of the comparison, and which pairs differ."""
+    """The figures of the comparison, and the indices of the pairs that differ."""
     failed_a, failed_b = a.table["failed"][at_a], b.table["failed"][at_b]
     both = ~failed_a & ~failed_b
     equal = both & (a.table["answer"][at_a] == b.table["answer"][at_b])
@@ -225,7 +227,7 @@ def _show_pair(one: StoredRow, two: StoredRow, console: Console) -> None:
 
 
 def _asked(row: StoredRow) -> str:
-    """What shaped the answer most: the first message that is a system's, the last that is a user's."""
+    """The last system message and the last user message of a row."""
     texts = {m["role"]: m["content"] for m in row.get("messages") or [] if m.get("role") in ("system", "user")}
     return "\n".join(text if isinstance(text, str) else brief(text) for _, text in sorted(texts.items()))
 
@@ -238,10 +240,10 @@ def _answer(row: StoredRow) -> str:
 
 
 def word_diff(one: str, two: str, marks: bool) -> tuple[Text, Text]:
-    """Two texts with the words that the other lacks highlighted; by `marks` where there are no colours."""
+    """Two texts with the words that differ highlighted: by colour, or by `marks` on a terminal without colours."""
     words = [re.findall(r"(?:\w+|[^\w\s])\s*", visible(text).strip()) for text in (one, two)]
     cut = [[*found[:WORDS], f" … ({len(found) - WORDS:,} words more)"] if len(found) > WORDS else found for found in words]
-    bare = [[word.strip() for word in found] for found in cut]  # where lines break does not count
+    bare = [[word.strip() for word in found] for found in cut]  # line breaks do not count as a difference
     texts = Text(), Text()
     kinds = ("[-{}-]{}", "bold red"), ("{{+{}+}}{}", "bold green")
     for what, *ends in difflib.SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_opcodes():

@@ -1,4 +1,4 @@
-"""`eagleray errors`: why rows failed, what that means, and how to ask them again."""
+"""`eagleray errors`: shows why rows failed, what to do, and the command that sends them again."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from jobs.reading import Arguments, Output, StoredRows, brief, number, open_outp
 
 LIMIT = 5
 EXAMPLES = 3
-# Messages that no pattern joins must not fill the memory.
+# Maximum number of patterns in memory; further messages are counted together.
 PATTERNS = 5_000
 
-# type -> what it means and what to do. Where nothing is said of asking again, that may do.
+# Error type -> its meaning and what to do about it.
 ADVICE = {
-    "invalid_input": "The row cannot be asked: correct it in the input (the message names file and line).",
-    "context_length": "Prompt and answer do not fit into the model's context: shorten the row or lower "
+    "invalid_input": "The row is not a valid request: correct it in the input (the message names file and line).",
+    "context_length": "The prompt and the answer do not fit into the model's context: shorten the row or lower "
     "generation.max_tokens; eagleray plan finds such rows.",
-    "content_filter": "The provider or the model refused the content: another model may take it (engine.fallback=[…]).",
-    "auth": "The key was refused: look at the variable that engine.api_key_env names.",
-    "not_found": "The server does not know the model or the address: look at engine.model and engine.base_url.",
-    "bad_request": "The server refused the request as it was: the message says which parameter; look at generation and "
+    "content_filter": "The provider or the model refused the content: another model may accept it (engine.fallback=[…]).",
+    "auth": "The server refused the API key: check the environment variable that engine.api_key_env names.",
+    "not_found": "The server does not know the model or the address: check engine.model and engine.base_url.",
+    "bad_request": "The server refused the request: the message names the parameter; check the generation keys and "
     "engine.extra_body.",
-    "rate_limit": "The provider's limit or quota was hit for good: set engine.requests_per_minute to your limit, or wait.",
-    "server": "The server failed again and again: asking later often works, and so may engine.max_retries.",
-    "timeout": "No answer came in time: raise engine.timeout_s, or lower generation.max_tokens or engine.max_concurrency.",
-    "connection": "The server could not be reached: look at engine.base_url and the network, then ask again.",
-    "bad_response": "What came back was no answer as the API describes it: asking again may help.",
-    "schema_mismatch": "The answer does not keep to generation.response_format: raise generation.max_tokens, or "
-    "simplify the schema.",
-    "engine_crash": "The engine's process died twice with this row in it: it may be too long for the memory.",
-    "cancelled": "The row was cancelled before it was answered: asking again is all it takes.",
+    "rate_limit": "The provider's limit or quota was still reached after all retries: set engine.requests_per_minute to "
+    "your limit, or wait.",
+    "server": "The server failed at each attempt: send the rows again later, or raise engine.max_retries.",
+    "timeout": "No answer arrived in time: raise engine.timeout_s; lower generation.max_tokens or engine.max_concurrency.",
+    "connection": "The server could not be reached: check engine.base_url and the network, then send the rows again.",
+    "bad_response": "The response was not an answer as the API describes it: send the rows again.",
+    "schema_mismatch": "The answer does not match generation.response_format: raise generation.max_tokens, or simplify the "
+    "schema.",
+    "engine_crash": "The engine's process died twice while it worked on this row: the row may need too much memory.",
+    "cancelled": "The row was cancelled before it was answered: send it again.",
     "budget": "The budget was used up before this row: raise run.budget_usd.",
 }
 
@@ -47,13 +48,13 @@ _NUMBER = re.compile(r"\b[\w-]*\d[\w.-]*\b")
 
 
 def pattern_of(message: str) -> str:
-    """A message without what is particular to one row, so that equal troubles look equal."""
+    """A message without numbers, ids and quoted texts, so that messages about the same problem are equal."""
     return _NUMBER.sub("#", _QUOTED.sub("'…'", brief(message, 1000)))
 
 
 @dataclass(slots=True)
 class Kind:
-    """The failures that have one message, but for its numbers."""
+    """Failed rows whose messages have the same pattern."""
 
     pattern: str
     first: str  # the whole message of the first one
@@ -62,10 +63,12 @@ class Kind:
 
 
 def main(argv: list[str]) -> int:
-    """Shows failures."""
-    what = "Failed rows by type and message, and the command that asks them again. Works while a run goes on."
+    """Shows failed rows. Returns the exit status."""
+    what = "Failed rows by type and message, and the command that sends them again. Also works during a run."
     parser = Arguments("errors", what, "out\nout --limit 20\ns3://bucket/out --json")
-    parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"messages shown of each type (default: {LIMIT})")
+    parser.add_argument(
+        "--limit", type=number(1), default=LIMIT, help=f"maximum number of messages to show of each type (default: {LIMIT})"
+    )
     return parser.run(argv, _run)
 
 
@@ -90,16 +93,16 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     for type, kinds in found.items():
         _show(type, kinds, args.limit, console)
     if unread:
-        say(console, f"\n{_rows(unread)} of the input cannot be read; the reasons are told once the run is complete.")
+        say(console, f"\n{_rows(unread)} of the input cannot be read; the reasons are shown when the run is complete.")
     if failed and out.live:
-        say(console, "\nThe run goes on; when it is over, the same command asks the failed ones again.")
+        say(console, "\nThe run is not finished. After it ends, run the same command to send the failed rows again.")
     elif failed:
         _show_again(out, again, console)
     return 0
 
 
 def collect(out: Output) -> dict[str, list[Kind]]:
-    """type -> its kinds; of both, those with the most rows first."""
+    """Error type -> its kinds of failures. Types and kinds with the most rows come first."""
     found: dict[str, dict[str, Kind]] = {}
     patterns = 0
     for _, row in StoredRows(out, failed=True).scan("id", "error"):
@@ -141,12 +144,12 @@ def _show(type: str, kinds: list[Kind], limit: int, console: Console) -> None:
 
 
 def _show_again(out: Output, again: str | None, console: Console) -> None:
-    say(console, "\nOnly the failed rows are asked again, into the same output, by")
+    say(console, "\nThis command sends only the failed rows again, into the same output:")
     say(console, f"  {again or 'the same command as before'}", "bold")
     if again and "***" in again:
-        say(console, "  (with the secret in place of ***)", "dim")
+        say(console, "  (replace *** by the secret)", "dim")
     if out.manifest is not None:
-        say(console, "and into an output of their own, as another engine may answer them, with")
+        say(console, "To send them to another engine, into another output, use its command with")
         say(console, f"  dataset.path={out.path.rstrip('/')}/errors output.path=…", "bold")
 
 

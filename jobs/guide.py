@@ -1,36 +1,13 @@
-"""Where the documentation says more about an error: the last words of the line that tells it."""
+"""The link to the documentation at the end of the line that reports an error."""
 
 from __future__ import annotations
 
 import re
 
+from engines.errors import ConfigError, EaglerayError, ErrorCode, docs_link
 from engines.registry import REGISTRY
 
-CONFIGURATION, ENGINES, ERRORS = "docs/configuration.md", "docs/engines.md", "docs/errors.md"
-
-# What the message of a stop holds, or of a mistake -> its section of docs/errors.md; the first that is found.
-STOPS = {
-    "refuses the key": "auth",
-    "run.max_error": "too-many-failed-rows",
-    "run.budget_usd": "budget",
-    "engines died": "engines-that-die",
-    "has not answered for": "a-server-that-does-not-answer",
-    "eagleray batch cancel": "batches",
-    "have no answer though": "rows-without-an-answer",
-    "rows are still missing": "rows-without-an-answer",
-    "reading the input failed": "input-that-cannot-be-read",
-    "could not read or write": "a-disk-or-store-that-fails",
-    "putting the output together failed": "a-disk-or-store-that-fails",
-}
-MISTAKES = {
-    "batches under way": "batches",
-    "has no batch API": "batches",
-    "another run is writing": "another-run-writes-there",
-    "RAY_ADDRESS": "no-ray-cluster",
-    "(see hardware=": "no-room-for-a-replica",
-    "also installs a package": "packages-of-the-same-name",
-}
-STOPPED, WRONG = "4-stopped-early", "2-wrong-configuration"
+CONFIGURATION, ENGINES = "docs/configuration.md", "docs/engines.md"
 
 _KEY = re.compile(r"\b[a-z]+\.[a-z_]+")
 _ENGINE = re.compile(r"\bengine=([a-z_]+)")
@@ -42,34 +19,55 @@ def anchor(key: str) -> str:
     return key.replace(".", "")
 
 
-def see(text: str, *, stopped: bool = False) -> str:
-    """`"(see docs/…#…)"` for the message of an error: its own section, or that of the first known key it names."""
-    return f"(see {place(text, stopped=stopped)})"
+def see(error: EaglerayError) -> str:
+    """`"(see docs/…#…)"` for an error."""
+    return f"(see {place(error)})"
 
 
 def see_type(error_type: str) -> str:
     """The same for the type of a row's error."""
-    return f"(see {ERRORS}#{error_type})"
+    return f"(see {docs_link(error_type)})"
 
 
-def place(text: str, *, stopped: bool = False) -> str:
-    """A file of docs/ and an anchor in it."""
+def place(error: EaglerayError) -> str:
+    """The file and anchor in docs/ that explain an error. Its code decides.
+
+    A wrong configuration without a section of its own leads to its key, or to its engine, instead.
+    """
+    link = docs_link(error.code)
+    if isinstance(error, ConfigError) and link == docs_link(ErrorCode.CONFIGURATION):
+        return place_of_key(error.key) or place_named_in(str(error)) or link
+    return link
+
+
+def place_of_key(key: str | None) -> str | None:
+    """The section of a configuration key, of a section of keys, or of an engine (`engine=vllm`)."""
     from pipeline.config import known_keys
 
-    for phrase, section in (STOPS if stopped else MISTAKES).items():
-        if phrase in text:
-            return f"{ERRORS}#{section}"
-    if stopped:
-        return f"{ERRORS}#{STOPPED}"
+    if key is None:
+        return None
+    if key.startswith("engine="):
+        return f"{ENGINES}#{key.removeprefix('engine=')}"
+    if key in known_keys() or key in {name.partition(".")[0] for name in known_keys()}:
+        return f"{CONFIGURATION}#{anchor(key)}"
+    return None
+
+
+def place_named_in(text: str) -> str | None:
+    """The section of the first key or engine that a message names, for errors that carry no `key`.
+
+    Messages always name their key, because people need it. Nothing but the link depends on this.
+    """
+    from pipeline.config import known_keys
+
     known, named = known_keys(), _KEY.findall(text)
     key = next((name for name in named if name in known), None)
     engine = next((name for name in _ENGINE.findall(text) if name in REGISTRY), None)
-    if engine and key in (None, "engine.kwargs"):  # how it is installed, and what its keywords are
+    if engine and key in (None, "engine.kwargs"):  # how to install it, and its keywords
         return f"{ENGINES}#{engine}"
     if key:
         return f"{CONFIGURATION}#{anchor(key)}"
     sections = {name.partition(".")[0] for name in known}
-    for name in (*_GROUP.findall(text), *(name.partition(".")[0] for name in named)):
-        if name in sections:
-            return f"{CONFIGURATION}#{name}"
-    return f"{ERRORS}#{WRONG}"
+    names = (*_GROUP.findall(text), *(name.partition(".")[0] for name in named))
+    section = next((name for name in names if name in sections), None)
+    return f"{CONFIGURATION}#{section}" if section else None

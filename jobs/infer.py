@@ -1,4 +1,4 @@
-"""`eagleray infer`: the main job."""
+"""`eagleray infer`: the main job. Also the parts that all jobs share: flags, error lines and the help on keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import traceback
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from engines.errors import ConfigError, EngineError
-from jobs.compose import GROUPS, SECTIONS, as_yaml, compose, options
-from jobs.guide import see, see_type
+from engines.errors import ConfigError, EngineError, ErrorCode
+from jobs.compose import as_yaml, compose, options
+from jobs.compose_errors import GROUPS, SECTIONS
+from jobs.guide import see
 from pipeline.config import Config, without_typed_secret
 
 if TYPE_CHECKING:
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Composes, runs, tells; returns the exit status."""
+    """Runs the main job. Returns the exit status."""
     return start(argv, help_text, lambda config: guarded(lambda console: finish(config, console), command("infer", argv)))
 
 
 def command(job: str, argv: list[str]) -> str:
-    """The command to give again; a secret that was typed must be typed again."""
+    """The command line of a job, to run again. Secrets in it are replaced by `***`."""
     return shlex.join(["eagleray", job, *map(without_typed_secret, argv)])
 
 
 def changed(command: str, keys: Mapping[str, str]) -> str:
-    """The command with these keys in place of those it has."""
+    """The command with these keys set to these values."""
     words = [word for word in shlex.split(command) if word.lstrip("+").partition("=")[0] not in keys]
     return shlex.join([*words, *(f"{name}={value}" for name, value in keys.items())]) if keys else command
 
 
 def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config], int]) -> int:
-    """What the jobs share: flags, the configuration, and a line for what is wrong with it."""
+    """Handles the flags, composes the configuration and calls `run`. A `ConfigError` is printed as one line."""
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
@@ -54,12 +55,12 @@ def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config],
         return run(config)
     except ConfigError as error:
         text = " ".join(str(error).split())
-        print(f"eagleray: {text} {see(text)}", file=sys.stderr)
+        print(f"eagleray: {text} {see(error)}", file=sys.stderr)
         return 2
 
 
 def finish(config: Config, console: Console, step: str = "") -> int:
-    """Runs the main job and tells what it came to."""
+    """Runs the main job and prints its result. Returns the exit status."""
     from pipeline.run import run
 
     outcome = run(config, console, step)
@@ -71,35 +72,35 @@ def finish(config: Config, console: Console, step: str = "") -> int:
 
 
 def guarded(work: Callable[[Console], int], again: str = "") -> int:
-    """Runs `work`, and says in a line what stopped it, and which command goes on from `again`."""
+    """Runs `work`. If something stops it, prints the reason in one line, and the command `again` that continues."""
     from rich.console import Console
     from rich.markup import escape
     from rich.text import Text
 
     from pipeline.errors import Interrupted, Stopped
-    from pipeline.executors.live.ray_session import INTERRUPTED
     from pipeline.run import BUG, STOPPED
+    from pipeline.signals import INTERRUPTED
 
     _check_clash()
     console = Console(stderr=True)
 
     def go_on(status: int, changes: Mapping[str, str] | None = None) -> int:
-        if again:  # the last line, whole: to be copied
+        if again:  # the last line, not wrapped: users copy it
             console.print(Text(f"To go on: {changed(again, changes or {})}"), soft_wrap=True)
         return status
 
     try:
         return work(console)
-    except EngineError as error:  # what a provider says to a step of `eagleray batch`
-        console.print(f"[red]Stopped:[/] {escape(str(error))} {see_type(error.type)}", highlight=False)
+    except EngineError as error:  # a provider refused a step of `eagleray batch`
+        console.print(f"[red]Stopped:[/] {escape(str(error))} {see(error)}", highlight=False)
         return STOPPED
     except Stopped as stop:
-        console.print(f"[red]Stopped:[/] {escape(str(stop))} {see(str(stop), stopped=True)}", highlight=False)
+        console.print(f"[red]Stopped:[/] {escape(str(stop))} {see(stop)}", highlight=False)
         return go_on(STOPPED, stop.changes)
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)
         return go_on(INTERRUPTED)
-    except KeyboardInterrupt:  # before Ray was up: nothing was asked yet
+    except KeyboardInterrupt:  # before Ray started: no request was sent
         console.print("[yellow]interrupted[/]")
         return go_on(INTERRUPTED)
     except ConfigError:
@@ -107,19 +108,20 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
     except Exception as error:
         path = _log_traceback()
         console.print(f"[red]This is a bug in Eagleray.[/] The traceback is in {path}.", highlight=False)
-        messages = [*traceback.format_exception_only(error)[:1], *getattr(error, "__notes__", ())]  # Ray's logs, say
+        messages = [*traceback.format_exception_only(error)[:1], *getattr(error, "__notes__", ())]  # for example Ray's logs
         console.print("\n".join(line.strip() for line in messages), markup=False, highlight=False)
         return BUG
 
 
 def _check_clash() -> None:
-    """Our package names are plain words; installed beside another distribution's, the files would mix silently."""
+    """Raises `ConfigError` if another distribution has a package with one of our names: their files would be mixed."""
     from importlib.metadata import packages_distributions
 
     installed = packages_distributions()
     for name in ("engines", "pipeline", "jobs", "conf"):
         for other in set(installed.get(name, ())) - {"eagleray"}:
-            raise ConfigError(f"'{other}' also installs a package '{name}': run pip uninstall {other}")
+            text = f"'{other}' also installs a package '{name}': run pip uninstall {other}"
+            raise ConfigError(text, code=ErrorCode.PACKAGE_CLASH)
 
 
 def _log_traceback() -> str:
@@ -131,7 +133,7 @@ def _log_traceback() -> str:
 
 
 def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
-    """Takes `--flag value` or `--flag=value` out of the arguments."""
+    """The arguments without `--flag value` or `--flag=value`, and the value."""
     for at, arg in enumerate(argv):
         if arg == flag:
             if at + 1 == len(argv):
@@ -143,23 +145,23 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def help_text() -> str:
-    """Every group with its options, every key with its default and what it is for."""
+    """The help text: each group with its options, each key with its default and description."""
     lines = [
-        "Ask a model every conversation of a dataset; results land in output.path, once each, in input order.",
+        "Send every conversation of a dataset to a model. output.path gets each result once, in input order.",
         "",
         "  eagleray infer dataset.path=IN output.path=OUT [group=option …] [key=value …]",
         "",
         *keys_help(SECTIONS),
         "",
-        "Flags: --cfg job prints the configuration; --config-dir DIR adds your own engine/, dataset/, … files.",
+        "Flags: --cfg job only prints the configuration; --config-dir DIR adds your own engine/, dataset/, … files.",
         "Exit status: 0 all rows done, 3 finished with failed rows, 4 stopped early, 2 wrong configuration,",
-        "130 interrupted. After 4 and 130 the same command goes on where it stopped.",
+        "130 interrupted. After 4 and 130, run the same command again to continue.",
     ]
     return "\n".join(lines)
 
 
 def keys_help(sections: Collection[str], more: Collection[str] = ()) -> list[str]:
-    """The groups and keys of these sections, and `more` keys, as lines."""
+    """Lines of help: the groups and keys of these sections, and the keys in `more`."""
     from pipeline.config import known_keys
 
     lines = [

@@ -1,4 +1,4 @@
-"""What a run came to, for a person: the counts, a few answers, where the results lie."""
+"""Prints the result of a run: the counts, the first answers and the paths of the results."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ SHOWN = 5
 
 
 def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
-    """Prints a table of the first few rows and the run's figures."""
+    """Prints a table of the first rows, and the figures of the run."""
     rows, tokens, run = manifest["rows"], manifest["tokens"], manifest["this_run"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
     shown = [[one_line(cell) for cell in row] for row in _first_rows(manifest, path)]
-    for at, (title, most) in enumerate((("id", 18), ("last message", 30))):  # the answer gets what is left
+    for at, (title, most) in enumerate((("id", 18), ("last message", 30))):  # the answer takes the remaining width
         longest = max((len(row[at]) for row in shown), default=0)
         table.add_column(title, overflow="ellipsis", no_wrap=True, width=max(len(title), min(most, longest)))
     table.add_column("answer", overflow="ellipsis", no_wrap=True, ratio=1)
     for row in shown:
-        # Model output is untrusted: as Text, so that no markup in it is obeyed.
+        # Model output is untrusted: `Text` shows markup instead of obeying it.
         table.add_row(*map(Text, row))
     console.print(table)
     failed = f", {rows['failed']:,} failed ({_errors(manifest['errors'])})" if rows["failed"] else ""
     console.print(
-        f"{rows['done']:,} of {rows['total']:,} rows answered{failed}; {run['asked']:,} requests asked in this run; "
+        f"{rows['done']:,} of {rows['total']:,} rows answered{failed}; {run['asked']:,} requests sent in this run; "
         f"{tokens['input']:,} tokens in, {tokens['output']:,} out{_cost(manifest)}.",
         highlight=False,
     )
@@ -40,13 +40,13 @@ def show_outcome(manifest: dict[str, Any], path: str, console: Console) -> None:
 
 
 def _cost(manifest: dict[str, Any]) -> str:
-    """Of all answers in the output, whichever run asked for them; nothing where they are made here."""
+    """The cost of all answers in the output, of all runs; empty for engines on this machine, which cost nothing."""
     cost, as_of = manifest["cost_usd"], manifest.get("price_as_of")  # an older output has no date
     if cost is None:
         known, unknown = manifest.get("cost_known_usd"), manifest.get("cost_unknown_requests", 0)
         if known:
             return f"; ${known:,.4f}, and the unknown cost of {unknown:,} requests"
-        return "; what they cost is not known"
+        return "; the cost is not known"
     of = f" by the list price of {as_of}" if as_of else ""
     return f"; ${cost:,.4f}{of}" if cost else ""
 
@@ -56,7 +56,7 @@ def _errors(errors: dict[str, int]) -> str:
 
 
 def _meaning(errors: dict[str, int]) -> str:
-    """Where the commonest type is explained."""
+    """The link to the explanation of the most frequent error type."""
     return see_type(max(errors, key=lambda name: errors[name]))
 
 
@@ -71,7 +71,7 @@ def _first_rows(manifest: dict[str, Any], path: str) -> list[tuple[str, str, str
             batch = next(pq.ParquetFile(file).iter_batches(batch_size=SHOWN, columns=columns), None)
             rows = batch.to_pylist() if batch is not None else []
         else:
-            # A line is small beside this, but for giants; those show as far as they are whole.
+            # 1 MiB holds several lines, except for very long ones: only complete lines are shown.
             head = file.read(1 << 20).split(b"\n")
             rows = [json.loads(line) for line in head[:-1][:SHOWN]]
     return [(row["id"], _last_message(row["messages"]), _answer(row)) for row in rows]

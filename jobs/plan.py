@@ -1,4 +1,4 @@
-"""`eagleray plan`: whether the model fits the hardware, and what the dataset asks for, before anything is asked."""
+"""`eagleray plan`: checks whether the model fits the hardware, and describes the dataset, without sending requests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from jobs.infer import start
 from pipeline.config import Config, HardwareConfig
 
-PROBLEM = 3  # the exit status where something does not fit
+PROBLEM = 3  # exit status if something does not fit
 BAR = 30  # characters of the histogram's longest bar
-UTILIZATION = 0.9  # vLLM's own default: the rest is for the system
-MOST_TENSOR = 8  # GPUs of a node, where nobody says
+UTILIZATION = 0.9  # vLLM's default share of the GPU's memory
+MOST_TENSOR = 8  # GPUs of a node if hardware.gpus_per_node is not set
 
-Line = tuple[str, str, bool]  # title, text, whether it tells a problem
+Line = tuple[str, str, bool]  # title, text, true for a problem
 
 
 def main(argv: list[str]) -> int:
@@ -25,13 +25,13 @@ def main(argv: list[str]) -> int:
 
 def help_text() -> str:
     return """\
-Says what a run would take, without Ray and without loading weights: whether the model fits the hardware, what the
-dataset holds, and what it costs, where that can be known.
+Estimate a run without Ray and without loading weights: whether the model fits the hardware, the size of the dataset
+and, if it is known, the cost.
 
   eagleray plan engine=… engine.model=… hardware=… dataset.path=IN [key=value …]
 
-Takes the keys of `eagleray infer`, which lists them. output.path is not needed; without dataset.path only the model is
-looked at. hardware.gpu_memory tells the GiB of each GPU. A GGUF file on the hub is fetched whole.
+Takes the keys of `eagleray infer`, which lists them. output.path is not needed. Without dataset.path, only the model is
+checked. hardware.gpu_memory is the memory of each GPU in GiB. A GGUF file on the hub is downloaded.
 
 Exit status: 0 it fits; 3 it does not, or rows cannot be read or are too long; 2 wrong configuration."""
 
@@ -63,42 +63,44 @@ def _plan(config: Config) -> int:
 
 def _model(config: Config, model: Any) -> list[Line]:
     from engines.errors import ConfigError
+    from engines.registry import kind_of
     from pipeline.executors.live.placement import placement
 
     engine, hardware, context = config.engine, config.hardware, model.context
     placed = placement(hardware, engine)
     gpus = sum(bundle.get("GPU", 0) for bundle in placed.bundles)
     tensor, stages = (engine.kwargs.get(f"{name}_parallel_size") or 1 for name in ("tensor", "pipeline"))
-    if engine.kind != "vllm":  # layers are spread over the GPUs
+    kind = kind_of(engine)
+    if not kind.parallel_sizes:  # layers are spread over the GPUs
         tensor, stages = 1, max(1, int(gpus))
-    on_gpu = gpus > 0 and (engine.kind != "llamacpp" or bool(engine.kwargs.get("n_gpu_layers")))
+    on_gpu = gpus > 0 and (not kind.gpu_by_layers or bool(engine.kwargs.get("n_gpu_layers")))
     place = "GPU" if on_gpu else "process"
     memory = (hardware.memory * 2**30 or _machine_memory()) / (tensor * stages)
     if on_gpu:
-        # vLLM takes its share of the whole GPU, also where it has but a part of it.
-        memory = hardware.gpu_memory * 2**30 * (1 if engine.kind == "vllm" else min(1, gpus))
+        # vLLM uses its share of the whole GPU, even if the replica reserves only a part of the GPU in Ray.
+        memory = hardware.gpu_memory * 2**30 * (1 if kind.parallel_sizes else min(1, gpus))
     share = engine.kwargs.get("gpu_memory_utilization") or UTILIZATION
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigError(f"engine.kwargs.gpu_memory_utilization must be above 0 and at most 1, not {share!r}")
-    # llama.cpp reserves the cache of all its sequences when it starts; the others share what there is.
-    needed = int(engine.kwargs.get("n_seq_max") or engine.max_concurrency or 1) if engine.kind == "llamacpp" else 1
+    # llama.cpp allocates the cache of all its sequences when it starts; other engines share one cache.
+    needed = int(engine.kwargs.get("n_seq_max") or engine.max_concurrency or 1) if kind.reserves_sequences else 1
 
     def left(tensor: int, stages: int) -> float:
         return memory * share - model.weight_bytes / (tensor * stages)
 
     def fitting(tensor: int, stages: int) -> int:
-        # At least a byte: a model without attention keeps no cache.
+        # At least a byte, because a model without attention has no cache.
         return max(0, int(left(tensor, stages) // max(1, model.sequence_bytes(context, tensor) / stages)))
 
-    many = f"{placed.low:,}" + (f" to {placed.high:,}" if placed.high > placed.low else "")
+    replicas = f"{placed.low:,}" + (f" to {placed.high:,}" if placed.high > placed.low else "")
     source = "counted in its files" if model.counted else "by the dimensions in its config"
     each = [f"; {_size(size / stages)} on each {place}" if tensor * stages > 1 else "" for size in (
         model.weight_bytes / tensor, model.sequence_bytes(context, tensor)
     )]  # fmt: skip
     lines: list[Line] = [
         ("model", f"{engine.model}: {model.parameters / 1e9:,.3g} billion parameters, {source}", False),
-        ("replicas", f"{many}, {tensor * stages} × {place} each", False),
-        ("weights", f"{_size(model.weight_bytes)}, {model.numbers}{each[0]}", False),
+        ("replicas", f"{replicas}, {tensor * stages} × {place} each", False),
+        ("weights", f"{_size(model.weight_bytes)}, {model.weight_format}{each[0]}", False),
         (
             "KV cache",
             f"{_size(model.sequence_bytes(1))} a token, {_size(model.sequence_bytes(context))} a sequence of "
@@ -113,18 +115,22 @@ def _model(config: Config, model: Any) -> list[Line]:
     lines.append(("memory", f"{_size(memory)} for each {place}, {share:.0%} of it used: {rest}", False))
     text = f"{found:,} sequences of {context:,} tokens at once" + (f", {needed:,} needed" if needed > 1 else "")
     lines.append(("fits", f"{'yes' if found >= needed else 'no'}: {text}", found < needed))
-    if on_gpu and engine.kind == "vllm":
-        best = next((way for way in _ways(hardware, model) if fitting(*way) >= needed), None)
-        wanted = "none of these GPUs: more or larger ones, fewer bits, or a smaller engine.kwargs.max_model_len"
-        if best is not None:
-            wanted = f"engine.kwargs.tensor_parallel_size={best[0]}"
-            wanted += f" engine.kwargs.pipeline_parallel_size={best[1]}" if best[1] > 1 else ""
-        lines.append(("suggested", wanted, False))
+    if on_gpu and kind.parallel_sizes:
+        best = next((sizes for sizes in _parallel_sizes(hardware, model) if fitting(*sizes) >= needed), None)
+        lines.append(("suggested", _suggestion(best), False))
     return lines
 
 
-def _ways(hardware: HardwareConfig, model: Any) -> Iterator[tuple[int, int]]:
-    """Tensor and pipeline sizes that divide this model, the smallest first; over several nodes, all GPUs of each."""
+def _suggestion(sizes: tuple[int, int] | None) -> str:
+    """The keys for these tensor and pipeline parallel sizes, or what else helps if none fit."""
+    if sizes is None:
+        return "none of these GPUs: use more or larger GPUs, a quantized model, or a smaller engine.kwargs.max_model_len"
+    text = f"engine.kwargs.tensor_parallel_size={sizes[0]}"
+    return text + (f" engine.kwargs.pipeline_parallel_size={sizes[1]}" if sizes[1] > 1 else "")
+
+
+def _parallel_sizes(hardware: HardwareConfig, model: Any) -> Iterator[tuple[int, int]]:
+    """Tensor and pipeline parallel sizes that divide this model, smallest first. Several nodes use all GPUs of each."""
     node = hardware.gpus_per_node or MOST_TENSOR
     for stages in range(1, hardware.nodes + 1):
         for tensor in (1 << power for power in range(node.bit_length()) if stages == 1 or 1 << power == node):
@@ -139,7 +145,7 @@ def _size(size: float) -> str:
 
 def _machine_memory() -> float:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:  # a container's limit, or "max"
+    try:  # the limit of the container; the file says "max" if there is none
         return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):
         return memory
@@ -151,7 +157,7 @@ def _machine_memory() -> float:
 def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     import numpy as np
 
-    from engines.local.memory_estimate import prompts as prompts_of
+    from engines.local.prompt_renderer import prompt_renderer
     from pipeline.dataset.formats import RowParser
     from pipeline.dataset.keys import RequestHasher
     from pipeline.dataset.plan import list_splits
@@ -161,7 +167,7 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     dataset = config.dataset
     parser = RowParser(dataset.format, dataset.columns, dataset.template)
     row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), dataset.max_row_bytes)
-    found = DatasetEstimate(config, context, prompts_of(config.engine)).read(list_splits(config, console), row_reader)
+    found = DatasetEstimate(config, context, prompt_renderer(config.engine)).read(list_splits(config, console), row_reader)
     asked, prompts = len(found.keys), np.array(found.prompts or [0])
     rows = f"{found.rows:,} in {found.files:,} files: {asked:,} requests to ask, {found.duplicates:,} duplicates"
     lines: list[Line] = [("rows", rows, False)]
@@ -179,8 +185,8 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     fits = "not known: the engine's context is not known here" if context is None else f"none: all fit {context:,} tokens"
     lines += list(found.lengths(bad=True)) or [("too long", fits, False)]
     if not config.engine.provider:
-        return [*lines, ("time", "not known beforehand: eagleray infer with dataset.limit=100 measures it", False)]
-    cached = ", with nothing from the provider's cache" if config.engine.price.known else ""
+        return [*lines, ("time", "not known beforehand: measure it with eagleray infer dataset.limit=100", False)]
+    cached = ", without discounts for cached input" if config.engine.price.known else ""
     time = _time(config, asked, int(prompts.sum()), found.output)
     return [*lines, ("cost", f"{found.cost()}{cached}", False), ("time", time, False)]
 
@@ -193,9 +199,9 @@ def _time(config: Config, asked: int, prompt: int, output: float) -> str:
         ("output_tokens_per_minute", output),
     )
     minutes = [(amount / getattr(engine, name), name) for name, amount in limits if getattr(engine, name)]
-    time = "not known: no limits a minute are set"
+    time = "not known: no limits per minute are set"
     if minutes:
-        time = f"about {max(minutes)[0]:,.1f} minutes by engine.{max(minutes)[1]}, if the provider is fast enough for it"
+        time = f"about {max(minutes)[0]:,.1f} minutes by engine.{max(minutes)[1]}, if the provider is fast enough"
     return time
 
 

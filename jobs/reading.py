@@ -1,4 +1,4 @@
-"""What the jobs that look at an output directory share: finding out what is there, reading rows, printing safely."""
+"""Shared by the jobs that read an output directory: open it, read its rows, print them safely, parse the arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from engines.errors import ConfigError, nearest
+from engines.errors import ConfigError, ErrorCode, nearest
 from engines.text import one_line, visible
 from pipeline.storage.exact_json import loads, plain
 from pipeline.storage.filesystem import exists, listing, resolve
@@ -33,10 +33,10 @@ from pipeline.storage.lock import STALE_S, held
 from pipeline.storage.output_files import BATCHES, MANIFEST, MARKER, SEGMENTS, STATE
 from pipeline.storage.retry import TRIES, steadily
 
-# Read so many bytes at a time: a part has one row group, whose texts need not fit into the memory.
+# Bytes of one read. A part has one row group, and its texts may not fit into memory at once.
 BUFFER = 4 << 20
 StoredRow = dict[str, Any]
-Place = tuple[int, int]  # which part, which row of it
+Place = tuple[int, int]  # the number of a part, and of a row in it
 
 
 # -- the directory ----------------------------------------------------------------------------------------------------
@@ -44,18 +44,18 @@ Place = tuple[int, int]  # which part, which row of it
 
 @dataclass(slots=True)
 class Output:
-    """An output directory, as it is at this moment."""
+    """The state of an output directory at this moment."""
 
     path: str
     fs: pafs.FileSystem
     root: str
-    manifest: dict[str, Any] | None  # None as well where a later run has begun
-    run: dict[str, Any] | None  # `_run.json`, of a run that has not come to its end
-    live: bool  # a run is at work
+    manifest: dict[str, Any] | None  # None also if a later run has started
+    run: dict[str, Any] | None  # `_run.json` of a run that did not complete
+    live: bool  # a run is in progress
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration without secrets, as far as it is known."""
+        """The configuration of the run without secrets; empty if it is not known."""
         return (self.manifest or self.run or {}).get("config", {})
 
     @property
@@ -63,7 +63,7 @@ class Output:
         return str(self.config.get("output", {}).get("style", "eagleray"))
 
     def command(self, **changes: Any) -> str | None:
-        """What to type to go on with it: `changes` are laid over `run`. None where no command says it exactly."""
+        """The command that continues the run with these changes of `run`. None if no command gives exactly this."""
         if not self.config:
             return None
         from jobs.compose import command_of
@@ -74,24 +74,26 @@ class Output:
 
 
 def open_output(path: str) -> Output:
-    """Looks at a directory. Raises `ConfigError` where it is no output of ours."""
+    """Reads the state of a directory. Raises `ConfigError` if it is not an output directory of eagleray."""
     path = path.removeprefix("output.path=")
     fs, root = resolve(path)
     names = {info.base_name for info in listing(fs, root)}
     if not names & {MARKER, MANIFEST, STATE, SEGMENTS, BATCHES}:
         if not names and not exists(fs, root):
             raise ConfigError(f"there is no directory {path}")
-        raise ConfigError(f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/")
+        text = f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/"
+        raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     live = held(fs, root)
     run, manifest = _json(fs, f"{root}/{STATE}"), _json(fs, f"{root}/{MANIFEST}")
     if manifest is not None and not _shaped(manifest, _MANIFEST):
-        raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's")
+        raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's", code=ErrorCode.OUTPUT_NOT_OURS)
     if run is not None and not (_shaped(run, _RUN) and _shaped(run["config"], _CONFIG) and _samples(run["recent"])):
-        raise ConfigError(f"{path}/{STATE} is not one of eagleray's: delete it, the ledger knows how the run stands")
+        text = f"{path}/{STATE} is not one of eagleray's: delete it: the ledger has the state of the run"
+        raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     if run is not None and manifest is not None and run["started_at"] < manifest["finished_at"] and not live:
-        run = None  # killed after all was done
+        run = None  # killed after the manifest was written
     if run is not None and run["ended"] is None and run["host"] != socket.gethostname():
-        live = live or time.time() - run["beat_at"] < STALE_S  # not every file system tells other hosts of a lock
+        live = live or time.time() - run["beat_at"] < STALE_S  # not every file system shows the locks of other hosts
     return Output(path, fs, root, None if run or live else manifest, run, live)
 
 
@@ -105,7 +107,7 @@ _CONFIG = {"engine": dict, "run": dict, "output": dict}
 
 
 def _shaped(found: dict[str, Any], shape: dict[str, Any]) -> bool:
-    """Whether these keys are there with values of these types: another program's file of the same name has others."""
+    """True if these keys have values of these types. A file of another program with the same name fails this test."""
     return all(name in found and isinstance(found[name], kind) for name, kind in shape.items())
 
 
@@ -123,7 +125,7 @@ def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} cannot be read: it holds no object")
+        raise ConfigError(f"{path} cannot be read: it does not contain a JSON object")
     return found
 
 
@@ -131,15 +133,18 @@ def _json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
 
 
 class StoredRows:
-    """The finished rows of an output: those of data/, in input order, once it is complete; until then, what the ledger
-    has, without prompts and places. Read in batches; only what is asked for."""
+    """The finished rows of an output.
+
+    A complete output has them in data/, in input order. Until then the ledger has them, without prompts and without
+    their places in the input. Rows are read in batches, and only the columns that are needed.
+    """
 
     def __init__(self, out: Output, failed: bool = False) -> None:
-        """`failed` leaves out files without a failed row."""
+        """With `failed`, files without a failed row are left out."""
         self.fs, self.style, self.complete = out.fs, out.style, out.manifest is not None
         self.paths: list[str] = []
         self.sizes: list[int] = []
-        self.best: list[frozenset[int]] = []  # of each segment, the rows that are their keys' latest
+        self.best: list[frozenset[int]] = []  # for each segment, the rows that are the latest record of their key
         if out.manifest is not None:
             files = out.manifest["files"]
             for name in sorted(name for name in files if name.startswith("data/")):
@@ -155,13 +160,13 @@ class StoredRows:
                 self.best.append(frozenset(mine.tolist()))
 
     def scan(self, *columns: str) -> Iterator[tuple[Place, StoredRow]]:
-        """Every row with these columns, as far as there are such; all columns if none is named."""
+        """Every row with those of these columns that exist; with all columns if none is named."""
         for part in range(len(self.paths)):
             for at, row in steadily(partial(self._read, part, columns, self.best[part] if self.best else None)):
                 yield (part, at), row
 
     def fetch(self, places: Iterable[Place]) -> Iterator[StoredRow]:
-        """Whole rows, in the order of their places."""
+        """Complete rows, in the order of their places."""
         wanted: dict[int, set[int]] = {}
         for part, at in places:
             wanted.setdefault(part, set()).add(at)
@@ -173,7 +178,7 @@ class StoredRows:
         last = max(wanted) if wanted else sys.maxsize
         with self.fs.open_input_file(self.paths[part]) as file:
             if self.paths[part].endswith(".jsonl"):
-                for at, line in enumerate(io.BufferedReader(file, BUFFER)):  # Arrow's own has no lines
+                for at, line in enumerate(io.BufferedReader(file, BUFFER)):  # Arrow's file cannot iterate over lines
                     if at > last:
                         return
                     if wanted is None or at in wanted:
@@ -194,12 +199,12 @@ class StoredRows:
             return in_our_shape(loads(line), self.style)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise ConfigError(
-                f"{path}, line {at + 1}, is no row of eagleray's: make the output again by its command"
+                f"{path}, line {at + 1}, is not a row of eagleray: run the command of this output again"
             ) from None
 
 
 def in_our_shape(row: StoredRow, style: str) -> StoredRow:
-    """A line of another style as a row of ours, with what that style has of it."""
+    """A line of an output style in our format, with the fields that the style keeps."""
     if style == "oumi":
         rest = row["metadata"].get("eagleray", {})
         return {"id": row["conversation_id"], "messages": row["messages"], **rest}
@@ -217,7 +222,7 @@ def in_our_shape(row: StoredRow, style: str) -> StoredRow:
             "tool_calls": message.get("tool_calls"), "usage": tokens, "model": body["model"], "error": None}  # fmt: skip
 
 
-# Does some work again where a file was merged into another one meanwhile, as those of the ledger are.
+# Repeats work if a file is missing: a run merges files of the ledger into larger ones.
 steady = Retrying(
     stop=stop_after_attempt(TRIES), wait=wait_fixed(0.2), retry=retry_if_exception_type(FileNotFoundError), reraise=True
 )
@@ -227,24 +232,24 @@ steady = Retrying(
 
 
 def brief(value: Any, length: int = 200) -> str:
-    """A value on one line."""
+    """A value on one line of at most `length` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=plain)
     text = visible(" ".join(text[: 4 * length].split()))
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """For programs; in ASCII, so that it is safe on a terminal as well."""
+    """Prints a value as JSON in ASCII, which is safe on a terminal as well."""
     print(json.dumps(value, indent=indent, default=plain))
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Prints one line as it is: no markup, no wrapping."""
+    """Prints one line without markup and without wrapping."""
     console.print(Text(visible(text), style), soft_wrap=True)
 
 
 def ago(seconds: float) -> str:
-    """A time span as people say it."""
+    """A time span with a unit that suits it."""
     for size, name in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {name}"
@@ -255,7 +260,7 @@ def ago(seconds: float) -> str:
 
 
 class Arguments(argparse.ArgumentParser):
-    """Options in the usual form, with this project's way to say what is wrong with them."""
+    """A parser of arguments whose errors are `ConfigError`, printed as one line."""
 
     def __init__(self, job: str, what: str, examples: str, outputs: Sequence[str] = ("OUT",)) -> None:
         examples = "examples:\n" + "\n".join(f"  eagleray {job} {line}" for line in examples.splitlines())
@@ -267,14 +272,14 @@ class Arguments(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for name in outputs:
-            self.add_argument(name, help="an output directory: local, s3://… or another file system's")
-        self.add_argument("--json", action="store_true", help="the same for programs, on standard output")
+            self.add_argument(name, help="an output directory: a local path, s3://… or another URL")
+        self.add_argument("--json", action="store_true", help="print JSON for programs")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.replace('the following arguments are required:', 'missing:')} ({self.prog} --help)")
 
     def run(self, argv: list[str], work: Callable[[argparse.Namespace, Console], int]) -> int:
-        """Runs the job; what is wrong is one line, for an option it does not know with the nearest name."""
+        """Runs the job and returns the exit status. Errors are one line; an unknown option gets the nearest name."""
         try:
             args, rest = self.parse_known_args(argv)
             if rest:
@@ -283,7 +288,7 @@ class Arguments(argparse.ArgumentParser):
                 unknown = f"there is no option {word}{nearest(word, known)}"
                 self.error(unknown if word.startswith("-") else f"{word} is one too many")
             return work(args, Console())
-        except SystemExit as end:  # --help; or the reader of a pipe is gone
+        except SystemExit as end:  # --help
             return int(end.code or 0)
         except KeyboardInterrupt:
             return 130
@@ -296,7 +301,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def number(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number."""
+    """The type of an option: a whole number of at least `least`."""
 
     def convert(text: str) -> int:
         if not re.fullmatch(r"\d+", text) or int(text) < least:

@@ -1,11 +1,11 @@
-"""`eagleray serve`: an engine as an endpoint for OpenAI's clients."""
+"""`eagleray serve`: serves an engine over HTTP for OpenAI clients."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from jobs.infer import guarded, keys_help, start
 from pipeline.config import Config
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Serves until Ctrl-C or SIGTERM; returns the exit status."""
+    """Serves until Ctrl-C or SIGTERM. Returns the exit status."""
     return start(argv, help_text, lambda config: guarded(lambda console: _run(config, console)))
 
 
@@ -23,7 +23,8 @@ def _run(config: Config, console: Console) -> int:
         import ray.serve  # noqa: F401
         import starlette  # noqa: F401
     except ImportError:
-        raise ConfigError("eagleray serve needs Ray Serve: run pip install 'eagleray[serve]'") from None
+        text = "eagleray serve needs Ray Serve: run pip install 'eagleray[serve]'"
+        raise ConfigError(text, code=ErrorCode.PACKAGE_MISSING) from None
     from pipeline.serve.server import serve_engine
 
     serve_engine(config, console)
@@ -31,13 +32,14 @@ def _run(config: Config, console: Console) -> int:
 
 
 def help_text() -> str:
-    """The keys that matter to an endpoint."""
+    """The help text: the keys that an endpoint uses."""
     lines = [
-        "Serve an engine over HTTP as OpenAI's API: POST /v1/chat/completions, GET /v1/models, GET /health.",
+        "Serve an engine over HTTP with OpenAI's API: POST /v1/chat/completions, GET /v1/models, GET /health.",
         "",
         "  eagleray serve engine=ENGINE [hardware=PROFILE] [group=option …] [key=value …]",
         "",
-        "hardware.replicas={min: 1, max: 8} follows the requests. Generation keys hold where a request says nothing.",
+        "With hardware.replicas={min: 1, max: 8}, the number of replicas follows the load. Generation keys are defaults: a",
+        "request may set other values.",
         "",
         *keys_help(("engine", "hardware", "generation", "serve"), ("run.drain_s", "run.max_outage_s")),
         "",

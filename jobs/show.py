@@ -1,4 +1,4 @@
-"""`eagleray show`: whole conversations with their answers, as a chat in the terminal."""
+"""`eagleray show`: shows conversations with their answers in the terminal."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from pipeline.storage.ledger import COMPLETION_FIELDS
 LIMIT = 5
 ROLES = {"system": "magenta", "developer": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
 OURS = {"id", "index", "messages", "key", "done_at", *(name for name, _ in COMPLETION_FIELDS)}
-# So many ids are remembered, to name the nearest one.
+# Maximum number of ids in memory, among which the nearest one is found.
 IDS = 10_000
 
 
 def main(argv: list[str]) -> int:
-    """Shows rows."""
-    what = "Conversations with their answers. While a run is not complete: the answers it has so far."
+    """Shows rows. Returns the exit status."""
+    what = "Conversations with their answers. If the run is not complete: the answers that it has so far."
     parser = Arguments("show", what, "out\nout --id q17 --id q18\nout --failed --limit 20\nout --index 1000 --json")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--id", action="append", help="the row of this id (may be given several times)")
-    which.add_argument("--index", type=number(0), help="the row at this place of the input, from 0")
-    which.add_argument("--failed", action="store_true", help="rows that failed")
-    parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"at most so many rows (default: {LIMIT})")
+    which.add_argument("--id", action="append", help="show the row with this id (can be repeated)")
+    which.add_argument("--index", type=number(0), help="show the row at this place of the input, from 0")
+    which.add_argument("--failed", action="store_true", help="show only rows that failed")
+    parser.add_argument("--limit", type=number(1), default=LIMIT, help=f"maximum number of rows (default: {LIMIT})")
     return parser.run(argv, _run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     out = open_output(args.OUT)
     count = 0
-    # The ledger's files may be merged while they are read: then all of it again, before anything is printed.
+    # A run may merge files of the ledger while they are read: then they are read again before anything is printed.
     for row in _found(out, args) if out.manifest is not None else steady(lambda: list(_found(out, args))):
         count += 1
         if args.json:
@@ -69,7 +69,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         path = brief(out.config.get("dataset", {}).get("path") or "not known here")
         say(console, f"The run is not complete: until it is, the prompts are in its input only ({path}).", "dim")
     elif out.style == "openai_batch":
-        say(console, "output.style=openai_batch keeps neither prompts, reasoning nor times: they are in the input.", "dim")
+        say(
+            console,
+            "output.style=openai_batch keeps neither prompts, reasoning nor times; the input has the prompts.",
+            "dim",
+        )
     return 0
 
 
@@ -109,7 +113,7 @@ def _by_id(rows: StoredRows, ids: list[str]) -> list[Place]:
 
 
 def parsed(row: StoredRow) -> StoredRow:
-    """The row with what is JSON text in Parquet as values."""
+    """The row with JSON text, as Parquet has it, replaced by its value."""
     texts = ("messages", "tool_calls", "choices", "logprobs")
     return {name: json.loads(v) if name in texts and isinstance(v, str) else v for name, v in row.items() if name != "key"}
 
@@ -142,7 +146,7 @@ def _show(row: StoredRow, console: Console) -> None:
 
 
 def show_message(message: dict[str, Any], console: Console) -> None:
-    """One message: its text, what else is in it, its tool calls."""
+    """Prints one message: its text, its other content and its tool calls."""
     role = str(message.get("role") or "assistant")
     content, name = message.get("content"), message.get("name") or message.get("tool_call_id")
     texts = [content] if isinstance(content, str) else [_part(part) for part in content or []]
@@ -164,7 +168,7 @@ def _speech(who: str, colour: str, text: str, console: Console, style: str = "")
 
 
 def figures(row: StoredRow) -> str:
-    """Its finish reason, tokens, time, tries, and who answered."""
+    """The finish reason of a row, its tokens, cost, time and attempts, and the engine and model that answered."""
     usage = row.get("usage") or {}
     cached = f" ({usage['cached_input']:,} cached)" if usage.get("cached_input") else ""
     parts = [

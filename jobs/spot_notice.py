@@ -1,10 +1,12 @@
-"""Beside Ray on a spot node: tells Ray when the cloud is about to take it, so that its rows finish and others take over.
+"""Runs on a spot node beside Ray: drains the node when the cloud announces that it takes the node away.
+
+The rows in flight finish, and other nodes do the rest.
 
     python jobs/spot_notice.py [--metadata URL] [arguments of `ray drain-node`]
 
-AWS tells two minutes before (https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html),
-Google Cloud half a minute (https://cloud.google.com/compute/docs/instances/spot#preemption-process). On Kubernetes the
-kubelet does it.
+AWS announces it two minutes before (https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html),
+Google Cloud half a minute before (https://cloud.google.com/compute/docs/instances/spot#preemption-process).
+On Kubernetes the kubelet drains nodes.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ LOOK_S = 5.0
 
 
 def notice(metadata: str) -> int | None:
-    """Seconds that are left, or None while there is no notice."""
+    """The seconds until the node goes away; None if there is no notice."""
     try:
         token = _ask(f"{metadata}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
         _ask(f"{metadata}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
         return 110
-    except OSError:  # none yet (404), or not AWS
+    except OSError:  # no notice (404), or not AWS
         pass
     try:
         preempted = _ask(f"{metadata}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
@@ -43,7 +45,7 @@ def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 def main() -> None:
-    """Waits for the notice, passes it on, ends."""
+    """Waits for the notice, then runs `ray drain-node` and exits with its status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--metadata", default=METADATA)
     args, more = parser.parse_known_args()

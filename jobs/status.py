@@ -1,4 +1,4 @@
-"""`eagleray status`: how a run stands, from outside of it."""
+"""`eagleray status`: shows the state of a run by its output directory."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ STYLES = {"running": "bold cyan", "stopped": "bold yellow", "empty": "bold yello
 
 
 def main(argv: list[str]) -> int:
-    """Shows it; the exit status is 0 for complete, 3 for complete with failed rows, 4 for anything else."""
-    what = "How a run stands: while it goes on, after it stopped, when it is complete. Starts nothing, changes nothing."
+    """Shows the state. The exit status is 0 for complete, 3 for complete with failed rows, 4 for anything else."""
+    what = "The state of a run: in progress, stopped or complete. Starts nothing and changes nothing."
     parser = Arguments("status", what, "out\ns3://bucket/out --json\nout --watch")
-    parser.add_argument("--watch", action="store_true", help=f"again every {WATCH_S:.0f} s until the run is over")
+    parser.add_argument("--watch", action="store_true", help=f"show it again every {WATCH_S:.0f} s until the run ends")
     return parser.run(argv, _run)
 
 
@@ -58,14 +58,14 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def look(out: Output) -> dict[str, Any]:
-    """Everything there is to tell, as `--json` prints it."""
+    """The state of the run, as `--json` prints it."""
     engine = out.config.get("engine", {})
     summary: dict[str, Any] = {"output": out.path, "engine": engine.get("kind"), "model": engine.get("model")}
     if (done := out.manifest) is not None:
         names = ("rows", "errors", "tokens", "cost_usd", "started_at", "finished_at")
         if not (done.keys() >= set(names) and done["rows"].keys() >= {"total", "done", "failed"}):
             raise ConfigError(f"{out.path}/manifest.json is not one of eagleray's")
-        known = done.get("cost_known_usd", done["cost_usd"])  # an older output has none
+        known = done.get("cost_known_usd", done["cost_usd"])  # older versions did not write it
         return summary | {
             "state": "complete",
             **{k: done[k] for k in names},
@@ -90,8 +90,8 @@ def _unfinished(out: Output) -> dict[str, Any]:
     run = out.run
     counts: dict[str, Any] = dict(run["status"]) if run else {}
     last = run["beat_at"] if run else None
-    fed = counts.get("fed", False)  # only then it is known which of the earlier answers count
-    if not out.live and not (fed and run and run["ended"]):  # it had no time for last words: the ledger knows more
+    fed = counts.get("fed", False)  # until the input is read, the earlier answers that count are not known
+    if not out.live and not (fed and run and run["ended"]):  # killed before its last state was written: the ledger is newer
         found = steady(_ledger, out, run["began_at"] if run and fed else 0.0)
         last = max(filter(None, (last, found.pop("last_at"))), default=None)
         counts |= found if fed else {**found, "answered": 0, "duplicates": 0}
@@ -125,7 +125,7 @@ def _unfinished(out: Output) -> dict[str, Any]:
 
 
 def _ledger(out: Output, since: float) -> dict[str, Any]:
-    """What the segments hold that was done from then on."""
+    """Counts of the records in the segments since this time, in seconds of the epoch."""
     done, keys = [], []
     for info in listing(out.fs, f"{out.root}/{SEGMENTS}"):
         if is_segment(info.base_name) and (info.mtime_ns or 0) / 1e9 >= int(since):
@@ -133,11 +133,11 @@ def _ledger(out: Output, since: float) -> dict[str, Any]:
                 names = ["key", "error.type", "done_at", "usage.input", "usage.output", "cost_usd", "superseded"]
                 try:
                     table = pq.ParquetFile(file).read(columns=names)
-                except pa.ArrowInvalid:  # torn: its rows will be asked again
+                except pa.ArrowInvalid:  # a crash cut the file off: its rows will be sent again
                     continue
-            if not {"key", "error", "done_at", "usage"} <= set(table.column_names):  # another program's
+            if not {"key", "error", "done_at", "usage"} <= set(table.column_names):  # a file of another program
                 continue
-            if "cost_usd" not in table.column_names:  # an earlier version wrote it
+            if "cost_usd" not in table.column_names:  # older versions did not write the column
                 unknown, no = pa.nulls(len(table), pa.float64()), pa.repeat(False, len(table))
                 table = table.append_column("cost_usd", unknown).append_column("superseded", no)
             table = table.filter(pc.greater_equal(table["done_at"].cast(pa.int64()), int(since * 1000)))
@@ -147,12 +147,12 @@ def _ledger(out: Output, since: float) -> dict[str, Any]:
         return {"last_at": None}
     table = pa.concat_tables(done)
     at, key = np.asarray(table["done_at"].cast(pa.int64())), np.concatenate(keys)
-    # A record may stand there twice: when its segment was being merged.
+    # A record can exist twice while its segment is merged.
     once = np.unique(np.stack([key, at.astype(np.uint64)], axis=1), axis=0, return_index=True)[1]
     table, key = table.take(pa.array(once)), key[once]
     tokens = {name: pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0 for name in ("input", "output")}
     cost, unknown = pc.sum(table["cost_usd"]).as_py() or 0.0, table["cost_usd"].null_count
-    # Of several records of a row, an answer counts before a failure, and a superseded try for none.
+    # Of several records of a row, an answer counts before a failure. A superseded attempt does not count.
     key, table = key[~np.asarray(table["superseded"])], table.filter(pc.invert(table["superseded"]))
     order = np.argsort(np.asarray(pc.is_valid(pc.struct_field(table["error"], "type"))), kind="stable")
     table = table.take(pa.array(order[np.unique(key[order], return_index=True)[1]]))
@@ -187,7 +187,7 @@ def _shown(summary: dict[str, Any]) -> Text:
         rate = "{:,.1f} rows/s, {:,.0f} tokens/s in, {:,.0f} out".format(lately["rows_per_s"], *per_s)
         lines.append(("lately", f"{rate} (over {ago(lately['seconds'])})"))
     if state == "running" and summary["phase"] == "asking" and not summary["workers"] and not summary.get("batches"):
-        lines.append(("", "no replica works yet: each may be loading its model"))
+        lines.append(("", "no replica is ready yet: they may be loading the model"))
     if (left := summary.get("seconds_left")) is not None:
         lines.append(("left", f"about {ago(left)}"))
     lines.append(("trouble", summary.get("trouble") and f"trying again: {summary['trouble']}"))

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
-from jobs.compose import compose
-from pipeline.run import Outcome, run
+from tests.support.infer import Infer
+from tests.support.provider_server import ProviderServer
+
+# These take longest: pytest-xdist gives a worker a whole file, and the last file must not be a long one.
+LONGEST = (
+    "test_vllm", "test_losses", "test_batch", "test_transformers", "test_stores", "test_servers", "test_serve", "test_kill",
+    "test_jobs", "test_cluster", "test_llamacpp", "test_docs", "test_docs_engines", "test_pipeline", "test_inspect",
+    "test_report",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none; `-rs`, in pyproject.toml, lists them."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and shutil.which("nvidia-smi") is None:
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU, and nvidia-smi finds none here"))
+    """The longest files come first. Tests that need a GPU are skipped where there is none, which `-rs` lists."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))  # stable: the order in a file stays
+    if shutil.which("nvidia-smi") is None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and nvidia-smi finds none here"))
 
 
 @pytest.fixture(scope="session")
@@ -33,29 +38,6 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
-
-
-class Infer:
-    """`infer(dataset, "key=value", …)` runs the main job, with engine=echo if not told otherwise; keeps what it printed."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.printed = ""
-
-    def __call__(self, dataset: Any, *overrides: str, engine: str = "echo") -> Outcome:
-        base = [f"engine={engine}", f"dataset.path={dataset}", f"output.path={self.out}", "run.flush_s=0.2"]
-        console = Console(file=io.StringIO(), width=200)
-        try:
-            return run(compose([*base, *overrides]), console)
-        finally:
-            self.printed = console.file.getvalue()  # type: ignore[attr-defined]
-            assert "report.html could not" not in self.printed  # it costs no run, but it is a bug
-
-    def table(self) -> pa.Table:
-        return pa.concat_tables(pq.read_table(path) for path in sorted((self.out / "data").glob("*.parquet")))
-
-    def rows(self) -> list[dict[str, Any]]:
-        return self.table().to_pylist()
 
 
 @pytest.fixture
@@ -75,6 +57,8 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def ask(text: str, **more: Any) -> dict[str, Any]:
-    """A one-turn conversation row."""
-    return {"messages": [{"role": "user", "content": text}], **more}
+@pytest.fixture
+def server() -> Iterator[ProviderServer]:
+    """A provider on loopback, of this test only. A file that needs another one has a fixture of the same name."""
+    with ProviderServer() as running:
+        yield running

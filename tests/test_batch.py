@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from pipeline.errors import Stopped
 from pipeline.executors.batch.store import BatchStore
 from pipeline.run import STOPPED, WITH_FAILURES
 from pipeline.storage.filesystem import resolve
-from tests.batch_server import BatchServer, text_of
-from tests.conftest import Infer, ask
+from tests.support.batch_server import BatchServer, text_of
+from tests.support.infer import Infer, ask
+from tests.support.marks import slow
+from tests.support.processes import PATIENCE_S, until
 
 KEY = "sk-a-secret-of-some-length"
 Write = Callable[..., Path]
@@ -128,6 +129,7 @@ def test_rows_go_in_batches_and_come_back_in_order_with_what_failed_sent_again(
     assert KEY.encode() not in everything and KEY not in infer.printed
 
 
+@pytest.mark.parametrize("case", [name if name == "openai" else slow(name) for name in CASES], indirect=True)
 def test_a_run_killed_at_every_step_submits_no_row_twice_and_loses_none(
     case: Case, server: BatchServer, tmp_path: Path, write_jsonl: Write
 ) -> None:
@@ -153,7 +155,7 @@ def test_a_run_killed_at_every_step_submits_no_row_twice_and_loses_none(
     ]  # fmt: skip
     for _ in range(20):
         run[:] = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
-        _, printed = run[0].communicate(timeout=120)
+        _, printed = run[0].communicate(timeout=PATIENCE_S)
         if run[0].returncode != -signal.SIGKILL:
             break
     assert run[0].returncode == 0, printed
@@ -181,6 +183,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_a_run_killed_before_and_after_every_durable_step_submits_no_row_twice_and_loses_none(
     provider: str, server: BatchServer, tmp_path: Path, write_jsonl: Write
@@ -196,7 +199,7 @@ def test_a_run_killed_before_and_after_every_durable_step_submits_no_row_twice_a
     killed = 0
     while killed < 4 * steps:
         die = ("before", "after")[killed % 2]
-        run = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, env={**os.environ, "DIE": die})
+        run = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, env={**os.environ, "DIE": die})
         if run.returncode != -signal.SIGKILL:
             break
         killed += 1
@@ -367,10 +370,7 @@ def test_rounds_are_counted_over_steps(server: BatchServer, tmp_path: Path, writ
     data = write_jsonl(conversations(3))
     args = ["engine=openai", f"dataset.path={data}", f"output.path={tmp_path}/out", *CASES["openai"].overrides(server)]
     args.append("engine.max_retries=2")
-    for _ in range(30):
-        if (status := batch_main(["fetch", *args])) != STOPPED:
-            break
-        time.sleep(0.25)
+    status = until(lambda: (found := batch_main(["fetch", *args])) != STOPPED and found)
     assert status == WITH_FAILURES and len(server.submitted) == 3
     assert list_rows(tmp_path / "out")[0]["attempts"] == 1
 
@@ -399,9 +399,7 @@ def test_the_steps_of_eagleray_batch(
     assert all(batch.id in printed for batch in BatchStore(*resolve(str(out))).batches if batch.id)
     assert do("cancel")[0] == 0
     server.delay_s = 0.2  # for those that are submitted later
-    deadline = time.monotonic() + 60
-    while (found := do("fetch")) and found[0] == STOPPED and time.monotonic() < deadline:
-        time.sleep(0.2)
+    found = until(lambda: (told := do("fetch"))[0] != STOPPED and told)
     assert found[0] == WITH_FAILURES and len(server.submitted) == 2, found  # nothing goes again by itself
     assert {row["error"]["type"] for row in list_rows(out)} == {"cancelled"}
     assert batch_main(args) == 0
@@ -428,10 +426,7 @@ def test_a_program_submits_and_fetches_by_what_was_asked(case: Case, server: Bat
         id = engine.infer_batch(asked, {"max_tokens": 9})
         with contextlib.suppress(EngineError):
             engine.get_batch_results(id, asked, {"max_tokens": 9})
-        deadline = time.monotonic() + 30
-        while (status := engine.get_batch_status(id)).status.value == "in_progress":
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        status = until(lambda: (told := engine.get_batch_status(id)).status.value != "in_progress" and told)
         assert status.status.value == "completed"
         assert id in [batch.id for batch in engine.list_batches()]
         wanted = [*reversed(asked), ask("never asked")]
@@ -454,10 +449,7 @@ def test_a_program_cancels(case: Case, server: BatchServer) -> None:
     with load_engine(case.engine, **case.keys(server)) as engine:
         id = engine.infer_batch(conversations(4))
         engine.cancel_batch(id)
-        deadline = time.monotonic() + 30
-        while (status := engine.get_batch_status(id)).status.value == "in_progress":
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        status = until(lambda: (told := engine.get_batch_status(id)).status.value != "in_progress" and told)
         assert status.status.value == "cancelled"
         results = engine.get_batch_results(id, conversations(4))
     assert {result.error.type for result in results if result.error} <= {"cancelled", "not_found"}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +15,9 @@ from openai import OpenAI
 from together import Together
 
 from engines import load_engine
-from tests.batch_server import BatchServer
-from tests.conftest import ask
+from tests.support.batch_server import BatchServer
+from tests.support.infer import ask
+from tests.support.processes import until
 
 KEY = "sk-a-secret-of-some-length"
 ASKED = [ask("one"), ask("two")]
@@ -27,13 +27,6 @@ class Sdk(Protocol):
     """One batch of the lines of `file` and another that is cancelled; the texts of the first."""
 
     def __call__(self, url: str, file: Path) -> list[str]: ...
-
-
-def wait(look: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not look():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def texts(lines: str) -> list[str]:
@@ -53,7 +46,7 @@ def openai(url: str, file: Path) -> list[str]:
             )
             ids.append(batch.id)
         client.batches.cancel(ids[1])
-        wait(lambda: client.batches.retrieve(ids[0]).status == "completed")
+        until(lambda: client.batches.retrieve(ids[0]).status == "completed")
         assert set(ids) <= {batch.id for batch in client.batches.list(limit=100)}
         return texts(client.files.content(str(client.batches.retrieve(ids[0]).output_file_id)).text)
 
@@ -63,7 +56,7 @@ def anthropic(url: str, file: Path) -> list[str]:
     with Anthropic(base_url=url, api_key=KEY, max_retries=0) as client:
         ids = [client.messages.batches.create(requests=requests).id for _ in range(2)]
         client.messages.batches.cancel(ids[1])
-        wait(lambda: client.messages.batches.retrieve(ids[0]).processing_status == "ended")
+        until(lambda: client.messages.batches.retrieve(ids[0]).processing_status == "ended")
         assert set(ids) <= {batch.id for batch in client.messages.batches.list(limit=100)}
         found: list[Any] = [line.result for line in client.messages.batches.results(ids[0])]
         return [result.message.content[0].text for result in found]
@@ -80,7 +73,7 @@ def together(url: str, file: Path) -> list[str]:
         assert made.job is not None
         ids.append(str(made.job.id))
     client.batches.cancel(ids[1])
-    wait(lambda: client.batches.retrieve(ids[0]).status == "COMPLETED")
+    until(lambda: client.batches.retrieve(ids[0]).status == "COMPLETED")
     assert set(ids) <= {str(batch.id) for batch in client.batches.list()}
     return texts(client.files.content(str(client.batches.retrieve(ids[0]).output_file_id)).read().decode())
 
@@ -91,7 +84,7 @@ def fireworks(url: str, file: Path) -> list[str]:
     for id in ids:
         client.datasets.create(dataset_id=id, dataset={"user_uploaded": {}, "example_count": "2"})
         client.datasets.upload(id, file=file)
-        wait(lambda id=id: client.datasets.get(id).state == "READY")  # type: ignore[misc]
+        until(lambda id=id: client.datasets.get(id).state == "READY")  # type: ignore[misc]
         client.batch_inference_jobs.create(
             batch_inference_job_id=id,
             display_name=id,
@@ -99,7 +92,7 @@ def fireworks(url: str, file: Path) -> list[str]:
             input_dataset_id=f"accounts/acme/datasets/{id}",
             output_dataset_id=f"accounts/acme/datasets/{id}-out",
         )
-    wait(lambda: client.batch_inference_jobs.get(ids[0]).state == "JOB_STATE_COMPLETED")
+    until(lambda: client.batch_inference_jobs.get(ids[0]).state == "JOB_STATE_COMPLETED")
     listed = client.batch_inference_jobs.list(page_size=200, order_by="create_time desc")
     assert set(ids) <= {str(job.name).rsplit("/", 1)[1] for job in listed}
     urls = client.datasets.get_download_endpoint(f"{ids[0]}-out").filename_to_signed_urls or {}
@@ -134,7 +127,7 @@ def ours(kind: str, base_url: str) -> list[str | None]:
     with load_engine(kind, model="m-1", base_url=base_url) as engine:
         id, other = (engine.infer_batch(ASKED, {"max_tokens": 9}) for _ in range(2))
         engine.cancel_batch(other)
-        wait(lambda: engine.get_batch_status(id).status.value == "completed")
+        until(lambda: engine.get_batch_status(id).status.value == "completed")
         assert {id, other} <= {batch.id for batch in engine.list_batches()}
         return [completion.text for completion in engine.get_batch_results(id, ASKED, {"max_tokens": 9})]
 

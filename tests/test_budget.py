@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,26 +25,22 @@ from pipeline.executors.cost_budget import CostBudget, read_spent
 from pipeline.executors.live.admission import Admission
 from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.lease_table import LeaseTable
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.output_files import BUDGET
-from tests.batch_server import BatchServer
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer, by_hash
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.processes import until
+from tests.support.provider_server import ProviderServer, by_hash
 
 Write = Callable[..., Path]
 PRICE = Price(3.0, None, 15.0)
 PRICED = ["engine.price.input=3", "engine.price.output=15"]
 # Answers that were made, and are billed, though nobody can read them.
 LOST = ("reset-body", "truncated", "not-json", "null")
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 def billed(server: ProviderServer) -> float:
@@ -132,13 +126,6 @@ def test_an_interrupted_run_pays_for_nothing_that_it_did_not_ask(
     thread.join()
     # Every row that was sent was finished: what is written down is the bill.
     assert read_spent(*resolve(str(infer.out))) == pytest.approx(billed(server))
-
-
-def until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_cheap_row_behind_a_dear_one_is_asked_first(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pty
-import re
-import select
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,49 +14,11 @@ import pytest
 from engines.text import visible
 from jobs import chat
 from jobs.chat import UNSEEN
-from tests.provider_server import ProviderServer
+from tests.support.processes import PATIENCE_S
+from tests.support.provider_server import ProviderServer
+from tests.support.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = 120
-ENDED = "<the end>"
-
-
-class Terminal:
-    """A person at a terminal: types, and waits for what the screen shows."""
-
-    def __init__(self, *args: str) -> None:
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and hand that on
-            os.chdir(ROOT)
-            os.execve(sys.executable, [sys.executable, "-m", "jobs.chat", *args], {**os.environ, "TERM": "dumb"})
-        self.shown = ""
-        self.seen = 0
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def until(self, pattern: str, press: str = "") -> str:
-        """What came since the last time, up to this. `press` is typed every second, as a person would who sees nothing
-        happen: between its prompt and its reading, `input` does not hear control characters."""
-        deadline, again = time.monotonic() + PATIENCE_S, 0.0
-        while not (found := re.compile(pattern).search(self.shown, self.seen)):
-            assert time.monotonic() < deadline and not self.shown.endswith(ENDED), repr(self.shown)
-            if press and time.monotonic() >= again:
-                again = time.monotonic() + 1
-                self.type(press)
-            if select.select([self.fd], [], [], 0.1)[0]:
-                try:
-                    self.shown += os.read(self.fd, 65536).decode(errors="replace")
-                except OSError:  # Linux' way of telling the end
-                    self.shown += ENDED
-        new, self.seen = self.shown[self.seen : found.end()], found.end()
-        return new
-
-    def end(self, press: str) -> int:
-        """Its exit status."""
-        self.until(ENDED, press)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 @pytest.fixture
@@ -70,14 +26,12 @@ def terminal() -> Iterator[Any]:
     opened: list[Terminal] = []
 
     def open_one(*args: str) -> Terminal:
-        opened.append(Terminal(*args))
+        opened.append(Terminal("jobs.chat", *args, term="dumb"))
         return opened[-1]
 
     yield open_one
     for one in opened:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one.pid, signal.SIGKILL)
-        os.close(one.fd)
+        one.close()
 
 
 def piped(lines: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -89,25 +43,19 @@ def piped(lines: str, *args: str, **env: str) -> subprocess.CompletedProcess[str
 
 def test_in_a_terminal_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(terminal: Any) -> None:
     chat = terminal("engine=llamacpp", "engine.kwargs.n_ctx=2048", "generation.max_tokens=1500")
-    chat.until("Ctrl-C stops an answer.*\\n> ")
+    chat.said("Ctrl-C stops an answer.*\\n> ")
     chat.type("Count from 1 to 1000, each number on a line of its own.\n")
-    chat.until("\\d\\D+\\d\\D+\\d")  # it has begun
+    chat.said("\\d\\D+\\d\\D+\\d")  # it has begun
     chat.type("\x03")
-    chat.until("\\n> $")
+    chat.said("\\n> $")
     chat.type("/nwe\n")
-    chat.until("there is no command '/nwe' \\(did you mean '/new'\\?\\)")
+    chat.said("there is no command '/nwe' \\(did you mean '/new'\\?\\)")
     chat.type("/new\n")
-    chat.until("> $")
+    chat.said("> $")
     chat.type("What is the capital of France?\n")
-    assert "Paris" in chat.until("Paris[^>]*> $")
-    chat.until("Ctrl-D leaves", press="\x03")
+    assert "Paris" in chat.said("Paris[^>]*> $")
+    chat.said("Ctrl-D leaves", press="\x03")
     assert chat.end(press="\x04") == 0
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 def remote(server: ProviderServer, *more: str) -> list[str]:

@@ -14,7 +14,7 @@ from jobs import cli, infer
 from jobs.cli import JOBS
 from jobs.compose import compose
 from pipeline.config import known_keys
-from tests.conftest import ask
+from tests.support.infer import ask
 
 GOOD = ["engine=echo", "dataset.path=in.jsonl", "output.path=out"]
 
@@ -71,7 +71,7 @@ def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[st
         ("engine.kind=ecko", "engine.kind=ecko is not known (did you mean 'echo'?)"),
         ("engine.timeout_s=0", "engine.timeout_s must be above 0, not 0.0"),
         ("engine.requests_per_minute=-1", "engine.requests_per_minute must be above 0"),
-        ("engine.price.input=-1", "engine.price.input must be at least 0"),
+        ("engine.price.input=-1", "engine.price.input must be a number of at least 0, not -1.0"),
         ("hardware.cpus=-1", "hardware.cpus must be at least 0"),
         ("hardware.gpus=1.5", "hardware.gpus above 1 must be a whole number, not 1.5"),
         ("hardware.replicas={mim:3}", "there is no key 'hardware.replicas.mim' (did you mean 'min'?)"),

@@ -2,130 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger_index import read_index
-from tests.conftest import ask
-
-PATIENCE_S = 120  # how long to wait for what must come; nothing here measures time
-
-# A cluster of several raylets on this machine, in a process of its own; told over stdin, answers over stdout.
-HOST = """
-import json, subprocess, sys
-from pathlib import Path
-from ray.cluster_utils import Cluster
-small = {"num_cpus": 1, "object_store_memory": 100 << 20}
-cluster = Cluster(initialize_head=True, head_node_args=small)
-nodes = {"head": cluster.head_node}
-for line in sys.stdin:
-    verb, name = line.split()
-    if verb == "add":
-        nodes[name] = cluster.add_node(**small)
-    elif verb == "drain":
-        address = ["--address", cluster.address, "--node-id", nodes[name].node_id]
-        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice"]
-        drain = ["ray", "drain-node", *address, *why, "--deadline-remaining-seconds", "120"]
-        subprocess.run([str(Path(sys.executable).with_name(drain[0])), *drain[1:]], check=True, stdout=sys.stderr)
-    elif verb == "kill":
-        cluster.remove_node(nodes.pop(name), allow_graceful=False)
-    raylets = {name: node.all_processes["raylet"][0].process.pid for name, node in nodes.items()}
-    ids = {node.node_id: name for name, node in nodes.items()}
-    print("=>" + json.dumps({"address": cluster.address, "raylets": raylets, "ids": ids}), flush=True)
-cluster.shutdown()
-"""
-
-
-class Raylets:
-    def __init__(self, folder: str) -> None:
-        self.env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
-        self.env.pop("RAY_ADDRESS", None)
-        with (Path(folder) / "host.log").open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", HOST], env=self.env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log,
-            )  # fmt: skip
-        self.raylets: dict[str, int] = {}
-        self.ids: dict[str, str] = {}  # Ray's names of the nodes: ours
-        self.env["RAY_ADDRESS"] = self.tell("list", "all")["address"]
-
-    def tell(self, verb: str, name: str) -> dict[str, Any]:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(f"{verb} {name}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("=>"):
-                answer: dict[str, Any] = json.loads(line[2:])
-                self.raylets, self.ids = answer["raylets"], answer["ids"]
-                return answer
-        raise AssertionError("the cluster's process ended")
-
-    def busy(self) -> set[str]:
-        """The nodes on which a replica of a run is at work."""
-        return {name for name, pid in self.raylets.items() if any("ray::Worker" in title(p) for p in family(pid))}
-
-
-@pytest.fixture
-def raylets() -> Iterator[Raylets]:
-    with folder() as path:
-        host = Raylets(path)
-        relatives = family(host.process.pid)
-        try:
-            yield host
-        finally:
-            relatives += family(host.process.pid)
-            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-                host.process.communicate(timeout=30)
-            end([*relatives, psutil.Process(host.process.pid)] if host.process.poll() is None else relatives)
-
-
-@contextlib.contextmanager
-def folder() -> Iterator[str]:
-    """A directory with a short path: Ray makes sockets in it, whose paths may have 107 bytes."""
-    path = tempfile.mkdtemp(prefix="r-", dir="/tmp")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
-def title(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def end(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=30)
+from tests.support.clusters import Raylets, standing_cluster
+from tests.support.clusters import raylets as raylets
+from tests.support.marks import slow
+from tests.support.outputs import check, durable, write
+from tests.support.processes import family, finish, folder, own_ray, title, until, wait_gone
 
 
 def start(data: Path, out: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
@@ -136,70 +31,10 @@ def start(data: Path, out: Path, env: dict[str, str], *more: str) -> subprocess.
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
 
 
-def finish(run: subprocess.Popen[str], status: int = 0) -> str:
-    _, printed = run.communicate(timeout=PATIENCE_S)
-    assert run.returncode == status, printed
-    return printed
-
-
-def until(true: Callable[[], Any], run: subprocess.Popen[str]) -> None:
-    """Waits for what must happen while the run goes on."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert run.poll() is None, f"the run ended first: {run.communicate()[1]}"
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-
-
-def write(path: Path, rows: int) -> Path:
-    path.write_text("".join(json.dumps(ask(f"question {i}", id=f"r{i}")) + "\n" for i in range(rows)))
-    return path
-
-
-def check(out: Path, rows: int) -> dict[str, Any]:
-    """Every row is there once, in order, answered. Returns the manifest."""
-    table = pq.read_table(out / "data")
-    assert table["id"].to_pylist() == [f"r{i}" for i in range(rows)]
-    assert table["index"].to_pylist() == list(range(rows))
-    assert table["response"].to_pylist() == [f"question {i}" for i in range(rows)]
-    assert table["error"].null_count == rows
-    manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
-    return manifest
-
-
-def durable(out: Path) -> int:
-    return len(read_index(*resolve(str(out))))
-
-
-def own_ray() -> dict[str, str]:
-    """The environment of a run that starts its own Ray."""
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-
-
 # -- a cluster that is up already -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def standing_cluster(cpus: int) -> Iterator[dict[str, str]]:
-    """`ray start --head` with token authentication; the environment in which to join it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**own_ray(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    with folder() as path:
-        command = [
-            str(Path(sys.executable).with_name("ray")), "start", "--head", f"--num-cpus={cpus}", f"--port={port}",
-            f"--temp-dir={path}", "--include-dashboard=false", "--disable-usage-stats",
-        ]  # fmt: skip
-        try:
-            subprocess.run(command, env=env, check=True, capture_output=True, timeout=PATIENCE_S)
-            yield {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-        finally:
-            ours = [process for process in psutil.process_iter() if path in title(process)]
-            end([*(child for process in ours for child in family(process.pid)), *ours])
-
-
-@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("cpus", [1, slow(2)])
 def test_a_cluster_that_is_up_is_joined_and_one_or_two_logical_cpus_are_enough(cpus: int, tmp_path: Path) -> None:
     data, out = write(tmp_path / "in.jsonl", 1000), tmp_path / "out"
     with standing_cluster(cpus) as env:
@@ -227,6 +62,7 @@ def test_a_cluster_that_wants_a_token_says_so_in_one_line(tmp_path: Path) -> Non
 SPREAD = ("hardware.cpus=1", "engine.kwargs.latency_s=0.05", "engine.kwargs.jitter_s=0.04")
 
 
+@pytest.mark.slow
 def test_replicas_spread_over_the_nodes_and_a_node_that_joins_is_used(raylets: Raylets, tmp_path: Path) -> None:
     rows = 10_000
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
@@ -240,6 +76,7 @@ def test_replicas_spread_over_the_nodes_and_a_node_that_joins_is_used(raylets: R
     assert check(out, rows)["this_run"] == {"asked": rows, "failed": 0, "engine_deaths": 0}
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_costs_no_row_and_convicts_none(raylets: Raylets, tmp_path: Path) -> None:
     rows = 6000
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
@@ -302,7 +139,7 @@ def test_answers_are_readable_while_others_are_still_on_their_way_and_ctrl_c_lea
     assert any("ray::Worker" in title(process) for process in relatives)
     os.killpg(run.pid, signal.SIGINT)
     assert "the same command goes on from here" in " ".join(finish(run, 130).split())
-    assert psutil.wait_procs(relatives, timeout=30)[1] == []
+    wait_gone(relatives)
     assert durable(out) == len(set(answers))
 
 
@@ -315,6 +152,6 @@ def test_a_run_that_started_its_own_ray_leaves_no_process_and_no_file(tmp_path: 
         assert relatives
         assert list(Path(scratch).iterdir())
         finish(run)
-        assert psutil.wait_procs(relatives, timeout=30)[1] == []
+        wait_gone(relatives)
         assert not list(Path(scratch).iterdir())
     check(out, 2000)

@@ -16,7 +16,8 @@ from pipeline.executors.live.admission import Admission
 from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.lease_table import LeaseTable
 from pipeline.executors.live.protocol import Lease
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest
 
 Row = tuple[int, int, str]  # lease, offset, name
 

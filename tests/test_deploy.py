@@ -24,11 +24,12 @@ import yaml
 from packaging.requirements import Requirement
 
 from jobs.compose import compose
-from pipeline.executors.live.live import GRACE_S
+from pipeline.executors.live.live_run import GRACE_S
 from pipeline.run import WITH_FAILURES, WRONG
-from tests import kuberay
-from tests.test_cluster import PATIENCE_S, Raylets
-from tests.test_cluster import raylets as raylets
+from tests.support import kuberay
+from tests.support.clusters import Raylets
+from tests.support.clusters import raylets as raylets
+from tests.support.processes import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,6 +177,7 @@ def metadata() -> Iterator[ThreadingHTTPServer]:
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
 def test_a_spot_notice_becomes_a_drain(cloud: str, metadata: ThreadingHTTPServer, raylets: Raylets) -> None:
     metadata.cloud, metadata.notice = cloud, False  # type: ignore[attr-defined]

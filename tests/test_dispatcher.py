@@ -6,7 +6,8 @@ import asyncio
 
 from pipeline.dataset.formats import Parsed
 from pipeline.executors.live.dispatcher import Dispatcher
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue, prefix_of
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest, prefix_of
 from pipeline.monitor.status import RunStatus
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -25,17 +26,18 @@ from engines.config import config_from_keys
 from engines.registry import HTTP_ENGINES, REGISTRY, engine_class
 from jobs import infer
 from jobs.compose import compose
-from tests.batch_server import BatchServer
-from tests.checkpoint import adapter_dir, checkpoint_dir
-from tests.conftest import ask
-from tests.google_account import google_account
-from tests.pages import PAGES, ROOT, Block, Command, blocks, commands, generator
-from tests.provider_server import ProviderServer
+from tests.support.batch_server import BatchServer
+from tests.support.checkpoint import adapter_dir, checkpoint_dir
+from tests.support.google_account import google_account
+from tests.support.infer import ask
+from tests.support.marks import slow
+from tests.support.pages import PAGES, ROOT, Block, Command, blocks, commands, generator
+from tests.support.provider_server import ProviderServer
 
 ENGINES, ADDING = ROOT / "docs" / "engines.md", ROOT / "docs" / "adding-an-engine.md"
 REMOTE = {*HTTP_ENGINES, "bedrock"}
 CLASSES = {name: kind for kind, name in HTTP_ENGINES.items()} | {
-    target.partition(":")[2]: kind for kind, (target, _, _) in REGISTRY.items() if kind not in HTTP_ENGINES
+    entry.target.partition(":")[2]: kind for kind, entry in REGISTRY.items() if kind not in HTTP_ENGINES
 }
 KEY = "sk-of-some-length-0123456789"
 # A small cache and no compilation: vLLM's CPU build is loaded several times here.
@@ -46,6 +48,11 @@ LOCAL = {"transformers": "transformers", "vllm": "vllm", "llamacpp": "llama_cpp"
 def kind_of(command: Command) -> str:
     given = re.search(r"\bengine=(\w+)", command.text)
     return given[1] if given else "llamacpp"
+
+
+def slow_with_vllm(example: Block | Command) -> Any:
+    starts_vllm = "engine=vllm" in example.text or re.search(r"\bVLLMEngine\(", example.text)
+    return slow(example) if starts_vllm else example
 
 
 def need(text: str) -> None:
@@ -86,7 +93,7 @@ def server() -> Iterator[ProviderServer]:
 # -- commands -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [c for c in commands(ENGINES) if c.runs], ids=str)
+@pytest.mark.parametrize("command", [slow_with_vllm(c) for c in commands(ENGINES) if c.runs], ids=str)
 def test_commands_with_local_engines_run(command: Command, local_ray: None, tmp_path: Path) -> None:
     need(command.text)
     text = with_real_paths(command.text)
@@ -130,7 +137,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("block", PROGRAMS, ids=str)
+@pytest.mark.parametrize("block", map(slow_with_vllm, PROGRAMS), ids=str)
 def test_programs_run(block: Block, server: ProviderServer, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in CLASSES if re.search(rf"\b{name}\(", block.text)]
     if "oumi" in block.text:
@@ -190,7 +197,7 @@ def test_an_engine_added_as_the_page_says_runs(tmp_path: Path) -> None:
     (tmp_path / "conf" / "engine" / "parrot.yaml").write_text(yaml_file)
     base = tmp_path / "engines" / "registry.py"
     text = base.read_text()
-    opening = "REGISTRY: dict[str, tuple[str, str | None, str]] = {\n"
+    opening = "REGISTRY: dict[str, EngineKind] = {\n"
     assert opening in text
     base.write_text(text.replace(opening, opening + line))
     (tmp_path / "words.json").write_text('{"legs": "wings"}')

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engines import Engine, load_engine
-from tests.checkpoint import adapter_dir, checkpoint_dir, gguf_path
+from tests.support.checkpoint import adapter_dir, checkpoint_dir, gguf_path
 
 pytestmark = pytest.mark.gpu
 
@@ -84,15 +84,15 @@ def test_transformers_batches_continuously_where_flash_attention_is() -> None:
     flash = importlib.util.find_spec("flash_attn") is not None
     with load_engine("transformers", model=str(checkpoint_dir())) as engine:
         answers(engine)
-        assert (engine.continuous is not None) == flash  # type: ignore[attr-defined]
+        assert (engine.batcher.continuous is not None) == flash  # type: ignore[attr-defined]
 
 
 def test_transformers_own_continuous_batching_without_flash_attention() -> None:
     needs("transformers", "transformers")
     with load_engine("transformers", model=str(checkpoint_dir()), kwargs={"continuous_batching": True}) as engine:
         answers(engine)
-        assert engine.continuous.number == 40  # type: ignore[attr-defined]
-        assert not engine.continuous.broken  # type: ignore[attr-defined]
+        assert engine.batcher.continuous.number == 40  # type: ignore[attr-defined]
+        assert not engine.batcher.continuous.broken  # type: ignore[attr-defined]
         sampled = engine.infer([FRANCE] * 8, {"max_tokens": 8, "temperature": 0.7, "seed": 1})  # in batches of its own
         assert all(completion.error is None for completion in sampled)
 

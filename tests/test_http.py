@@ -26,8 +26,8 @@ from engines import load_engine
 from engines.base import Engine
 from engines.errors import ConfigError
 from engines.remote.http import MAX_BODY_BYTES, Reply, Transport, target_of
-from tests.conftest import ask
-from tests.provider_server import ProviderServer
+from tests.support.infer import ask
+from tests.support.provider_server import ProviderServer
 
 ROOT = Path(__file__).parent.parent
 QUIET = {"PYTHONWARNINGS": "always::ResourceWarning"}

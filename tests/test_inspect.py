@@ -35,11 +35,12 @@ from pipeline.monitor.status import RunStatus
 from pipeline.run import run as run_job
 from pipeline.storage.exact_json import dumps, loads
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import list_segments
 from pipeline.storage.lock import held, run_lock
 from pipeline.storage.output_files import STATE
-from tests.conftest import Infer, ask
-from tests.s3_server import S3Server
+from tests.support.infer import Infer, ask
+from tests.support.marks import slow
+from tests.support.processes import replicas, until, wait_gone
+from tests.support.s3_server import S3Server
 
 Write = Callable[..., Path]
 JOBS = {"status": status.main, "show": show.main, "errors": errors.main, "diff": diff.main}
@@ -83,15 +84,6 @@ def start(data: Path | str, out: Path | str, *more: str) -> subprocess.Popen[str
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def wait(true: Callable[[], Any], run: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + 240
-    while not (found := true()):
-        assert run.poll() is None, run.stderr and run.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-    return found
-
-
 # -- a run that goes on, is killed, is complete -----------------------------------------------------------------------
 
 
@@ -104,7 +96,7 @@ def s3() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.mark.parametrize("store", ["disk", "s3"])
+@pytest.mark.parametrize("store", ["disk", slow("s3")])
 def test_a_run_is_seen_from_outside_while_it_goes_on_and_after_it_was_killed(
     store: str, s3: S3Server, local_ray: None, look: Look, tmp_path: Path, write_jsonl: Write
 ) -> None:
@@ -113,24 +105,23 @@ def test_a_run_is_seen_from_outside_while_it_goes_on_and_after_it_was_killed(
     run = start(data, out, "engine.price.output=1000")
     fs, root = resolve(out)
     try:
-        wait(lambda: held(fs, root), run)
-        told = wait(lambda: (found := look.json("status", out))["rows"]["done"] and found, run)
+        until(lambda: held(fs, root), run)
+        told = until(lambda: (found := look.json("status", out))["rows"]["done"] and found, run)
         assert look("status", out) == 4
         assert f"process {run.pid} on" in look.out and "running: asking" in look.out
         assert told["state"] == "running" and told["pid"] == run.pid and told["rows"]["done"] < 4000
         assert told["errors"]["invalid_input"] == 1 and told["cost_usd"] > 0
-        wait(lambda: (look.json("status", out).get("lately") or {}).get("rows_per_s"), run)
+        until(lambda: (look.json("status", out).get("lately") or {}).get("rows_per_s"), run)
         assert look.json("status", out)["seconds_left"] > 0
         assert look("errors", out) == 0 and "so far" in look.out and "server" in look.out
         assert look("show", out, "--limit", "1") == 0
         assert " · echo echo" in look.out and "until it is, the prompts are in its input only" in look.out
         assert look("show", out, "--index", "1") == 2 and "name an --id" in look.err
     finally:
+        workers = [*replicas(run.pid), *replicas(os.getpid())]  # of its own Ray, or of this process's
         run.send_signal(signal.SIGKILL)
         run.communicate()
-    before = -1
-    while before != (before := len(list_segments(fs, root))):  # its workers notice, and commit what they have
-        time.sleep(3)
+    wait_gone(workers)  # they commit what they have
     if store == "s3":  # a minute later
         client = s3.client()
         for found in client.list_objects_v2(Bucket="bucket", Prefix="seen/_segments/_lock-").get("Contents", []):

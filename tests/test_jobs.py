@@ -20,10 +20,9 @@ import httpx
 import psutil
 import pytest
 
-from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger_index import read_index
-from tests.provider_server import ProviderServer
-from tests.test_cluster import PATIENCE_S, check, end, family, folder, own_ray, title, write
+from tests.support.outputs import check, durable, write
+from tests.support.processes import PATIENCE_S, end, family, folder, own_ray, replicas, title, wait_gone
+from tests.support.provider_server import ProviderServer
 
 ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -54,6 +53,10 @@ class Standing:
         while not true():
             assert time.monotonic() < deadline, self.ray("job", "logs", id)
             time.sleep(0.2)
+
+    def replicas(self) -> list[psutil.Process]:
+        raylets = [process for process in psutil.process_iter() if str(self.path) in title(process)]
+        return [worker for process in raylets for worker in replicas(process.pid)]
 
     def ended(self, id: str) -> tuple[str, int | None]:
         """How a job ended, and with what exit status."""
@@ -111,12 +114,6 @@ def words(process: psutil.Process) -> list[str]:
     return []
 
 
-def durable(out: Path) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return len(read_index(*resolve(str(out))))
-    return 0
-
-
 def test_a_submitted_job_is_small_readable_and_ends_with_its_status(cluster: Standing, tmp_path: Path) -> None:
     data, out = write(tmp_path / "in.jsonl", 300), tmp_path / "out"
     cluster.submit("whole", "engine=echo", *args(data, out))
@@ -142,6 +139,7 @@ def test_a_submitted_job_is_small_readable_and_ends_with_its_status(cluster: Sta
     assert "output.path=out would go with the job's copy" in " ".join(cluster.ray("job", "logs", "relative").split())
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_finishes_what_is_in_flight_and_goes_on_when_submitted_again(
     cluster: Standing, server: ProviderServer, tmp_path: Path
 ) -> None:
@@ -159,6 +157,7 @@ def test_a_job_that_is_stopped_finishes_what_is_in_flight_and_goes_on_when_submi
     assert len(server.requests) == 400  # none was paid for twice
 
 
+@pytest.mark.slow
 def test_a_job_whose_driver_is_killed_goes_on_when_submitted_again(
     cluster: Standing, server: ProviderServer, tmp_path: Path
 ) -> None:
@@ -166,10 +165,12 @@ def test_a_job_whose_driver_is_killed_goes_on_when_submitted_again(
     cluster.submit("killed", *remote(server), *args(data, out))
     cluster.until("killed", lambda: durable(out) > 20)
     drivers = [process for process in psutil.process_iter() if {"jobs.infer", f"output.path={out}"} <= set(words(process))]
+    workers = cluster.replicas()
+    assert drivers and workers
     for process in drivers:
         process.send_signal(signal.SIGKILL)
     assert cluster.ended("killed")[0] == "FAILED"
-    time.sleep(1)
+    wait_gone(workers)  # they commit what they have
     kept, sent = durable(out), len(server.requests)
     cluster.submit("after", *remote(server), *args(data, out))
     assert cluster.ended("after") == ("SUCCEEDED", 0)

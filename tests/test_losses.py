@@ -22,9 +22,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.provider_server import ProviderServer
-from tests.test_cluster import PATIENCE_S, Raylets, check, durable, finish, standing_cluster, until, write
-from tests.test_cluster import raylets as raylets
+from tests.support.clusters import Raylets, standing_cluster
+from tests.support.clusters import raylets as raylets
+from tests.support.outputs import check, durable, write
+from tests.support.processes import PATIENCE_S, finish, until
+from tests.support.provider_server import ProviderServer
+
+pytestmark = pytest.mark.slow
 
 ROWS = 10_000  # more than the losses have time for: they must find a run that still goes on
 AT_ONCE = 8  # rows in one replica
@@ -103,10 +107,10 @@ def test_nodes_go_and_come_the_limiter_moves_and_the_driver_dies(
     raylets.tell("kill", victim)
     bound += AT_ONCE * 4
     some_more(200)
-    limiter, process = where("Limiter")
+    limiter, process = where("RateLimitActor")
     while limiter in ("head", stays):  # these stay; a new limiter, as good as the old one, comes on any node
         os.kill(process, signal.SIGKILL)
-        limiter, process = where("Limiter")
+        limiter, process = where("RateLimitActor")
     raylets.tell("kill", limiter)  # and the replica on it
     bound += AT_ONCE * 4
     raylets.tell("add", "five")

@@ -36,9 +36,9 @@ from pipeline.output.cost import old_costs
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import TOKENS, Record, list_segments, read_segment, write_segment
 from pipeline.storage.ledger_index import UNKNOWN, read_index
-from tests.batch_server import BatchServer
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 PRICED = ["engine.price.input=3", "engine.price.output=15"]

@@ -20,7 +20,7 @@ import pytest
 from jobs import errors, show, status
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger_index import read_index
-from tests.conftest import Infer
+from tests.support.infer import Infer
 
 OLD = Path(__file__).parent / "data" / "output_v0"
 PRICE = ("engine.price.input=1000", "engine.price.output=2000")

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from jobs.batch import main as batch_main
 from jobs.compose import compose
 from jobs.infer import main as infer_main
@@ -22,8 +22,8 @@ from pipeline.errors import Stopped
 from pipeline.output.ownership import NEW, OLD, OWN, Ownership, check_inputs, same_dataset, same_typed
 from pipeline.storage.filesystem import canonical_place, resolve
 from pipeline.storage.output_files import MARKER
-from tests.conftest import Infer, ask
-from tests.s3_server import S3Server
+from tests.support.infer import Infer, ask
+from tests.support.s3_server import S3Server
 
 Write = Callable[..., Path]
 OLD_OUTPUTS = Path(__file__).parent / "data" / "output_v0"
@@ -101,8 +101,9 @@ def test_a_project_folder_is_refused_before_anything_is_touched(
 
 def test_a_folder_beside_the_dataset_that_is_not_empty_is_refused(infer: Infer, write_jsonl: Write) -> None:
     put(infer.out, {"notes.txt": "n"})
-    with pytest.raises(ConfigError, match=r"is not empty and not an output of Eagleray's \(it holds notes.txt\)"):
+    with pytest.raises(ConfigError, match=r"is not empty and not an output of Eagleray's \(it holds notes.txt\)") as raised:
         infer(write_jsonl([ask("a")]))
+    assert raised.value.code == ErrorCode.OUTPUT_NOT_OURS
     assert snapshot(infer.out) == {"notes.txt": b"n"}
 
 
@@ -148,8 +149,9 @@ def test_an_input_inside_the_output_is_an_error(
     put(tmp_path, {"in/a.jsonl": line("a"), "in/deep/b.jsonl": line("b"), "other.jsonl": line("c")})
     (tmp_path / "link").symlink_to("in")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="would hold its own input"):
+    with pytest.raises(ConfigError, match="would hold its own input") as raised:
         look(dataset, out)
+    assert raised.value.code == ErrorCode.INPUT_IN_OUTPUT
 
 
 @pytest.mark.parametrize(("dataset", "out"), [("s3://b/x/in.jsonl", "s3://b/x"), ("s3://b/x/?region=r", "s3://b/x/"),
@@ -199,8 +201,10 @@ def test_a_file_in_the_way_is_an_error_before_a_row_is_asked(infer: Infer, write
     put(infer.out, {name: "mine"})
     before = snapshot(infer.out)
     for more in ((), ("run.dry_run=true",), ("run.resume=false",)):
-        with pytest.raises(ConfigError, match=f"{name} was not written by Eagleray and would be overwritten: move it away"):
+        said = f"{name} was not written by Eagleray and would be overwritten: move it away"
+        with pytest.raises(ConfigError, match=said) as raised:
             infer(data, *more)
+        assert raised.value.code == ErrorCode.FILE_IN_THE_WAY
     assert snapshot(infer.out) == before
 
 
@@ -214,8 +218,9 @@ def test_a_part_in_the_way_is_found_before_any_part_is_overwritten(
     put(infer.out, {"data/part-00002.parquet": "mine"})
     before = snapshot(infer.out / "data")
     data = write_jsonl([ask(f"{i}") for i in range(30)])
-    with pytest.raises(Stopped, match="data/part-00002.parquet was not written by Eagleray"):
+    with pytest.raises(Stopped, match="data/part-00002.parquet was not written by Eagleray") as raised:
         infer(data)
+    assert raised.value.code == ErrorCode.FILE_IN_THE_WAY
     assert snapshot(infer.out / "data") == before
     (infer.out / "data" / "part-00002.parquet").unlink()
     assert infer(data).manifest["this_run"]["asked"] == 0
@@ -238,8 +243,10 @@ def test_another_dataset_is_refused_and_replaces_only_by_word(infer: Infer, writ
     infer(one)
     before = snapshot(infer.out)
     for more in ((), ("run.dry_run=true",), ("run.resume=false",)):
-        with pytest.raises(ConfigError, match=r"answers to another dataset \(.*one.jsonl\).*output.overwrite=true"):
+        said = r"answers to another dataset \(.*one.jsonl\).*output.overwrite=true"
+        with pytest.raises(ConfigError, match=said) as raised:
             infer(two, *more)
+        assert raised.value.code == ErrorCode.OTHER_DATASET
     assert snapshot(infer.out) == before
     outcome = infer(two, "output.overwrite=true")
     assert outcome.manifest["this_run"]["asked"] == 1  # what was paid for stays usable

@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from engines.errors import ConfigError
+from pipeline.dataset import plan
 from pipeline.errors import Stopped
-from pipeline.executors.live import live
+from pipeline.executors.live import cluster
+from pipeline.storage import ledger_snapshot
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import list_segments
 from pipeline.storage.ledger_index import read_index
-from tests.conftest import Infer, ask
+from tests.support.infer import Infer, ask
 
 Write = Callable[..., Path]
 
@@ -51,8 +53,9 @@ def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     nodes = ray.nodes()
-    monkeypatch.setattr(live, "SMALL_BYTES", -1)
-    monkeypatch.setattr(live, "FAR_ROWS", -1)
+    monkeypatch.setattr(plan, "SMALL_BYTES", -1)
+    monkeypatch.setattr(ledger_snapshot, "SMALL_BYTES", -1)
+    monkeypatch.setattr(cluster, "FAR_ROWS", -1)
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, *nodes])
 
 

@@ -14,11 +14,12 @@ import pytest
 
 from engines import load_engine
 from engines.config import EngineConfig
-from engines.local.memory_estimate import Footprint, footprint, prompts, weights_bytes
+from engines.local.memory_estimate import Footprint, footprint, weights_bytes
+from engines.local.prompt_renderer import prompt_renderer
 from engines.params import GenerationParams
 from jobs import plan
-from tests.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401
-from tests.conftest import ask
+from tests.support.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401
+from tests.support.infer import ask
 
 # Oumi's table of hardware: billions of parameters, GB in BF16, GB in Q4.
 TABLE = [(1, 2, 0.5), (3, 6, 1.5), (7, 14, 3.5), (13, 26, 6.5), (33, 66, 16.5), (70, 140, 35)]
@@ -168,7 +169,7 @@ def test_quantised_weights_are_smaller_but_for_the_embeddings(
     embeddings = 2 * 128256 * 4096
     found = size(checkpoint({**LLAMA_8B, **config}), **kwargs)
     assert found.weight_bytes == (found.parameters - embeddings) * bits / 8 + embeddings * 2
-    assert found.numbers == f"{bits} bits"
+    assert found.weight_format == f"{bits} bits"
 
 
 def test_a_checkpoints_own_files_are_counted(checkpoint: Callable[..., str]) -> None:
@@ -265,7 +266,7 @@ def test_prompts_are_counted_as_the_engines_count(smollm2_checkpoint: Path) -> N
     with load_engine("llamacpp", kwargs={"n_ctx": 256}) as engine:
         (completion,) = engine.infer([QUESTION], {"max_tokens": 1})
     for config in (EngineConfig("llamacpp", "smollm2"), EngineConfig("transformers", str(smollm2_checkpoint))):
-        found = prompts(config)
+        found = prompt_renderer(config)
         assert found is not None
         assert found.count(QUESTION["messages"], GenerationParams()) == completion.usage.input
 
@@ -369,7 +370,7 @@ def test_a_model_of_the_hub_needs_the_hub_and_nothing_heavy_is_imported(tmp_path
     argv = [sys.executable, "-m", "jobs.cli", "plan", "engine=vllm", "engine.model=org/model"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("eagleray: engine.model: org/model cannot be had from the hub: ")
+    assert done.stderr.startswith("eagleray: engine.model: config.json of org/model cannot be downloaded from the hub: ")
     assert done.stderr.count("\n") == 1
     code = f"""
 import sys

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from engines.errors import ConfigError
 from jobs.compose import compose
 from pipeline.run import Outcome, run
 from pipeline.storage.lock import held, run_lock
-from tests.checkpoint import smollm2_checkpoint  # noqa: F401
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.checkpoint import smollm2_checkpoint  # noqa: F401
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
@@ -48,12 +48,6 @@ def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dry:
     # Whether packages and keys are missing is certain only where Ray is started here.
     monkeypatch.setattr("pipeline.preflight.checks.joins_a_cluster", lambda: False)
     return Dry(tmp_path / "out")
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 OPENAI = ["engine=openai", "engine.model=gpt-4o-mini"]
@@ -178,7 +172,7 @@ def test_what_could_not_run_at_all_is_told_and_a_real_run_ends_with_it_at_once(
     def no_ray() -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("pipeline.run.running_ray", no_ray)
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", no_ray)
     with pytest.raises(ConfigError) as raised:
         dry(data, *overrides, real=True)
     assert said in str(raised.value)
@@ -192,7 +186,7 @@ def test_a_parameter_that_no_row_could_have_ends_a_run_at_once(
     data = write_jsonl([ask("a")])
     status, text = dry(data, *OPENAI, "generation.top_k=3")
     assert (status, "generation.top_k is not supported by engine=openai" in text) == (2, True)
-    monkeypatch.setattr("pipeline.run.running_ray", lambda: 1 / 0)
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", lambda: 1 / 0)
     with pytest.raises(ConfigError, match="generation.top_k is not supported by engine=openai"):
         dry(data, *OPENAI, "generation.top_k=3", real=True)
 
@@ -310,7 +304,7 @@ def test_no_row_ends_the_look_ahead(infer: Infer, write_jsonl: Write) -> None:
 def test_a_model_that_is_not_there_is_told_before_ray_starts(
     write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.run.running_ray", lambda: 1 / 0)
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", lambda: 1 / 0)
     monkeypatch.setitem(sys.modules, "ray", None)
     data = [f"dataset.path={write_jsonl([ask('a')])}", f"output.path={tmp_path}/out"]
     for engine, model in (("llamacpp", "nope.gguf"), ("transformers", "/nope")):

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
-import select
 import shlex
-import struct
-import sys
-import termios
-import time
 from collections.abc import Callable
-from fcntl import ioctl
 from pathlib import Path
 
-import pyte
 import pytest
 from rich.console import Console
 
@@ -24,52 +15,10 @@ from engines.config import EngineConfig, Price
 from jobs.infer import command
 from pipeline.monitor.progress import RunProgress, flow
 from pipeline.monitor.status import ReplicaHeartbeat, RunStatus
-from tests.conftest import Infer, ask
+from tests.support.infer import Infer, ask
+from tests.support.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = 240
-
-
-class Terminal:
-    """A command on a pseudo terminal, and what its screen shows."""
-
-    def __init__(self, argv: list[str], columns: int) -> None:
-        self.screen = pyte.Screen(columns, 30)
-        self.stream = pyte.ByteStream(self.screen)
-        self.seen = ""
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.environ.pop("COLUMNS", None)  # pytest-xdist's, which would count for more than the terminal's own width
-            os.execve(argv[0], argv, {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)})
-        ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-
-    @property
-    def text(self) -> str:
-        return "\n".join(line.rstrip() for line in self.screen.display)
-
-    def until(self, true: Callable[[str], bool]) -> str:
-        """Reads on until the screen is so; the screen then."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not true(self.text):
-            assert time.monotonic() < deadline, self.text
-            assert self._read(), f"it ended:\n{self.text}"
-        return self.text
-
-    def _read(self) -> bool:
-        if not select.select([self.fd], [], [], 0.2)[0]:
-            return True
-        try:
-            data = os.read(self.fd, 65536)
-        except OSError:  # Linux' way of telling the end
-            return False
-        self.stream.feed(data)
-        return bool(data)
-
-    def end(self) -> int:
-        while self._read():
-            pass
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def test_a_narrow_terminal_shows_the_run_and_is_restored_after_ctrl_c(tmp_path: Path) -> None:
@@ -79,13 +28,13 @@ def test_a_narrow_terminal_shows_the_run_and_is_restored_after_ctrl_c(tmp_path: 
         "engine=echo", "engine.kwargs.latency_s=2", "engine.max_concurrency=32", "engine.price.input=1",
         "engine.price.output=1", "run.flush_s=0.5", f"dataset.path={data}", f"output.path={out}",
     ]  # fmt: skip
-    terminal = Terminal([sys.executable, "-m", "jobs.infer", *argv], columns=60)
+    terminal = Terminal("jobs.infer", *argv, columns=60)
     shown = terminal.until(lambda text: "working" in text and "projected" in text and " left" in text)
     assert terminal.screen.cursor.hidden
     lines = [line for line in shown.splitlines() if line.strip()]
     assert any(line.startswith("echo echo") for line in lines)
     assert "of 3,000 rows · 0 failed" in shown and "in flight" in shown and "tok/s" in shown
-    os.write(terminal.fd, b"\x03")
+    terminal.type("\x03")
     assert terminal.end() == 130
     assert not terminal.screen.cursor.hidden
     after = " ".join("".join(terminal.screen.display).split())

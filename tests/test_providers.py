@@ -29,9 +29,9 @@ from engines.remote.concurrency import AdaptiveSemaphore, RetryBudget
 from engines.remote.errors import failure, observed, retry_after
 from engines.remote.rate_limits import SLACK_S, Limits, RateLimiter, Reservation, ReserveRequest
 from engines.types import Request, to_request
-from tests.conftest import ask
-from tests.google_account import google_account
-from tests.provider_server import PASSING, STATUSES, ProviderServer
+from tests.support.google_account import google_account
+from tests.support.infer import ask
+from tests.support.provider_server import PASSING, STATUSES, ProviderServer
 
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
 WIRES = ["openai_compatible", "anthropic", "bedrock"]
@@ -46,12 +46,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 Load = Callable[..., Engine]
@@ -122,6 +116,27 @@ def test_odd_answers_are_read(server: ProviderServer, load: Load) -> None:
         server.plan[fault] = [fault]
         (done,) = infer(load(), fault)
         assert (done.text, done.attempts, done.finish_reason) == (fault, 1, "length" if fault == "length" else "stop")
+
+
+def test_an_answer_that_the_server_broke_off_is_asked_again_and_paid(server: ProviderServer, load: Load) -> None:
+    def said(finish: str | None, **more: Any) -> str:
+        choice = {"index": 0, "message": {"role": "assistant", "content": "half"}, "finish_reason": finish, **more}
+        return "body=" + json.dumps({"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 5}})
+
+    broken = [
+        said("error"),
+        said("abort"),
+        said(None),
+        said("of tomorrow"),
+        said("stop", error={"code": 502, "message": "x"}),
+    ]
+    server.plan["x"] = [*broken, said("stop")]
+    (done,) = infer(load(max_retries=len(broken)), "x")
+    assert (done.text, done.attempts, done.finish_reason, done.usage.output) == ("half", 6, "stop", 30)
+    server.fault = lambda text, attempt: said("of tomorrow")  # of every row: the server works all the same
+    for done in infer(load(max_retries=1), *map(str, range(20))):
+        assert done.error is not None and "'of tomorrow'" in done.error.message
+        assert (done.attempts, done.usage.output) == (2, 10)
 
 
 def test_an_answer_of_100_mb_is_given_up(server: ProviderServer, load: Load) -> None:

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,12 @@ import ray
 from engines.errors import ConfigError
 from pipeline.errors import Interrupted, Stopped
 from pipeline.executors.live.rate_limiter import rate_limit_actor
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer, by_hash
+from tests.support.infer import Infer, ask
+from tests.support.processes import until
+from tests.support.provider_server import ProviderServer, by_hash
 
 Write = Callable[..., Path]
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 def remote(server: ProviderServer, *more: str) -> list[str]:
@@ -117,8 +111,7 @@ def test_replicas_share_one_limit_and_outlive_its_actor(infer: Infer, write_json
     def kill_once_it_works() -> None:
         from engines.config import config_from_keys
 
-        while len(server.requests) < 20:
-            time.sleep(0.05)
+        until(lambda: len(server.requests) >= 20)
         config = config_from_keys("openai_compatible", {"base_url": server.url})
         ray.kill(rate_limit_actor(config), no_restart=False)
 
@@ -136,8 +129,7 @@ def test_an_interrupt_gives_back_what_waits_for_its_turn(infer: Infer, write_jso
     data = write_jsonl([ask(f"row {i}") for i in range(50)])
 
     def interrupt() -> None:
-        while not server.requests:
-            time.sleep(0.05)
+        until(lambda: server.requests)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -181,3 +173,22 @@ def test_bedrock_answers_a_dataset_with_an_image(
     assert [row["attempts"] for row in rows] == [3, 1]
     sent = next(seen.body for seen in server.requests if seen.text == "what?")
     assert json.dumps(sent).count('"format": "png"') == 1
+
+
+def test_what_a_provider_wants_back_is_in_the_messages(
+    infer: Infer, write_jsonl: Callable[..., Path], server: ProviderServer
+) -> None:
+    signed = {
+        "id": "1",
+        "type": "function",
+        "function": {"name": "f", "arguments": "{}"},
+        "extra_content": {"google": {"s": "x"}},
+    }
+    message = {"role": "assistant", "content": None, "tool_calls": [signed], "reasoning_content": "hm"}
+    body = {"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}], "usage": {}}
+    server.plan["a"] = ["body=" + json.dumps(body)]
+    assert infer(write_jsonl([ask("a"), ask("b")]), *remote(server), engine="openai_compatible").exit_status == 0
+    first, second = infer.rows()
+    assert json.loads(first["messages"]) == [{"role": "user", "content": "a"}, message]
+    assert json.loads(second["messages"])[-1] == {"role": "assistant", "content": "b"}
+    assert "message_fields" not in first

@@ -30,8 +30,8 @@ from pipeline.report.page import SAMPLE_BYTES, write_report
 from pipeline.report.stats import MOST_BUCKETS, PAUSE_MS, SAMPLED, Stats
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import COMPLETION_FIELDS, completion_columns
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 KEY = "sk-0123456789-a-key-that-nobody-may-see"
@@ -274,6 +274,7 @@ def test_a_row_shown_is_bounded_whatever_is_in_it() -> None:
     assert {"kind": "note", "text": "480 messages are left out here"} in row["turns"][4]["parts"]
 
 
+@pytest.mark.slow
 def test_a_report_of_a_million_hostile_rows_stays_small(infer: Infer, write_jsonl: Write) -> None:
     rows = [ask(f"{i} " + "<&\x01\u2028" * 4000, id="<" * 300 + str(i)) for i in range(300)]
     infer(write_jsonl(rows), "engine.kwargs.failure_rate=0.3")

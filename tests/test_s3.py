@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.dataset.source import list_file_splits
 from pipeline.storage.filesystem import abort_uploads, resolve, write_atomic
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture

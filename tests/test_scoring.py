@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import string
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from jobs.compose import compose
 from pipeline.dataset.formats import Parsed
 from pipeline.dataset.keys import RequestHasher
 from pipeline.output.answer_columns import arrow_type, fitted, plan_answer_columns
-from tests.batch_server import BatchServer
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.processes import until
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 SCHEMA = {
@@ -37,12 +37,6 @@ SCHEMA = {
 FORMAT = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
 GOOD = {"why": "because", "score": 4, "mood": "good"}
 COMPLAINT = "That is not in the format asked for: "
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 @pytest.fixture
@@ -470,7 +464,6 @@ def test_a_programs_batches_are_checked_too(batches: BatchServer) -> None:
     with load_engine("openai", model="m", base_url=f"{batches.url}/v1") as engine:
         asked = [ask('say: {"score": 3}'), ask("say: three")]
         batch = engine.infer_batch(asked, {"response_format": FORMAT})
-        while engine.get_batch_status(batch).status == "in_progress":
-            time.sleep(0.05)
+        until(lambda: engine.get_batch_status(batch).status != "in_progress")
         good, bad = engine.get_batch_results(batch, asked, {"response_format": FORMAT})
     assert good.text == '{"score": 3}' and bad.error is not None and bad.error.type == "schema_mismatch"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,12 @@ from jobs import plan
 from pipeline.dataset.formats import RowParser
 from pipeline.dataset.keys import RequestHasher
 from pipeline.storage.ledger import SEGMENT_SCHEMA, read_segment
-from tests.batch_server import BatchServer
-from tests.conftest import Infer, ask
-from tests.provider_server import ProviderServer
+from tests.support.batch_server import BatchServer
+from tests.support.infer import Infer, ask
+from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
 TURNS = ["What is 7 times 6?", "And half of that?", "Thank you."]
-
-
-@pytest.fixture
-def server() -> Iterator[ProviderServer]:
-    with ProviderServer() as running:
-        yield running
 
 
 def remote(server: ProviderServer, *more: str) -> list[str]:
@@ -201,7 +195,7 @@ def test_segments_of_an_earlier_version_are_read(infer: Infer, write_jsonl: Writ
     infer(data)
     before = infer.rows()
     for path in (infer.out / "_segments").glob("*.parquet"):
-        pq.write_table(pq.read_table(path).drop_columns(["dialogue"]), path)
+        pq.write_table(pq.read_table(path).drop_columns(["dialogue", "message_fields"]), path)
         assert read_segment(pa.fs.LocalFileSystem(), str(path)).schema == SEGMENT_SCHEMA
     (infer.out / "manifest.json").unlink()
     assert infer(data).manifest["this_run"]["asked"] == 0

@@ -24,9 +24,9 @@ from engines.config import EngineConfig
 from jobs import serve
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import placement, serve_options
-from tests.conftest import Infer, ask
-from tests.test_cluster import PATIENCE_S, end, family, own_ray, title, until
-from tests.test_sglang import SERVER
+from tests.support import sglang_server
+from tests.support.infer import Infer, ask
+from tests.support.processes import PATIENCE_S, end, family, own_ray, title, until
 
 openai = pytest.importorskip("openai")
 pytest.importorskip(
@@ -243,11 +243,12 @@ def test_a_batch_run_pointed_at_it_finishes_all_rows(
 
 
 def test_sigterm_answers_what_is_under_way_and_leaves_nothing(tmp_path: Path) -> None:
-    running = start(tmp_path, "engine=echo", "engine.kwargs.latency_s=3", "hardware.replicas={min: 1, max: 2}")
+    running = start(tmp_path, "engine=echo", "engine.kwargs.latency_s=5", "hardware.replicas={min: 1, max: 2}")
     processes = [psutil.Process(running.process.pid), *family(running.process.pid)]
     assert len(processes) > 4
-    slow = subprocess.Popen(["bash", "-c", running.printed], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    time.sleep(1)
+    slow = subprocess.Popen(["bash", "-c", "exec " + running.printed], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    until(lambda: any(line.status == "ESTABLISHED" for line in psutil.Process(slow.pid).net_connections()))
+    time.sleep(1)  # from the connection to the replica
     assert slow.poll() is None
     running.process.send_signal(signal.SIGTERM)
     (answered,) = json.loads(slow.communicate(timeout=PATIENCE_S)[0])["choices"]
@@ -255,7 +256,7 @@ def test_sigterm_answers_what_is_under_way_and_leaves_nothing(tmp_path: Path) ->
     assert running.process.wait(PATIENCE_S) == 0
     printed = (tmp_path / "serve.log").read_text().splitlines()
     assert len(printed) == 3, printed
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -271,6 +272,7 @@ def has_answered(replica: psutil.Process) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_under_load_a_second_replica_comes_and_both_answer(serving: Callable[..., Endpoint]) -> None:
     running = serving(*SLOW, "hardware.replicas={min: 1, max: 2}")
     assert len(running.replicas()) == 1
@@ -280,6 +282,7 @@ def test_under_load_a_second_replica_comes_and_both_answer(serving: Callable[...
     assert running.news() == []
 
 
+@pytest.mark.slow
 def test_replicas_that_are_killed_are_replaced_and_clients_that_retry_notice_nothing(
     serving: Callable[..., Endpoint],
 ) -> None:
@@ -304,10 +307,9 @@ def test_replicas_that_are_killed_are_replaced_and_clients_that_retry_notice_not
     assert len(lost) <= 4 * 3  # each client one per death
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_in_its_replica_is_replaced(serving: Callable[..., Endpoint], tmp_path: Path) -> None:
-    (tmp_path / "sglang").mkdir()
-    (tmp_path / "sglang" / "__init__.py").touch()
-    (tmp_path / "sglang" / "launch_server.py").write_text(SERVER)
+    sglang_server.install(tmp_path)
     running = serving(
         "engine=sglang_offline", "engine.model=some/model", "hardware.gpus=0", "hardware.replicas=1",
         PYTHONPATH=f"{tmp_path}:{ROOT}",

@@ -21,14 +21,14 @@ import pytest
 
 from engines import Completion, load_engine
 from engines.base import Engine
-from tests.checkpoint import adapter_dir, checkpoint_dir, gguf_path
-from tests.conftest import Infer, ask
-from tests.test_stream import joined, streamed
+from tests.support.checkpoint import adapter_dir, checkpoint_dir, gguf_path
+from tests.support.infer import Infer, ask
+from tests.support.streams import joined, streamed
+from tests.support.structures import SCHEMA, STRUCTURES
 
 READY_WITHIN_S = 600  # loading takes a minute where nothing else runs
 
 CAPITAL = "What is the capital of France?"
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
 
 def serve(command: list[str], **env: str) -> Iterator[str]:
@@ -81,6 +81,7 @@ def one(engine: Engine, question: str = CAPITAL, row: dict[str, Any] | None = No
     return completion
 
 
+@pytest.mark.slow
 def test_vllm_answers_the_same_twice(vllm_engine: Engine) -> None:
     first, second = one(vllm_engine), one(vllm_engine)
     assert first.error is None
@@ -95,13 +96,8 @@ def test_vllm_answers_the_same_twice(vllm_engine: Engine) -> None:
     assert (completion.usage, completion.finish_reason) == (first.usage, first.finish_reason)
 
 
-@pytest.mark.parametrize(
-    ("response_format", "pattern"),
-    [({"type": "regex", "regex": "[a-z]{3}-[0-9]{2}"}, r"[a-z]{3}-[0-9]{2}"),
-     ({"type": "choice", "choice": ["Rome", "Oslo"]}, "Rome|Oslo"),
-     ({"type": "grammar", "grammar": 'root ::= "yes" | "no"'}, "yes|no"),
-     ({"type": "json_schema", "json_schema": {"schema": SCHEMA}}, r'\s*{\s*"n"\s*:\s*-?\d+\s*}\s*')],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("response_format", "pattern"), STRUCTURES)
 def test_vllm_keeps_to_a_structure(vllm_engine: Engine, response_format: dict[str, Any], pattern: str) -> None:
     completion = one(vllm_engine, response_format=response_format)
     assert completion.error is None
@@ -109,6 +105,7 @@ def test_vllm_keeps_to_a_structure(vllm_engine: Engine, response_format: dict[st
     assert re.fullmatch(pattern, completion.text)
 
 
+@pytest.mark.slow
 def test_vllm_takes_every_sampling_parameter(vllm_engine: Engine) -> None:
     completion = one(
         vllm_engine, temperature=0.8, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1,
@@ -122,6 +119,7 @@ def test_vllm_takes_every_sampling_parameter(vllm_engine: Engine) -> None:
     assert len(completion.logprobs[0]["top_logprobs"]) == 2
 
 
+@pytest.mark.slow
 def test_vllm_serves_adapters_by_name_in_both_ways(vllm: str, vllm_engine: Engine) -> None:
     question = "Name three colours."  # of all adapters' answers to the usual one some are alike, by the processor
     plain, by_row = one(vllm_engine, question), one(vllm_engine, question, row={"adapter": "poet"})
@@ -134,6 +132,7 @@ def test_vllm_serves_adapters_by_name_in_both_ways(vllm: str, vllm_engine: Engin
     assert by_row.model == "poet"
 
 
+@pytest.mark.slow
 def test_vllms_refusals_have_types(vllm_engine: Engine) -> None:
     unknown = one(vllm_engine, row={"model": "nobody"})
     assert unknown.error is not None
@@ -143,6 +142,7 @@ def test_vllms_refusals_have_types(vllm_engine: Engine) -> None:
     assert (long.error.type, long.attempts) == ("context_length", 1)
 
 
+@pytest.mark.slow
 def test_a_dataset_is_answered_by_a_vllm_server(infer: Infer, write_jsonl: Any, vllm: str) -> None:
     rows = [ask(f"What is {i} plus {i}?", **({"adapter": "poet"} if i % 2 else {})) for i in range(12)]
     outcome = infer(

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,51 +18,16 @@ from engines.config import EngineConfig
 from engines.params import GenerationParams
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import placement
+from tests.support.processes import gone, until
+from tests.support.sglang_server import install
 
-# What stands in for the package: a server of the same command line and paths, which tells what it was given.
-SERVER = """
-import argparse, json, os, subprocess, sys
-from aiohttp import web
-
-parser = argparse.ArgumentParser()
-for flag in ("--model-path", "--host", "--port", "--chat-template", "--tensor-parallel-size", "--json-model-override-args"):
-    parser.add_argument(flag)
-parser.add_argument("--lora-paths", nargs="*")
-parser.add_argument("--enable-lora", action="store_true")
-flags = parser.parse_args()
-if flags.chat_template == "broken":
-    sys.exit("Traceback\\nValueError: there is no template of that name\\nsee the log")
-helper = subprocess.Popen(["sleep", "1000"])  # like its scheduler
-
-async def chat(request):
-    body = await request.json()
-    text = body["messages"][-1]["content"]
-    if text == "die":
-        print("RuntimeError: out of memory", flush=True)
-        os._exit(1)
-    if text == "wait":
-        import asyncio
-        await asyncio.sleep(1000)
-    answer = {"role": "assistant", "content": json.dumps({"body": body, "flags": vars(flags), "helper": helper.pid})}
-    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-    return web.json_response({"choices": [{"index": 0, "message": answer, "finish_reason": "stop"}], "usage": usage})
-
-async def health(request):
-    return web.Response()
-
-app = web.Application()
-app.add_routes([web.get("/health", health), web.post("/v1/chat/completions", chat)])
-web.run_app(app, host=flags.host, port=int(flags.port), print=None)
-"""
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    folder = tmp_path / "sglang"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
-    (folder / "launch_server.py").write_text(SERVER)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)]))
+    install(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def load(**keys: object) -> Engine:
@@ -139,19 +103,11 @@ def test_a_server_that_dies_takes_the_rows_in_it_with_it_at_once(start: Callable
         assert later.error.type == "engine_crash"
 
 
-def gone(pid: int) -> bool:
-    for _ in range(150):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_nothing_stays_when_the_engine_is_closed_or_its_process_killed(start: Callable[..., Engine]) -> None:
     with start() as engine:
         helper = told(engine)["helper"]
         assert psutil.pid_exists(helper)
-    assert gone(helper)
+    until(lambda: gone(helper))
 
     code = """
 import json, sys, time
@@ -166,7 +122,7 @@ time.sleep(1000)
     helper = int(owner.stdout.readline())
     owner.send_signal(signal.SIGKILL)
     owner.communicate()
-    assert gone(helper)
+    until(lambda: gone(helper))
 
 
 def test_its_parallel_sizes_reserve_gpus() -> None:

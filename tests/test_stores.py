@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from pipeline.storage.ledger import Record, list_segments, write_segment
 from pipeline.storage.ledger_index import read_index
 from pipeline.storage.lock import run_lock
 from pipeline.storage.retry import patiently, store_failed
-from tests.conftest import ask
-from tests.s3_server import S3Server
-from tests.store_server import AzureServer, GcsServer
+from tests.support.infer import ask
+from tests.support.marks import slow
+from tests.support.processes import replicas, until, wait_gone
+from tests.support.s3_server import S3Server
+from tests.support.store_server import AzureServer, GcsServer
 
 Write = Callable[..., Path]
 Store = S3Server | GcsServer | AzureServer
@@ -53,10 +54,14 @@ def command(dataset: str, out: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-WHOLE_RUNS = [(S3Server, "parquet"), (S3Server, "jsonl"), (GcsServer, "parquet"), (AzureServer, "jsonl")]
+WHOLE_RUNS = [
+    pytest.param(S3Server, "parquet", id="s3"), slow(S3Server, "jsonl", id="s3-jsonl"), slow(GcsServer, "parquet", id="gs"),
+    slow(AzureServer, "jsonl", id="az-jsonl"),
+]  # fmt: skip
+KILLED_RUNS = [pytest.param(S3Server, id="s3"), slow(GcsServer, id="gs"), slow(AzureServer, id="az")]
 
 
-@pytest.mark.parametrize(("store", "format"), WHOLE_RUNS, indirect=["store"], ids=["s3", "s3-jsonl", "gs", "az-jsonl"])
+@pytest.mark.parametrize(("store", "format"), WHOLE_RUNS, indirect=["store"])
 def test_a_run_on_a_failing_store_equals_one_on_a_disk_byte_for_byte(
     store: Store, tmp_path: Path, write_jsonl: Write, format: str
 ) -> None:
@@ -81,6 +86,7 @@ def test_a_run_on_a_failing_store_equals_one_on_a_disk_byte_for_byte(
     }
 
 
+@pytest.mark.parametrize("store", KILLED_RUNS, indirect=True)
 def test_a_killed_run_goes_on_from_the_store_and_leaves_nothing_half_done(
     store: Store, tmp_path: Path, write_jsonl: Write
 ) -> None:
@@ -88,21 +94,19 @@ def test_a_killed_run_goes_on_from_the_store_and_leaves_nothing_half_done(
     # What a killed writer of a large part leaves, and what another's does beside it.
     for key in ("out/data/part-00000.parquet", "other/data/part-00000.parquet"):
         store.begin(key)
-    slow = ["engine.kwargs.latency_s=0.1"]
-    run = subprocess.Popen(command(dataset, store.uri("out"), *slow), stderr=subprocess.PIPE, text=True)
+    slow = "engine.kwargs.latency_s=1"  # more than a minute in all: it must still run when it is killed
+    run = subprocess.Popen(command(dataset, store.uri("out"), slow), stderr=subprocess.PIPE, text=True)
     fs, root = resolve(store.uri("out"))
-    deadline = time.monotonic() + 120
-    while len(list_segments(fs, root)) < 4:
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.1)
+    until(lambda: len(list_segments(fs, root)) >= 4, run)
+    workers = replicas(run.pid)
     run.send_signal(signal.SIGKILL)
-    run.wait()
-    time.sleep(2)  # its workers notice, and commit what they have
+    run.communicate()
+    wait_gone(workers)  # they commit what they have
     known = len(read_index(fs, root))
     assert 0 < known < 600
     for name in [name for name in store.objects("out/") if "_lock-" in name]:  # a minute later
         store.delete(f"out/{name}")
-    again = subprocess.run(command(dataset, store.uri("out"), *slow), capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command(dataset, store.uri("out")), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     manifest = json.loads(store.objects("out/")["manifest.json"])
     assert manifest["rows"]["done"] == 600 and manifest["this_run"]["asked"] <= 600 - known
@@ -122,7 +126,7 @@ def test_of_runs_into_one_directory_on_a_store_at_most_one_goes_on(store: Store)
         try:
             with run_lock(fs, root):
                 inside.append(number)
-                time.sleep(1)
+                until(lambda: len(inside) + len(refused) == 6)
         except ConfigError as error:
             refused.append(str(error))
 

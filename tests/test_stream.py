@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import engines.remote.engine
-from engines import Completion, load_engine
+from engines import load_engine
 from engines.base import Engine
 from engines.errors import EngineError
 from engines.params import GenerationParams
@@ -17,28 +17,13 @@ from engines.remote import anthropic_messages, openai_chat
 from engines.remote.sse import SSEParser
 from engines.text import safe_prefix_length
 from engines.types import Delta, to_request
-from tests.conftest import ask
-from tests.provider_server import ProviderServer
+from tests.support.infer import ask
+from tests.support.processes import PATIENCE_S
+from tests.support.provider_server import ProviderServer
+from tests.support.streams import joined, streamed
 
 STORY = "Tell me a story about a fox."
 TEXT = "one two three four five sechs 七 8"
-
-
-def streamed(engine: Engine, text: str, row: dict[str, Any] | None = None, **generation: Any) -> tuple[Any, Completion]:
-    """The pieces, and the completion after them."""
-
-    async def read() -> list[Any]:
-        request = to_request(ask(text, **(row or {})), GenerationParams.parse(generation))
-        return [item async for item in engine.stream(request)]
-
-    *pieces, completion = asyncio.run(read())
-    assert isinstance(completion, Completion)
-    assert all(isinstance(piece, Delta) for piece in pieces)
-    return pieces, completion
-
-
-def joined(pieces: list[Delta], index: int = 0) -> str:
-    return "".join(piece.text for piece in pieces if piece.index == index)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +89,7 @@ def test_who_stops_reading_stops_the_engine(llama: Engine) -> None:
         while any(slot.running for slot in llama.slots):  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(read_a_little(), 60))
+    asyncio.run(asyncio.wait_for(read_a_little(), PATIENCE_S))
 
 
 def test_refusals_and_errors_are_those_of_generate(llama: Engine) -> None:

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from engines.errors import ConfigError
-from tests.conftest import Infer, ask
+from tests.support.infer import Infer, ask
 
 SECRET = "Bearer not-for-anybody"
 

@@ -22,6 +22,10 @@ from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.local.transformers import TransformersEngine
 from engines.params import GenerationParams
+from tests.support.checkpoint import smollm2_adapter, smollm2_checkpoint
+from tests.support.processes import PATIENCE_S
+
+__all__ = ["smollm2_adapter", "smollm2_checkpoint"]
 
 FRANCE = "What is the capital of France?"
 RAIN = "Write a haiku about rain."
@@ -88,11 +92,11 @@ def test_a_greedy_answer_is_the_same_alone_and_beside_prompts_of_other_lengths(e
 
 def test_a_greedy_answer_is_that_of_generate(engine: TransformersEngine) -> None:
     messages = [{"role": "user", "content": RAIN}]
-    inputs = engine.tokenizer.apply_chat_template(
+    inputs = engine.loaded.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    output = engine.model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert one(engine, RAIN, max_tokens=24).text == engine.tokenizer.decode(output, skip_special_tokens=True)
+    output = engine.loaded.model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert one(engine, RAIN, max_tokens=24).text == engine.loaded.tokenizer.decode(output, skip_special_tokens=True)
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_company(engine: TransformersEngine) -> None:
@@ -129,7 +133,11 @@ def test_each_row_of_a_batch_ends_by_its_own_limit_and_for_its_own_reason(engine
 def test_usage_counts_the_prompt_without_its_padding(engine: TransformersEngine) -> None:
     answers = engine.infer([ask(question, max_tokens=2) for question in QUESTIONS])
     expected = [
-        len(engine.tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True).input_ids)
+        len(
+            engine.loaded.tokenizer.apply_chat_template(
+                [{"role": "user", "content": q}], add_generation_prompt=True
+            ).input_ids
+        )
         for q in QUESTIONS
     ]
     assert [answer.usage.input for answer in answers] == expected
@@ -155,16 +163,16 @@ def test_a_stop_text_across_tokens_ends_the_answer_and_is_left_out(engine: Trans
 
 
 def test_stop_token_ids_and_stop_texts_that_are_special_tokens_end_the_answer(engine: TransformersEngine) -> None:
-    paris = engine.tokenizer.encode(" Paris", add_special_tokens=False)[0]
+    paris = engine.loaded.tokenizer.encode(" Paris", add_special_tokens=False)[0]
     answer = one(engine, FRANCE, stop_token_ids=[paris])
     assert (answer.text, answer.finish_reason, answer.usage.output) == ("The capital of France is", "stop", 5)
-    assert engine.special["<|im_end|>"] in engine.eos
+    assert engine.loaded.special["<|im_end|>"] in engine.loaded.eos
     assert one(engine, FRANCE, stop=["<|im_end|>"]).text == "The capital of France is Paris."
 
 
 def test_text_beyond_ascii_comes_whole_and_never_as_half_a_character(engine: TransformersEngine) -> None:
     text = "Größe 東京 🎉"
-    ids = engine.tokenizer.encode(text, add_special_tokens=False)
+    ids = engine.loaded.tokenizer.encode(text, add_special_tokens=False)
     bias = {}
     for limit in range(1, len(ids) + 1):
         # Push the model along the text's own tokens: the bias for one step at a time is what a stop test cannot do.
@@ -200,7 +208,7 @@ def test_logprobs_come_in_the_form_of_openai(engine: TransformersEngine) -> None
 
 
 def test_penalties_and_bias_change_only_their_own_row(engine: TransformersEngine) -> None:
-    paris = str(engine.tokenizer.encode(" Paris", add_special_tokens=False)[0])
+    paris = str(engine.loaded.tokenizer.encode(" Paris", add_special_tokens=False)[0])
     plain, frequency, presence, repetition, biased, after = engine.infer(
         [
             ask(RAIN, max_tokens=30),
@@ -218,17 +226,19 @@ def test_penalties_and_bias_change_only_their_own_row(engine: TransformersEngine
     assert "Paris" not in (biased.text or "")
 
 
+@pytest.mark.slow
 def test_a_row_that_repacks_its_batch_keeps_its_penalties(engine: TransformersEngine) -> None:
     alone = one(engine, RAIN, max_tokens=24, frequency_penalty=1.0).text
     rows = [ask(RAIN, max_tokens=n) for n in (2, 5, 9)] + [ask(RAIN, max_tokens=24, frequency_penalty=1.0)]
     assert engine.infer(rows)[3].text == alone
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution_that_the_settings_leave(engine: TransformersEngine) -> None:
     from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from engines.local.transformers import _choose
     from engines.local.transformers_row import GenerationRow
+    from engines.local.transformers_sampling import choose_tokens
 
     torch.manual_seed(0)
     vocab = 1000
@@ -251,7 +261,7 @@ def test_draws_follow_the_distribution_that_the_settings_leave(engine: Transform
         params = GenerationParams(temperature=0.8, **settings)
         generators = [torch.Generator().manual_seed(seed) for seed in range(draws)]
         rows = [GenerationRow([0], params, 1, frozenset(), generator) for generator in generators]
-        chosen = _choose(rows, logits.expand(draws, -1))
+        chosen = choose_tokens(rows, logits.expand(draws, -1))
         expected = logits / 0.8
         for warper in warpers:
             expected = warper(ids, expected)
@@ -262,6 +272,7 @@ def test_draws_follow_the_distribution_that_the_settings_leave(engine: Transform
         assert torch.allclose(seen[top], probs[top], atol=0.03), settings
 
 
+@pytest.mark.slow
 def test_more_requests_than_a_batch_are_all_answered_long_and_short(smollm2_checkpoint: Path) -> None:
     with load(smollm2_checkpoint, max_batch_size=3) as engine:
         assert engine.concurrency == 12
@@ -331,7 +342,7 @@ def test_a_template_of_ones_own_takes_tools_variables_and_refuses_rows(smollm2_c
         ]
         for choice, names in ((None, "[weather]"), ("none", "")):
             prompt, _ = engine._prompt(messages, GenerationParams(tools=tools, tool_choice=choice))
-            assert engine.tokenizer.decode(prompt) == f"Oh {names}systemRome"
+            assert engine.loaded.tokenizer.decode(prompt) == f"Oh {names}systemRome"
         refused = one(engine, "no")
         assert refused.error is not None and refused.error.type == "invalid_input"
         assert refused.error.message == "the chat template refuses these messages: not this one"
@@ -372,11 +383,11 @@ def test_an_adapter_changes_the_answers_as_peft_itself_does(
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_checkpoint, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, smollm2_adapter)
     for question, answer in zip(QUESTIONS, answers, strict=True):
-        inputs = engine.tokenizer.apply_chat_template(
+        inputs = engine.loaded.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert answer == engine.tokenizer.decode(output, skip_special_tokens=True)
+        assert answer == engine.loaded.tokenizer.decode(output, skip_special_tokens=True)
 
 
 # --- configuration
@@ -440,10 +451,11 @@ def test_a_checkpoint_without_a_chat_template_is_refused(smollm2_checkpoint: Pat
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_keywords_of_the_seeds_are_accepted(smollm2_checkpoint: Path) -> None:
     with load(smollm2_checkpoint, device_map="auto", torch_dtype="float16", max_position_embeddings=64) as engine:
-        assert engine.model.dtype == torch.float16
-        assert engine.context == 64
+        assert engine.loaded.model.dtype == torch.float16
+        assert engine.loaded.context == 64
         assert "Paris" in (one(engine, FRANCE, max_tokens=10).text or "")
 
 
@@ -453,8 +465,9 @@ def test_four_bits_without_bitsandbytes_say_what_to_install(smollm2_checkpoint: 
         load(smollm2_checkpoint, load_in_4bit=True)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_loads_by_the_librarys_own_keyword() -> None:
-    from tests.checkpoint import gguf_path
+    from tests.support.checkpoint import gguf_path
 
     with load(gguf_path().parent, gguf_file=gguf_path().name) as engine:
         assert one(engine, FRANCE).text == "The capital of France is Paris."
@@ -466,7 +479,7 @@ def test_a_gguf_file_loads_by_the_librarys_own_keyword() -> None:
 def test_a_batch_too_large_for_memory_is_halved_and_a_single_row_fails_alone(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = engine.model.forward
+    forward = engine.loaded.model.forward
     sizes: list[int] = []
 
     def scarce(**inputs: Any) -> Any:
@@ -476,7 +489,7 @@ def test_a_batch_too_large_for_memory_is_halved_and_a_single_row_fails_alone(
         return forward(**inputs)
 
     expected = [one(engine, question, max_tokens=6).text for question in QUESTIONS]
-    monkeypatch.setattr(engine.model, "forward", scarce)
+    monkeypatch.setattr(engine.loaded.model, "forward", scarce)
     answers = engine.infer([*(ask(question, max_tokens=6) for question in QUESTIONS), ask("word " * 40)])
     assert [answer.text for answer in answers[:4]] == expected
     error = answers[4].error
@@ -489,7 +502,7 @@ def test_a_bug_reaches_whoever_asked_and_the_engine_goes_on(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model, "forward", lambda **_: 1 / 0)
+        patch.setattr(engine.loaded.model, "forward", lambda **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             one(engine, FRANCE)
     assert one(engine, FRANCE).text == "The capital of France is Paris."
@@ -508,7 +521,7 @@ def test_a_cancelled_request_leaves_its_batch_and_the_others_stay(engine: Transf
         with pytest.raises(asyncio.CancelledError):
             await lost
         # The engine would be busy for minutes if the cancelled row were still decoded.
-        await asyncio.wait_for(engine.generate(request("Hi", max_tokens=2)), 30)
+        await asyncio.wait_for(engine.generate(request("Hi", max_tokens=2)), PATIENCE_S)
         return answer
 
     assert asyncio.run(both()).text == "The capital of France is Paris."
@@ -527,7 +540,7 @@ def test_closing_cancels_what_runs_and_what_waits(smollm2_checkpoint: Path) -> N
     assert [error.type for error in errors if error] == ["cancelled"] * 3
     late = asyncio.run(engine.generate(request("Hi")))
     assert late.error is not None and message_of(late.error) == "the engine is closed"
-    assert not any(thread is engine.thread for thread in threading.enumerate())
+    assert not any(thread is engine.batcher.thread for thread in threading.enumerate())
     engine.close()  # twice is fine
 
 
@@ -551,8 +564,8 @@ def continuous(smollm2_checkpoint: Path) -> Iterator[TransformersEngine]:
 
 def taken(engine: TransformersEngine) -> int:
     """How many rows the library has got so far."""
-    assert engine.continuous is not None
-    return engine.continuous.number
+    assert engine.batcher.continuous is not None
+    return engine.batcher.continuous.number
 
 
 def test_continuous_batching_answers_as_the_engines_own_batches_do(
@@ -566,6 +579,7 @@ def test_continuous_batching_answers_as_the_engines_own_batches_do(
     assert {c.finish_reason for c in own} == {"stop", "length"}
 
 
+@pytest.mark.slow
 def test_rows_beyond_continuous_batching_go_with_the_engines_own_batches_beside_it(
     engine: TransformersEngine, continuous: TransformersEngine
 ) -> None:
@@ -582,6 +596,7 @@ def test_rows_beyond_continuous_batching_go_with_the_engines_own_batches_beside_
     assert [theirs[i].text for i in same] == [own[i].text for i in same]
 
 
+@pytest.mark.slow
 def test_the_first_rows_settings_are_those_of_continuous_batching(smollm2_checkpoint: Path) -> None:
     with load(smollm2_checkpoint, continuous_batching=BLOCKS) as engine:
         drawn = engine.infer([ask(RAIN, max_tokens=8, temperature=1.5, top_k=50, n=2) for _ in range(3)])
@@ -591,6 +606,7 @@ def test_the_first_rows_settings_are_those_of_continuous_batching(smollm2_checkp
         assert taken(engine) == 6
 
 
+@pytest.mark.slow
 def test_what_continuous_batching_has_no_room_for_or_fails_at_is_answered_all_the_same(
     smollm2_checkpoint: Path, engine: TransformersEngine
 ) -> None:
@@ -600,14 +616,15 @@ def test_what_continuous_batching_has_no_room_for_or_fails_at_is_answered_all_th
         assert taken(small) == 1
         assert [c.text for c in found] == [c.text for c in engine.infer([ask(RAIN, max_tokens=8), ask(long, max_tokens=8)])]
 
-        assert small.continuous is not None
-        small.continuous.manager.batch_processor.model_runner = None  # as if the library had a bug: its thread ends
+        assert small.batcher.continuous is not None
+        small.batcher.continuous.manager.batch_processor.model_runner = None  # as if the library had a bug: its thread ends
         with pytest.warns(UserWarning, match="continuous batching failed, and is switched off"):
             again = one(small, RAIN, max_tokens=8)
         assert again.text == found[0].text
         assert one(small, RAIN, max_tokens=8).text == found[0].text
 
 
+@pytest.mark.slow
 def test_cancelled_rows_leave_continuous_batching_and_closing_ends_the_rest(smollm2_checkpoint: Path) -> None:
     engine = load(smollm2_checkpoint, continuous_batching=BLOCKS)
 
@@ -617,8 +634,8 @@ def test_cancelled_rows_leave_continuous_batching_and_closing_ends_the_rest(smol
 
     with pytest.raises(TimeoutError):
         asyncio.run(give_up())
-    assert engine.continuous is not None
-    assert not engine.continuous.rows
+    assert engine.batcher.continuous is not None
+    assert not engine.batcher.continuous.rows
     assert one(engine, FRANCE, max_tokens=4).error is None
     threading.Timer(1.0, engine.close).start()
     error = one(engine, RAIN, max_tokens=2000).error

@@ -26,6 +26,9 @@ import transformers
 
 from engines import ConfigError
 from engines.local.transformers import TransformersEngine
+from tests.support.checkpoint import tiny_llava
+
+__all__ = ["tiny_llava"]
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> bytes:
@@ -57,7 +60,7 @@ def engine(tiny_llava: Path) -> Iterator[TransformersEngine]:
 
 def by_generate(engine: TransformersEngine, row: dict[str, Any]) -> str:
     """What the library itself answers, one row at a time."""
-    assert engine.vision is not None
+    assert engine.loaded.vision is not None
     messages = copy.deepcopy(row["messages"])
     for message in messages:
         if isinstance(message["content"], str):
@@ -66,16 +69,16 @@ def by_generate(engine: TransformersEngine, row: dict[str, Any]) -> str:
             if part["type"] == "image_url":
                 file = io.BytesIO(base64.b64decode(part.pop("image_url")["url"].partition(",")[2]))
                 part |= {"type": "image", "image": PIL.Image.open(file).convert("RGB")}
-    inputs = engine.vision.processor.apply_chat_template(
+    inputs = engine.loaded.vision.processor.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    output = engine.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    text: str = engine.tokenizer.decode(output, skip_special_tokens=True)
+    output = engine.loaded.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    text: str = engine.loaded.tokenizer.decode(output, skip_special_tokens=True)
     return text
 
 
 def test_rows_with_images_answer_as_generate_does_alone_and_in_company(engine: TransformersEngine) -> None:
-    assert isinstance(engine.model, transformers.LlavaForConditionalGeneration)
+    assert isinstance(engine.loaded.model, transformers.LlavaForConditionalGeneration)
     rows = [
         ask("What is it?", data_url(1)),
         ask("Who is there, and why are they there?", data_url(2, width=90)),
@@ -88,7 +91,7 @@ def test_rows_with_images_answer_as_generate_does_alone_and_in_company(engine: T
     assert [answer.text for answer in together] == [engine.infer([row])[0].text for row in rows]
     seen, unseen = engine.infer([ask("What is it?", data_url(1)), ask("What is it?", data_url(2))])
     assert seen.text != unseen.text  # else the image would not matter
-    assert seen.usage.input == together[0].usage.input == 16 + len(engine.tokenizer.encode("What is it?")) + 9
+    assert seen.usage.input == together[0].usage.input == 16 + len(engine.loaded.tokenizer.encode("What is it?")) + 9
 
 
 def test_what_is_done_with_several_answers_and_an_exhausted_device_is_done_with_images_too(
@@ -96,14 +99,14 @@ def test_what_is_done_with_several_answers_and_an_exhausted_device_is_done_with_
 ) -> None:
     rows = [ask(f"Number {i}?", data_url(i)) for i in range(4)]
     alone = [engine.infer([row])[0].text for row in rows]
-    forward = engine.model.forward
+    forward = engine.loaded.model.forward
 
     def small(**inputs: Any) -> Any:
         if len(inputs["input_ids"]) > 1 and inputs["past_key_values"] is not None:  # after the first token
             raise torch.OutOfMemoryError("no room")
         return forward(**inputs)
 
-    monkeypatch.setattr(engine.model, "forward", small)
+    monkeypatch.setattr(engine.loaded.model, "forward", small)
     assert [answer.text for answer in engine.infer(rows)] == alone
     monkeypatch.undo()
     rows[0]["generation"] |= {"n": 2, "temperature": 1.0, "seed": 1}
@@ -130,7 +133,7 @@ def test_images_come_from_files_and_from_the_web(engine: TransformersEngine, tmp
     assert answers[0].text == answers[1].text == answers[2].text is not None
     missing, broken = (answer.error for answer in answers[3:])
     assert missing is not None and missing.type == "invalid_input" and "404" in missing.message
-    assert broken is not None and broken.message == "an image is of no kind that Pillow reads"
+    assert broken is not None and broken.message == "Pillow cannot identify the format of an image"
 
 
 def test_other_kinds_of_content_are_refused_by_name(engine: TransformersEngine) -> None:

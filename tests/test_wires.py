@@ -8,16 +8,19 @@ import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import botocore.session
 import pytest
 from anthropic.types import Message as AnthropicMessage
+from anthropic.types import StopReason
+from anthropic.types.beta import BetaStopReason
 from anthropic.types.message_create_params import MessageCreateParamsNonStreaming as AnthropicBody
 from botocore.validate import ParamValidator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice as OpenAIChoice
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as OpenAIBody
 from pydantic import TypeAdapter
 
@@ -28,14 +31,15 @@ from engines.errors import ConfigError
 from engines.params import GenerationParams
 from engines.registry import HTTP_ENGINES
 from engines.remote import anthropic_messages, bedrock_converse, openai_chat
-from engines.remote.provider import Provider, endpoints, inline_refs
+from engines.remote.provider import ENDINGS, Provider, endpoints, inline_refs
+from engines.remote.wire import StreamAccumulator, Wire
 from engines.types import Request, to_request
 from jobs.compose import compose
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n" + bytes(8), b"\xff\xd8\xff\xe0" + bytes(8)
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": SCHEMA}}
-PARSED = {"chat": openai_chat, "messages": anthropic_messages, "converse": bedrock_converse}
+PARSED: dict[str, Wire] = {"chat": openai_chat, "messages": anthropic_messages, "converse": bedrock_converse}
 KEY = "sk-some-key-0123456789"
 
 
@@ -144,10 +148,16 @@ def test_anthropic_takes_an_image_on_the_web() -> None:
 @pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_bodies_are_bedrocks(name: str, caching: bool) -> None:
+    bedrock_body(request(CASES[name]), caching)
+
+
+def bedrock_body(asked: Request, caching: bool = False) -> dict[str, Any]:
+    """The body, checked against Bedrock's service model."""
     shape = botocore.session.get_session().get_service_model("bedrock-runtime").operation_model("Converse").input_shape
-    body = bedrock_converse.body(request(CASES[name]), "amazon.nova-lite-v1:0", provider("bedrock", None, caching))
+    body = bedrock_converse.body(asked, "amazon.nova-lite-v1:0", provider("bedrock", None, caching))
     report = ParamValidator().validate(body, shape)
     assert not report.has_errors(), report.generate_report()
+    return body
 
 
 def test_nothing_of_a_conversation_is_lost_on_any_wire() -> None:
@@ -312,15 +322,256 @@ def test_an_answer_of_bedrocks_is_read_whole() -> None:
 
 @pytest.mark.parametrize(
     ("choice", "text", "finish"),
-    [({"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "finish_reason": "eos"}, "ab", "stop"),
-     ({"message": {"content": "a"}, "finish_reason": None}, "a", "stop"),
-     ({"message": {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}}, "", "tool_calls"),
+    [({"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "finish_reason": "stop"}, "ab", "stop"),
+     ({"message": {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+       "finish_reason": "stop"}, "", "tool_calls"),
      ({"message": {"content": None}, "finish_reason": "length"}, None, "length")],
 )  # fmt: skip
 def test_odd_answers_are_read(choice: dict[str, Any], text: str | None, finish: str) -> None:
     found = openai_chat.completion({"choices": [choice], "usage": {"prompt_tokens": "many"}}, Provider())
     assert (found.text, found.finish_reason) == (text, finish)
     assert found.usage.input == 0
+
+
+# -- finish reasons -----------------------------------------------------------------------------------------------------
+
+
+def test_each_table_has_every_reason_of_the_official_sdk() -> None:
+    chat = get_args(OpenAIChoice.model_fields["finish_reason"].annotation)
+    bedrock = botocore.session.get_session().get_service_model("bedrock-runtime").shape_for("StopReason").enum
+    assert set(chat) <= set(openai_chat.FINISH_REASONS)
+    assert set(get_args(StopReason)) | set(get_args(BetaStopReason)) == set(anthropic_messages.FINISH_REASONS)
+    assert set(bedrock) == set(bedrock_converse.FINISH_REASONS)
+    for wire in PARSED.values():
+        assert set(wire.FINISH_REASONS.values()) <= set(ENDINGS)
+
+
+def ended(wire: str, reason: Any, text: str | None = "half", kind: str | None = None) -> Completion:
+    usage = {
+        "prompt_tokens": 7,
+        "completion_tokens": 5,
+        "input_tokens": 7,
+        "output_tokens": 5,
+        "inputTokens": 7,
+        "outputTokens": 5,
+    }
+    blocks = [{"type": "text", "text": text}] if text is not None else []
+    payload = {
+        "chat": {"choices": [{"message": {"content": text}, "finish_reason": reason}]},
+        "messages": {"content": blocks, "stop_reason": reason},
+        "converse": {"output": {"message": {"content": blocks}}, "stopReason": reason},
+    }[wire]
+    return PARSED[wire].completion({**payload, "usage": usage}, provider(kind) if kind else Provider())
+
+
+@pytest.mark.parametrize(
+    ("wire", "reason", "finish"),
+    [("chat", "stop", "stop"), ("chat", "length", "length"), ("chat", "model_length", "length"),
+     ("chat", "content_filter", "content_filter"), ("messages", "end_turn", "stop"), ("messages", "max_tokens", "length"),
+     ("messages", "pause_turn", "length"), ("messages", "model_context_window_exceeded", "length"),
+     ("messages", "refusal", "content_filter"), ("converse", "end_turn", "stop"), ("converse", "stop_sequence", "stop"),
+     ("converse", "model_context_window_exceeded", "length"), ("converse", "guardrail_intervened", "content_filter")],
+)  # fmt: skip
+def test_an_answer_says_how_it_ended(wire: str, reason: str, finish: str) -> None:
+    found = ended(wire, reason)
+    assert (found.text, found.finish_reason) == ("half", finish)
+
+
+@pytest.mark.parametrize(
+    ("wire", "reason", "type"),
+    [("chat", "error", "server"), ("chat", "abort", "server"), ("chat", None, "bad_response"),
+     ("chat", "of tomorrow", "bad_response"), ("chat", "tool_calls", "bad_response"), ("messages", None, "bad_response"),
+     ("messages", "of tomorrow", "bad_response"), ("converse", None, "bad_response"),
+     ("converse", "malformed_tool_use", "bad_response"), ("converse", "of tomorrow", "bad_response")],
+)  # fmt: skip
+def test_a_broken_or_unknown_end_is_a_retryable_error_that_is_paid(wire: str, reason: str | None, type: str) -> None:
+    with pytest.raises(EngineError) as broken:
+        ended(wire, reason)
+    assert (broken.value.type, broken.value.retryable) == (type, True)
+    assert broken.value.usage is not None and broken.value.usage.output == 5
+    if reason == "of tomorrow":
+        assert "of tomorrow" in str(broken.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "finish"),
+    [("together", "eos", "stop"), ("gemini", "MAX_TOKENS", "length"), ("vertex", "SAFETY", "content_filter"),
+     ("gemini", "content_filter: PROHIBITED_CONTENT", "content_filter"), ("huggingface", "eos_token", "stop"),
+     ("openai_compatible", "end_turn", "stop"), ("openai_compatible", "sensitive", "content_filter"),
+     ("remote_vllm", "repetition", "length"), ("deepseek", "insufficient_system_resource", None),
+     ("gemini", "function_call_filter: MALFORMED_FUNCTION_CALL", None)],
+)  # fmt: skip
+def test_providers_name_reasons_of_their_own(kind: str, reason: str, finish: str | None) -> None:
+    if finish:
+        assert ended("chat", reason, kind=kind).finish_reason == finish
+    else:
+        with pytest.raises(EngineError, match=reason.partition(":")[0]) as broken:
+            ended("chat", reason, kind=kind)
+        assert broken.value.retryable
+    if not reason.startswith("content_filter"):  # nobody else means that by it
+        with pytest.raises(EngineError, match="unknown finish reason"):
+            ended("chat", reason, kind="openai")
+
+
+def test_a_provider_may_say_what_no_reason_means() -> None:
+    payload = {"choices": [{"message": {"content": "a"}}]}
+    own = Provider.of(config_from_keys("acme", {"provider": {"finish_reasons": {"null": "stop"}}}))
+    assert openai_chat.completion(payload, own).finish_reason == "stop"
+    with pytest.raises(ConfigError, match="did you mean 'length'"):
+        Provider.of(config_from_keys("acme", {"provider": {"finish_reasons": {"cut": "lenght"}}}))
+
+
+def test_an_error_beside_half_a_text_is_an_error() -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 5}
+    error = {"code": 429, "message": "upstream is busy"}
+    choice = {"index": 0, "message": {"content": "half"}, "finish_reason": "stop"}
+    for payload in ({"choices": [{**choice, "error": error}]}, {"choices": [choice], "error": error}):
+        with pytest.raises(EngineError, match="upstream is busy") as broken:
+            openai_chat.completion({**payload, "usage": usage}, Provider())
+        assert (broken.value.type, broken.value.retryable, broken.value.usage.output) == ("rate_limit", True, 5)  # type: ignore[union-attr]
+
+
+def test_choices_are_in_order_and_one_filtered_choice_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    usage = {"prompt_tokens": 7, "completion_tokens": 5}
+
+    def choice(index: int, text: str | None, finish: str = "stop", **more: Any) -> dict[str, Any]:
+        return {"index": index, "message": {"role": "assistant", "content": text, **more}, "finish_reason": finish}
+
+    with load_engine("openai", model="gpt-4o") as engine:
+        three = [choice(2, "c"), choice(0, "a"), choice(1, None, "content_filter")]
+        found = engine.read({"choices": three, "usage": usage}, 3)  # type: ignore[attr-defined]
+        assert [c.message["content"] for c in found.choices] == ["a", None, "c"]
+        assert [c.finish_reason for c in found.choices] == ["stop", "content_filter", "stop"]
+        refused = [choice(0, None, refusal="No."), choice(1, "b")]
+        found = engine.read({"choices": refused, "usage": usage}, 2)  # type: ignore[attr-defined]
+        assert [c.finish_reason for c in found.choices] == ["content_filter", "stop"]
+        with pytest.raises(EngineError, match="refused: No") as filtered:
+            engine.read({"choices": refused[:1], "usage": usage})  # type: ignore[attr-defined]
+        assert filtered.value.type == "content_filter"
+        with pytest.raises(EngineError, match="2 choices where generation.n=3") as fewer:
+            engine.read({"choices": refused, "usage": usage}, 3)  # type: ignore[attr-defined]
+        assert (fewer.value.type, fewer.value.retryable, fewer.value.usage.output) == ("bad_response", False, 5)  # type: ignore[union-attr]
+
+
+# -- what the next turn needs -------------------------------------------------------------------------------------------
+
+
+def streamed(accumulator: StreamAccumulator, events: list[dict[str, Any]]) -> dict[str, Any]:
+    for event in events:
+        list(accumulator.add(event))
+    return accumulator.payload()
+
+
+def test_a_legacy_function_call_is_a_tool_call() -> None:
+    legacy = {"name": "f", "arguments": '{"x": 1}'}
+    whole = {"choices": [{"message": {"content": None, "function_call": legacy}, "finish_reason": "function_call"}]}
+    pieces: list[dict[str, Any]] = [
+        {"function_call": {"name": "f", "arguments": '{"x"'}},
+        {"function_call": {"arguments": ": 1}"}},
+    ]
+    events = [{"choices": [{"index": 0, "delta": piece}]} for piece in pieces]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "function_call"}]})
+    for payload in (whole, streamed(openai_chat.accumulator(), events)):
+        found = openai_chat.completion(payload, Provider())
+        assert (found.finish_reason, found.text) == ("tool_calls", None)
+        assert found.tool_calls == [{"id": "call_0", "type": "function", "function": legacy}]
+
+
+def test_geminis_thought_signature_goes_back_as_it_came() -> None:
+    signed = {**call("1", n=1), "extra_content": {"google": {"thought_signature": "s"}}}
+    whole = {
+        "choices": [{"message": {"content": None, "tool_calls": [{**signed, "index": 0}]}, "finish_reason": "tool_calls"}]
+    }
+    events = [{"choices": [{"index": 0, "delta": {"tool_calls": [signed]}, "finish_reason": "tool_calls"}]}]
+    for payload in (whole, streamed(openai_chat.accumulator(), events)):
+        message = openai_chat.completion(payload, Provider()).message
+        assert message is not None and message["tool_calls"] == [signed]
+        again = request(([{"role": "user", "content": "a"}, dict(message),
+                          {"role": "tool", "tool_call_id": "1", "content": "sun"}], {}))  # fmt: skip
+        assert openai_chat.body(again, "m", provider("gemini"))["messages"][1]["tool_calls"] == [signed]
+
+
+def test_reasoning_goes_back_where_the_provider_wants_it() -> None:
+    calls = {"content": None, "tool_calls": [call("1", n=1)], "reasoning_content": "hm"}
+    plain_, calling = (
+        openai_chat.completion({"choices": [{"message": message, "finish_reason": "stop"}]}, Provider()).message
+        for message in ({"content": "b", "reasoning_content": "hm"}, calls)
+    )
+    assert plain_ == {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    asked = request(([{"role": "user", "content": "a"}, dict(plain_ or {}), dict(calling or {}),
+                      {"role": "tool", "tool_call_id": "1", "content": "sun"}], {}))  # fmt: skip
+    for kind, model, sent in (("deepseek", "deepseek-v4-pro", [False, True]),
+                              ("deepseek", "deepseek-reasoner", [False, False]),
+                              ("remote_vllm", "m", [True, True]), ("openai", "m", [False, False]),
+                              ("openai_compatible", "m", [False, True])):  # fmt: skip
+        said = openai_chat.body(asked, model, provider(kind, model))["messages"][1:3]
+        assert ["reasoning_content" in message for message in said] == sent, (kind, model)
+
+
+def test_signed_thinking_goes_back_unchanged() -> None:
+    blocks: list[dict[str, Any]] = [
+        {"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "redacted_thinking", "data": "cmVk"},
+        {"type": "text", "text": "b"}]  # fmt: skip
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": {"model": "m", "usage": {}}},
+        {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": "", "signature": ""}},
+        {"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "hm"}},
+        {"type": "content_block_delta", "delta": {"type": "signature_delta", "signature": "s"}},
+        {"type": "content_block_stop"},
+        {"type": "content_block_start", "content_block": blocks[1]}, {"type": "content_block_stop"},
+        {"type": "content_block_start", "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "b"}}, {"type": "content_block_stop"},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}]  # fmt: skip
+    whole = {"content": blocks, "stop_reason": "end_turn"}
+    for payload in (whole, streamed(anthropic_messages.accumulator(), events)):
+        message = anthropic_messages.completion(payload, Provider()).message
+        assert message is not None and (message["content"], message["thinking_blocks"]) == ("b", blocks[:2])  # type: ignore[typeddict-item]
+        asked = request(
+            ([{"role": "user", "content": "a"}, dict(message), {"role": "user", "content": "c"}], {"max_tokens": 5})
+        )
+        body = anthropic_messages.body(asked, "m", provider("anthropic"))
+        conforms(AnthropicBody, body)
+        assert body["messages"][1]["content"] == blocks
+        assert "thinking_blocks" not in openai_chat.body(asked, "m", provider("openai"))["messages"][1]
+    theirs = [{"reasoningContent": {"reasoningText": {"text": "hm", "signature": "s"}}},
+              {"reasoningContent": {"redactedContent": b"red"}}, {"text": "b"}]  # fmt: skip
+    answer = {"output": {"message": {"content": theirs}}, "stopReason": "end_turn"}
+    message = bedrock_converse.completion(answer, Provider()).message
+    assert message is not None
+    asked = request(([{"role": "user", "content": "a"}, dict(message), {"role": "user", "content": "c"}], {}))
+    assert bedrock_body(asked)["messages"][1]["content"] == theirs
+
+
+def test_arguments_cut_off_in_a_stream_stay_text() -> None:
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": {"model": "m", "usage": {}}},
+        {"type": "content_block_start", "content_block": {"type": "tool_use", "id": "t", "name": "f", "input": {}}},
+        {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": '{"x": "un'}},
+        {"type": "content_block_stop"}, {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}}]  # fmt: skip
+    found = anthropic_messages.completion(streamed(anthropic_messages.accumulator(), events), Provider())
+    assert found.finish_reason == "length"
+    assert [call["function"]["arguments"] for call in found.tool_calls or ()] == ['{"x": "un']
+
+
+def test_a_file_and_a_sound_are_sent_in_each_wires_form() -> None:
+    pdf = base64.b64encode(b"%PDF-1").decode()
+    file = {"type": "file", "file": {"filename": "a_b.pdf", "file_data": f"data:application/pdf;base64,{pdf}"}}
+    sound = {"type": "input_audio", "input_audio": {"data": pdf, "format": "wav"}}
+    text = {"type": "text", "text": "what is it?"}
+    asked, heard = (request(([{"role": "user", "content": [part, text]}], {"max_tokens": 5})) for part in (file, sound))
+    for each in (asked, heard):
+        body = openai_chat.body(each, "m", provider("openai"))
+        conforms(OpenAIBody, body)
+        assert body["messages"] == each.messages
+    body = anthropic_messages.body(asked, "m", provider("anthropic"))
+    conforms(AnthropicBody, body)
+    assert body["messages"][0]["content"][0]["source"]["data"] == pdf
+    document = bedrock_body(asked)["messages"][0]["content"][0]["document"]
+    assert document == {"format": "pdf", "name": "a b pdf", "source": {"bytes": b"%PDF-1"}}
+    assert bedrock_body(heard)["messages"][0]["content"][0]["audio"] == {"format": "wav", "source": {"bytes": b"%PDF-1"}}
+    with pytest.raises(EngineError, match="'input_audio' cannot be sent"):
+        anthropic_messages.body(heard, "m", provider("anthropic"))
 
 
 json_values = st.recursive(
@@ -424,8 +675,8 @@ def test_unsupported_drop_leaves_out_with_a_warning(monkeypatch: pytest.MonkeyPa
         asked = Request([{"role": "user", "content": "a"}], GenerationParams(temperature=0.5, top_k=3, max_tokens=5))
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            left = engine._without_unsupported(asked, engine.capabilities_for(asked))
-            engine._without_unsupported(asked, engine.capabilities_for(asked))
+            left = engine.prepared(asked)
+            engine.prepared(asked)
         assert left.generation.given() == {"max_tokens": 5}
         assert sorted(str(warning.message).split(" ")[4] for warning in told) == [
             "generation.temperature:",

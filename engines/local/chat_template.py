@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text of a prompt, as transformers renders it, without transformers."""
+"""Renders chat templates as transformers does, without importing transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _CHATML = (
 
 
 class ChatTemplate:
-    """The chat template: `kwargs.chat_template`, else the model's own, else ChatML. Raises `ConfigError`."""
+    """The template in `kwargs["chat_template"]`, else the model's `own`, else ChatML.
+
+    `bos` and `eos` are the texts of the model's first and last token. Raises `ConfigError` for invalid Jinja.
+    """
 
     def __init__(self, kwargs: dict[str, Any], own: str | None, bos: str, eos: str) -> None:
         text = load_chat_template(kwargs.get("chat_template")) or own or _CHATML
@@ -32,25 +35,25 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
-            # `generation` only marks what training looks at.
+            # The `generation` tag only marks the text that training uses.
             self.template = environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not valid Jinja: {error}") from None
         self.variables = {"bos_token": bos, "eos_token": eos, **kwargs.get("chat_template_kwargs", {})}
 
     def render(self, messages: list[Any], tools: list[dict[str, Any]] | None, effort: str | None) -> str:
-        """The prompt. Raises `EngineError("invalid_input")` where the template does."""
+        """The text of the prompt. Raises `EngineError("invalid_input")` if the template raises an exception."""
         variables = {"tools": tools, "add_generation_prompt": True, **self.variables}
         if effort is not None:
             variables["reasoning_effort"] = effort
         try:
             return self.template.render(messages=[for_template(m) for m in messages], **variables)
-        except Exception as error:  # a template is a program: it may fail with anything
+        except Exception as error:  # a template is a program: it may raise any exception
             raise invalid(f"the chat template refused the messages: {error}"[:300]) from None
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    # Jinja's own escapes HTML.
+    # Jinja's own filter escapes HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 

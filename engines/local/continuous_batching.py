@@ -1,9 +1,9 @@
-"""transformers' own continuous batching, for the rows of `engine=transformers` that it can do.
+"""transformers' own continuous batching, for the rows of `engine=transformers` that it supports.
 
-It admits rows as others finish and keeps one paged KV cache. It has one set of sampling settings: those of the first
-row that it could do. Rows of other settings, with seeds, penalties, stop texts, a response format or log probabilities
-stay with the engine's own batches, and so does every row where the library fails: it is new, and not for every model
-and device.
+It admits rows as others finish, and keeps one paged KV cache. It has one set of sampling settings: those of the first row
+that it takes. Rows with other settings, or with seeds, penalties, stop texts, a response format or log probabilities, stay
+with the engine's own batches. So does every row at which the library fails: it is new, and does not support every model and
+device.
 """
 
 from __future__ import annotations
@@ -24,61 +24,67 @@ from engines.text import check_kwargs, one_line
 if TYPE_CHECKING:
     from engines.local.transformers_row import GenerationRow
 
-# Of the free memory, after the model: the engine's own batches need some, too.
+# The part of the memory left after loading that the library's cache may take. The engine's own batches need the rest.
 _MEMORY_PERCENT = 0.7
-# How often to look whether the library's thread still lives, in seconds.
-_LOOK_S = 0.5
+_POLL_S = 0.5  # how often to check that the library's thread is alive
 
 _Settings = tuple[float, int | None, float | None]  # temperature, top_k, top_p
 
 
-def check(given: Any) -> dict[str, Any] | None:
-    """The fields of transformers' `ContinuousBatchingConfig`; None where it is switched off. Raises `ConfigError`."""
+def parse_settings(given: Any) -> dict[str, Any] | None:
+    """`engine.kwargs.continuous_batching` as fields of transformers' `ContinuousBatchingConfig`; None if switched off.
+
+    Raises `ConfigError` for a wrong type or an unknown field.
+    """
     if isinstance(given, bool):
         return {} if given else None
     if not isinstance(given, dict):
         raise ConfigError(f"engine.kwargs.continuous_batching must be true, false or a mapping, not {given!r:.80}")
-    prefix = "continuous_batching."  # as it is named in an error
+    prefix = "continuous_batching."  # so that an error names the full key
     known = dict.fromkeys((prefix + name for name in transformers.ContinuousBatchingConfig.__dataclass_fields__), object)
     checked = check_kwargs("transformers", {prefix + str(name): value for name, value in given.items()}, known)
     return {name.removeprefix(prefix): value for name, value in checked.items()}
 
 
-def suits(model: Any) -> bool:
-    """Whether it is worth it by default: only flash attention leaves out what rows of a batch are to each other."""
+def default_settings(model: Any) -> dict[str, Any] | None:
+    """The settings if the user sets none: on with flash attention on a GPU, else off.
+
+    Without flash attention, each row's attention is computed over the other rows of the batch too.
+    """
     from transformers.utils import import_utils
 
     flash = import_utils.is_flash_attn_2_available() or import_utils.is_flash_attn_3_available()
     half = model.dtype in (torch.float16, torch.bfloat16)
-    return flash and half and model.device.type == "cuda" and isinstance(model, transformers.PreTrainedModel)
+    suitable = flash and half and model.device.type == "cuda" and isinstance(model, transformers.PreTrainedModel)
+    return {} if suitable else None
 
 
-class Continuous:
-    """Takes rows and settles them; gives `back` those that the library fails at. Used from one thread."""
+class ContinuousBatching:
+    """Takes rows and settles them. Rows at which the library fails go to `hand_back`. Used from one thread."""
 
-    def __init__(self, model: Any, options: dict[str, Any], back: Callable[[GenerationRow], None]) -> None:
-        self.model, self.options, self.back = model, options, back
+    def __init__(self, model: Any, options: dict[str, Any], hand_back: Callable[[GenerationRow], None]) -> None:
+        self.model, self.options, self.hand_back = model, options, hand_back
         self.manager: Any = None
         self.settings: _Settings | None = None
         self.broken = False
-        self.number = 0
-        self.lock = threading.Lock()  # around `rows`, which the results' thread empties
+        self.number = 0  # rows taken so far
+        self.lock = threading.Lock()  # guards `rows`, which the results' thread empties
         self.rows: dict[str, GenerationRow] = {}
 
     def take(self, row: GenerationRow) -> bool:
-        """Whether the row is in good hands now."""
+        """True if this object answers the row; False if the caller must."""
         settings = _settings(row.params)
         if self.broken or settings is None or (self.settings is not None and settings != self.settings):
             return False
         if self.manager is None:
             try:
                 self._start(settings)
-            except Exception as error:  # a library as new as this, on a device unknown: anything
+            except Exception as error:  # the library is new: on an unknown device it may raise any exception
                 self._give_up(error)
                 return False
         prompt = row.prompt + row.tokens
         if len(row.prompt) + row.limit > self.manager.batch_processor.cache.max_tokens_read:
-            return False  # it would never fit, and end the library's thread
+            return False  # it does not fit into the cache, and would end the library's thread
         self.number += 1
         name = str(self.number)
         with self.lock:
@@ -86,7 +92,7 @@ class Continuous:
         ends = sorted(row.stop_ids) or -1
         if self.manager.add_request(prompt, name, max_new_tokens=row.limit - len(row.tokens), eos_token_id=ends) is None:
             with self.lock:
-                return self.rows.pop(name, None) is None  # else the results' thread has given it back
+                return self.rows.pop(name, None) is None  # if it is gone, the results' thread has handed it back
         row.future.add_done_callback(lambda future: self._cancel(name) if future.cancelled() else None)
         return True
 
@@ -100,15 +106,15 @@ class Continuous:
         self.manager.warmup()
         self.manager.start()
         self.settings = settings
-        self.results = threading.Thread(target=self._settle, name="eagleray-continuous", daemon=True)
+        self.results = threading.Thread(target=self._settle_rows, name="eagleray-continuous", daemon=True)
         self.results.start()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The model is the caller's alone in here."""
+        """Inside the context the library does not use the model."""
         with contextlib.ExitStack() as stack:
             if self.manager is not None:
-                with contextlib.suppress(RuntimeError):  # its thread has ended
+                with contextlib.suppress(RuntimeError):  # the library's thread has ended
                     stack.enter_context(self.manager.pause())
             yield
 
@@ -121,28 +127,28 @@ class Continuous:
         self.broken = True
         warnings.warn(
             f"continuous batching failed, and is switched off: {one_line(Exception(error))}; "
-            "engine.kwargs.continuous_batching=false does so beforehand",
+            "to avoid this warning, set engine.kwargs.continuous_batching=false",
             stacklevel=2,
         )
 
     def close(self) -> None:
-        """Stops at once, and gives the unfinished rows back."""
+        """Stops at once, and hands back the unfinished rows."""
         self.broken = True
         if self.settings is not None:
             self.manager.stop(block=True, hard_stop=True)
             self.results.join()
             self.manager.destroy()
 
-    # --- in the results' thread
+    # --- The results' thread
 
-    def _settle(self) -> None:
+    def _settle_rows(self) -> None:
         while True:
-            output = self.manager.get_result(timeout=_LOOK_S)
+            output = self.manager.get_result(timeout=_POLL_S)
             if output is not None:
                 with self.lock:
                     row = self.rows.pop(output.request_id, None)
                 if row is not None:
-                    self._finish(row, output)
+                    self._settle(row, output)
             elif not self.manager.is_running():
                 break
         if not self.broken:
@@ -150,11 +156,11 @@ class Continuous:
         with self.lock:
             left, self.rows = list(self.rows.values()), {}
         for row in left:
-            self.back(row)
+            self.hand_back(row)
 
-    def _finish(self, row: GenerationRow, output: Any) -> None:
+    def _settle(self, row: GenerationRow, output: Any) -> None:
         if output.error is not None:
-            return self.back(row)
+            return self.hand_back(row)
         row.tokens += output.generated_tokens
         if row.tokens and row.tokens[-1] in row.stop_ids:
             row.tokens.pop()
@@ -164,7 +170,7 @@ class Continuous:
 
 
 def _settings(params: GenerationParams) -> _Settings | None:
-    """What rows must share; None for what the library cannot do, or not for a single row."""
+    """The settings that all rows share; None for parameters that the library does not support, or not per row."""
     special = (params.logit_bias, params.frequency_penalty, params.presence_penalty, params.logprobs is not None)
     if any(special) or params.response_format or params.repetition_penalty not in (None, 1) or params.stop:
         return None

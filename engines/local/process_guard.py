@@ -1,7 +1,8 @@
-"""`python -m engines.local.process_guard COMMAND…`: runs a command that must not outlive whoever started it.
+"""`python -m engines.local.process_guard COMMAND…`: runs a command that ends when its owner ends.
 
-It ends when the command does, or when its standard input closes, which whatever kills the owner closes, too. Start it in
-a session of its own: it ends its whole process group. `follow` is for processes that something else has started.
+The owner holds the guard's standard input open. When the owner dies, for any reason, the operating system closes the input,
+and the guard ends its process group. Start the guard in a new session, so that the group is its own. `follow` guards
+processes that are already running.
 """
 
 from __future__ import annotations
@@ -15,28 +16,29 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-GRACE_S = 10.0  # between asking the group to end and ending it
+GRACE_S = 10.0  # between SIGTERM and SIGKILL to the group
 
 
 def follow(pids: Iterable[int]) -> subprocess.Popen[bytes]:
-    """Watches over processes of this one's that do not notice its end themselves; killed, the watcher leaves them alone."""
+    """Starts a watcher that kills `pids` when this process ends. Kill the watcher to leave them alone."""
     command = [sys.executable, "-m", "engines.local.process_guard", "--follow", *map(str, pids)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _follow(pids: list[int]) -> int:
-    began = {pid: _began(pid) for pid in pids}
+    """Waits until standard input closes, then kills `pids`."""
+    began = {pid: _start_time(pid) for pid in pids}
     while os.read(0, 1):
         pass
     for pid, when in began.items():
-        if when is not None and _began(pid) == when:  # and not another that has its number by now
+        if when is not None and _start_time(pid) == when:  # else another process has the pid now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     return 0
 
 
-def _began(pid: int) -> str | None:
-    """When a process began, as Linux tells it."""
+def _start_time(pid: int) -> str | None:
+    """The start time of a process in clock ticks after boot (field 22 of /proc/PID/stat); None if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -49,9 +51,10 @@ def main() -> int:
     if os.getpid() != os.getpgid(0):
         raise SystemExit("engines.local.process_guard must lead a process group: start it in a new session")
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it asks its group, and is in it; the command has begun without this
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it signals its own group; the command started before this line
 
     def stop() -> None:
+        """Waits until standard input closes, then ends the group."""
         while os.read(0, 1):
             pass
         os.killpg(0, signal.SIGTERM)
@@ -62,7 +65,7 @@ def main() -> int:
 
     threading.Thread(target=stop, daemon=True).start()
     status = child.wait()
-    os.killpg(0, signal.SIGTERM)  # what the command left behind
+    os.killpg(0, signal.SIGTERM)  # child processes that the command left
     return status if status >= 0 else 128 - status
 
 

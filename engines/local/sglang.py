@@ -1,8 +1,8 @@
-"""`engine=sglang_offline`: SGLang inside the worker, as its own server, which is asked over loopback.
+"""`engine=sglang_offline`: a server of SGLang that this engine starts and asks over loopback.
 
-SGLang's own chat layer (templates, tools, reasoning, structured output) exists behind HTTP only, and its in-process
-`Engine` keeps changing; its command line does not. `engine.kwargs` are the flags of `python -m sglang.launch_server`, with
-underscores (`tensor_parallel_size`, `mem_fraction_static`, `tool_call_parser`, …); the server goes when the worker goes.
+SGLang's chat layer (templates, tools, reasoning, structured output) exists only behind HTTP, and its in-process `Engine`
+changes often; its command line is stable. `engine.kwargs` are the flags of `python -m sglang.launch_server`, with
+underscores (`tensor_parallel_size`, `mem_fraction_static`, `tool_call_parser`, …). The server ends when the worker ends.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from engines.text import one_line
 from engines.types import DEFAULT_MAX_TOKENS, Completion, Request
 
 _ADAPTER = "adapter"  # the server's name for `engine.adapter`
-_LOOK_S = 0.5  # how often to look whether the server is there
-_MINE = ("model_path", "host", "port", "revision")  # flags that are set here
+_POLL_S = 0.5  # how often to ask whether the server is ready
+_USAGE_ERROR = 2  # argparse's exit status for wrong flags
+_RESERVED = ("model_path", "host", "port", "revision")  # flags that this engine sets
 
 
 class SGLangOfflineEngine(RemoteEngine):
-    """One model on as many GPUs as its parallel sizes say."""
+    """One model on the GPUs that its parallel sizes need.
+
+    Loading raises `ConfigError` for a wrong configuration, and `EngineError("engine_crash")` if the server dies.
+    """
 
     kind = "sglang_offline"
-    dead: str | None = None  # what the server died of
+    dead: str | None = None  # why the server ended; None while it runs
 
     def _load(self) -> None:
         config = self.config
@@ -53,9 +57,9 @@ class SGLangOfflineEngine(RemoteEngine):
         )
         try:
             self._wait(f"http://127.0.0.1:{port}/health")
-            # From here on a server like any other, but that it belongs to us.
+            # From here on, this is a remote engine with a server of its own.
             usual = packaged("sglang")
-            # As with the other local engines: greedy, and bounded, unless told otherwise.
+            # The defaults of all local engines: greedy, with a limit of output tokens.
             defaults = {"temperature": 0.0, "max_tokens": DEFAULT_MAX_TOKENS}
             self.config = dataclasses.replace(
                 config,
@@ -71,13 +75,14 @@ class SGLangOfflineEngine(RemoteEngine):
         threading.Thread(target=self._watch, name="sglang", daemon=True).start()
 
     def _flags(self, port: int) -> list[str]:
+        """The server's command line flags. Raises `ConfigError` for a flag that this engine sets."""
         config = self.config
         flags: dict[str, Any] = {"model_path": config.model, "host": "127.0.0.1", "port": port, "revision": config.revision}
         if config.adapter is not None:
             flags |= {"enable_lora": True, "lora_paths": [f"{_ADAPTER}={config.adapter}"]}
         found: list[str] = []
         for name, value in {**flags, **config.kwargs}.items():
-            if name in _MINE and name in config.kwargs:
+            if name in _RESERVED and name in config.kwargs:
                 raise ConfigError(f"engine.kwargs.{name} is set by engine=sglang_offline itself")
             if value is None or value is False:
                 continue
@@ -87,26 +92,28 @@ class SGLangOfflineEngine(RemoteEngine):
         return found
 
     def _wait(self, health: str) -> None:
-        """Until the server answers. Raises `ConfigError` where it does not like its flags, `EngineError` where it dies."""
+        """Waits until the server answers. Raises `ConfigError` if it refuses its flags, `EngineError` if it dies."""
         with httpx.Client(timeout=10, trust_env=False) as client:
             while True:
                 status = self.server.poll()
                 if status is not None:
                     text = f"engine=sglang_offline cannot start: {self._reason()}"
-                    raise ConfigError(text) if status == 2 else EngineError("engine_crash", text)
+                    raise ConfigError(text) if status == _USAGE_ERROR else EngineError("engine_crash", text)
                 try:
                     if client.get(health).status_code == 200:
                         return
                 except httpx.HTTPError:
-                    pass  # loading
-                time.sleep(_LOOK_S)
+                    pass  # it is loading
+                time.sleep(_POLL_S)
 
     def _reason(self) -> str:
-        lines = Path(self.log.name).read_text(errors="replace").splitlines() or ["it said nothing"]
+        """The last error in the server's log, else its last line."""
+        lines = Path(self.log.name).read_text(errors="replace").splitlines() or ["its log is empty"]
         errors = [line for line in lines if re.search(r"(Error|Exception|error): ", line)]
         return one_line(Exception((errors or lines)[-1]))
 
     def _watch(self) -> None:
+        """Waits for the server's end, then cancels the requests in it."""
         self.server.wait()
         if self.dead is None:
             self.dead = self._reason()
@@ -114,11 +121,11 @@ class SGLangOfflineEngine(RemoteEngine):
             task.get_loop().call_soon_threadsafe(task.cancel)
 
     def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
-        """Its limits and outages are its own: when the server is gone, so is this engine."""
+        """Does nothing: the server has no rate limits, and when it ends, this engine ends."""
 
     async def _generate(self, request: Request) -> Completion:
         adapter = request.adapter or self.config.adapter
-        if adapter is not None:  # others are in `kwargs.lora_paths`, by their names there
+        if adapter is not None:  # other adapters are in `kwargs.lora_paths`, with their names there
             request = dataclasses.replace(request, adapter=_ADAPTER if adapter == self.config.adapter else adapter)
         task = asyncio.create_task(super()._generate(request))
         self.asked.add(task)
@@ -136,6 +143,7 @@ class SGLangOfflineEngine(RemoteEngine):
         raise EngineError("engine_crash", f"SGLang died: {self.dead}")
 
     def close(self) -> None:
+        """Stops the server."""
         self.dead = self.dead or "the engine is closed"
         if self.server.stdin is not None:
             self.server.stdin.close()

@@ -1,4 +1,4 @@
-"""One answer while `engines/local/transformers.py` generates it."""
+"""One answer of `engine=transformers` while it is generated."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from engines.types import FinishReason
 
 @dataclass(slots=True, eq=False)
 class GenerationRow:
-    """One answer in the making; a request has `n` of them."""
+    """One answer; a request has `n` of them."""
 
     prompt: list[int]
     params: GenerationParams
-    limit: int  # tokens it may have
+    limit: int  # tokens it may generate
     stop_ids: frozenset[int]
     generator: torch.Generator
     matcher: Matcher | None = None  # enforces response_format
-    images: dict[str, torch.Tensor] = field(default_factory=dict)  # what the processor made of them, a batch of one
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    images: dict[str, torch.Tensor] = field(default_factory=dict)  # the processor's output, with a batch size of 1
+    tokens: list[int] = field(default_factory=list)  # generated so far
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # OpenAI's `logprobs.content`
     finish: FinishReason = "stop"
-    failed: bool = False  # transformers' continuous batching, at this row
-    future: Future[GenerationRow] = field(default_factory=Future)  # done, too, when whoever asked gave up
+    failed: bool = False  # transformers' continuous batching failed at this row
+    future: Future[GenerationRow] = field(default_factory=Future)  # also done if the caller has cancelled
 
     def settle(self, error: BaseException | None = None) -> None:
-        """Hands the outcome to whoever waits for it, if anybody still does."""
+        """Hands the answer or the error to the caller, unless the caller has cancelled."""
         with contextlib.suppress(InvalidStateError):
             if error is None:
                 self.future.set_result(self)

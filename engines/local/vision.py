@@ -1,4 +1,4 @@
-"""The eyes of `engine=transformers`: messages with images become tokens and tensors by the checkpoint's processor."""
+"""Images for `engine=transformers`: the checkpoint's processor turns messages with images into tokens and tensors."""
 
 from __future__ import annotations
 
@@ -23,40 +23,42 @@ if TYPE_CHECKING:
     from engines.local.transformers_row import GenerationRow
 
 _FETCH_S = 60.0
-# Models that look at the images anew with each token (Llama 3.2 Vision, the first Idefics) want these kept up.
+# Inputs of models that attend to the images at each decoded token (Llama 3.2 Vision, the first Idefics). The decode loop
+# does not extend these from step to step.
 _EACH_STEP = ("cross_attention_mask", "image_attention_mask")
 
 
-def sees(settings: Any) -> bool:
-    """Whether a checkpoint of this config takes images beside text."""
+def takes_images(settings: Any) -> bool:
+    """A checkpoint with this config takes images and text."""
     return settings.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def has_images(messages: Sequence[Message]) -> bool:
+    """A message has a content part that is not text."""
     contents = (message.get("content") for message in messages)
     return any(isinstance(content, list) and any(part["type"] != "text" for part in content) for content in contents)
 
 
 class Vision:
-    """A checkpoint's processor. Threads may share it."""
+    """A checkpoint's processor. Threads can share it. The constructor raises what transformers raises."""
 
     def __init__(self, source: str, hub: dict[str, Any]) -> None:
         self.processor: Any = transformers.AutoProcessor.from_pretrained(source, **hub)
-        self.lock = threading.Lock()  # a tokenizer changes its settings from call to call
+        self.lock = threading.Lock()  # a tokenizer changes its own settings during a call
 
     def read(
         self, messages: Sequence[Message], template: str, variables: dict[str, Any]
     ) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """The prompt's tokens, and what else the model's `forward` takes with them, as a batch of one.
+        """The prompt's token ids, and the other inputs of the model's `forward`, with a batch size of 1.
 
-        Raises `EngineError("invalid_input")` for an image that cannot be had, and what the template raises.
+        Raises `EngineError("invalid_input")` for an image that cannot be read, and any exception of the template.
         """
-        shown = [for_template(message, parts=True) for message in messages]
-        for message in shown:
+        plain = [for_template(message, parts=True) for message in messages]
+        for message in plain:
             message["content"] = [_part(part) for part in message["content"]]
         with self.lock:
             found = self.processor.apply_chat_template(
-                shown,
+                plain,
                 chat_template=template,
                 tokenize=True,
                 add_generation_prompt=True,
@@ -70,15 +72,15 @@ class Vision:
         return found["input_ids"][0].tolist(), inputs
 
 
-def shapes(row: GenerationRow) -> tuple[Any, ...]:
-    """What rows of one batch have in common: each processor's own way to pad images of other shapes is not for us."""
+def image_shapes(row: GenerationRow) -> tuple[Any, ...]:
+    """A key that is equal for rows whose images fit into one batch: each processor pads other shapes in its own way."""
     return tuple(
         (name, None if _per_token(row, value) else tuple(value.shape[1:])) for name, value in sorted(row.images.items())
     )
 
 
-def together(rows: Sequence[GenerationRow], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The images' inputs of a batch: what goes with the tokens padded at the left like them, the rest one after another."""
+def batch_images(rows: Sequence[GenerationRow], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The image inputs of a batch. Inputs with a value per token are padded at the left; the others are concatenated."""
     batch = {}
     for name, first in rows[0].images.items():
         values = [row.images[name] for row in rows]
@@ -92,10 +94,12 @@ def together(rows: Sequence[GenerationRow], device: torch.device, dtype: torch.d
 
 
 def _per_token(row: GenerationRow, value: torch.Tensor) -> bool:
+    """`value` has one element per prompt token: its shape is (1, tokens)."""
     return tuple(value.shape) == (1, len(row.prompt))
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
+    """A content part as processors take it, with images as `PIL.Image`. Raises `EngineError("invalid_input")`."""
     if part["type"] == "text":
         return part
     if part["type"] != "image_url":
@@ -105,8 +109,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
         data = given.data if given.url is None else _fetch(given.url)
         image = PIL.Image.open(io.BytesIO(data)).convert("RGB")
     except PIL.UnidentifiedImageError:
-        raise invalid("an image is of no kind that Pillow reads") from None
-    except Exception as error:  # the web and image files: anything
+        raise invalid("Pillow cannot identify the format of an image") from None
+    except Exception as error:  # HTTP clients and image decoders raise many types
         raise invalid(f"an image cannot be read: {one_line(error)}") from None
     return {"type": "image", "image": image}
 

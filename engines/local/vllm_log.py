@@ -1,6 +1,7 @@
-"""What vLLM logs: warnings to stderr, and errors to a file as well, for only there is told what its processes died of.
+"""vLLM's log: warnings go to stderr, and errors also to a file.
 
-Import this before vLLM: environment variables are read then, by it and by every process it starts.
+The file is needed because only the log says why one of vLLM's processes died. Import this module before vLLM: vLLM, and
+each process that it starts, reads the environment variables when it is imported.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ _FOLDER = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True
 _ERRORS = Path(_FOLDER.name, "errors")
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # or every request has its line
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # INFO writes a line per request
 
-# A configuration of the user's own is left alone; one of ours belongs to the process that started this one.
+# The user's own configuration is kept. A configuration of ours in the environment comes from the parent process.
 if _PREFIX in os.environ.get("VLLM_LOGGING_CONFIG_PATH", _PREFIX):
     _config = {
         "version": 1,
@@ -35,12 +36,12 @@ if _PREFIX in os.environ.get("VLLM_LOGGING_CONFIG_PATH", _PREFIX):
 
 
 def size() -> int:
-    """How many bytes of errors there are: where an engine's own begin."""
+    """Bytes in the error file: the start of the errors of an engine that starts now."""
     return _ERRORS.stat().st_size if _ERRORS.is_file() else 0
 
 
 def last_error(start: int) -> str | None:
-    """The last exception logged since there were `start` bytes, in one line; None where none was."""
+    """The last exception logged after the first `start` bytes, in one line; None if there is none."""
     text = _ERRORS.read_bytes()[start:].decode(errors="replace") if _ERRORS.is_file() else ""
     found = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .+", text, re.MULTILINE)
     return " ".join(str(found[-1]).split())[:500] if found else None

@@ -1,19 +1,21 @@
-"""How a request proves who sends it. Keys come from the environment, are held here only, and are cut from every error."""
+"""Authentication. Keys come from the environment, are kept only here, and are removed from every error message."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from typing import Any
 
 from engines.config import EngineConfig
-from engines.errors import ConfigError, EngineError, ErrorType
+from engines.errors import ConfigError, EngineError, ErrorCode, ErrorType
+from engines.remote.event_loops import PerLoop
 from engines.remote.provider import Provider
 
-# A token is renewed so long before it expires: requests under way must still be covered.
+# A token is renewed this long before it expires, so that it is valid until the last request that has it is answered.
 RENEW_BEFORE_S = 300.0
-# A token that was refused younger than this was not refused for its age.
+# If a token younger than this is refused, a new one would be refused too.
 TOO_YOUNG_S = 5.0
 
 
@@ -22,15 +24,14 @@ class Auth:
 
     def __init__(self, headers: dict[str, str], secret: str = "") -> None:
         self.fixed, self.secret = headers, secret
-        self.lock: asyncio.Lock  # made in the event loop that uses it
 
     @staticmethod
     def of(config: EngineConfig, provider: Provider) -> Auth:
-        """Raises `ConfigError` where the key is missing, with the name of its variable."""
+        """Raises `ConfigError` if the key is missing, with the name of its variable."""
         if provider.auth == "google":
             return GoogleAuth(config)
         variable = config.api_key_env
-        # A header pasted with its line's end would be refused as malformed, with the key in the message.
+        # A key pasted with its newline would be refused as a malformed header, and the message would show the key.
         key = os.environ.get(variable, "").strip() if variable else ""
         if not key:
             if provider.auth == "optional" or any(
@@ -41,7 +42,9 @@ class Auth:
                 f"engine={config.kind} needs its key in the environment: export {variable}=… "
                 "(engine.api_key_env names another variable)"
                 if variable
-                else f"engine={config.kind} needs engine.api_key_env: the environment variable that holds the key"
+                else f"engine={config.kind} needs engine.api_key_env: the environment variable that holds the key",
+                code=ErrorCode.KEY_MISSING,
+                key="engine.api_key_env",
             )
         header = {"x-api-key": key} if provider.auth == "x-api-key" else {"authorization": f"Bearer {key}"}
         return Auth(header, key)
@@ -50,18 +53,18 @@ class Auth:
         return self.fixed
 
     def clean(self, text: str) -> str:
-        """Without the key, which some servers repeat in their errors."""
+        """`text` without the key, which some servers repeat in their errors."""
         return text.replace(self.secret, "***") if self.secret else text
 
     def refused(self) -> bool:
-        """The server refused; whether asking again with another token may help."""
+        """Called if the server refuses the key. Returns True if another try may have a new token."""
         return False
 
 
 class GoogleAuth(Auth):
-    """A bearer token of google-auth: default credentials, or the service-account file in `kwargs.credentials`.
+    """A bearer token from google-auth: default credentials, or the service-account file in `kwargs.credentials`.
 
-    Fetched once and renewed before it expires, by one task while the others wait.
+    One task fetches it, and renews it before it expires, while the others wait.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -71,7 +74,8 @@ class GoogleAuth(Auth):
             import google.auth.exceptions
             from google.oauth2 import service_account
         except ImportError:
-            raise ConfigError(f"engine={config.kind} needs google-auth: run pip install 'eagleray[vertex]'") from None
+            text = f"engine={config.kind} needs google-auth: run pip install 'eagleray[vertex]'"
+            raise ConfigError(text, code=ErrorCode.PACKAGE_MISSING) from None
         scopes = ["https://www.googleapis.com/auth/cloud-platform"]
         file = config.kwargs.get("credentials")
         try:
@@ -85,10 +89,13 @@ class GoogleAuth(Auth):
             )
             raise ConfigError(f"engine={config.kind} cannot use {where}: {' '.join(str(error).split())[:200]}") from None
         self.fetched_at = 0.0
+        # One task of each event loop fetches, and one loop at a time.
+        self.tasks: PerLoop[asyncio.Lock] = PerLoop(asyncio.Lock)
+        self.loops = threading.Lock()
 
     async def headers(self) -> dict[str, str]:
         if not self._fresh():
-            async with self.lock:
+            async with self.tasks.get():
                 if not self._fresh():
                     await asyncio.to_thread(self._fetch)
         return self.fixed
@@ -101,6 +108,11 @@ class GoogleAuth(Auth):
 
     def _fetch(self) -> None:
         """Raises `EngineError`."""
+        with self.loops:
+            if not self._fresh():
+                self._fetch_token()
+
+    def _fetch_token(self) -> None:
         from google.auth import exceptions
         from google.auth.transport import requests
 

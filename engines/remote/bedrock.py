@@ -1,4 +1,4 @@
-"""`engine=bedrock`: Amazon Bedrock's Converse API through boto3, whose blocking calls run in a pool of threads."""
+"""`engine=bedrock`: Amazon Bedrock's Converse API through boto3. Its blocking calls run in a pool of threads."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from engines.errors import ConfigError, EngineError, ErrorType
-from engines.remote import bedrock_converse, openai_chat
+from engines.remote import bedrock_converse
 from engines.remote.auth import Auth
 from engines.remote.concurrency import Endpoint, EndpointPool
 from engines.remote.engine import RemoteEngine
 from engines.remote.errors import failure
+from engines.remote.wire import bad_response, check_choices
+from engines.rendering import render_http
 from engines.types import Completion, Request
 
 
 class BedrockEngine(RemoteEngine):
-    """Credentials come from AWS's own chain, the region from AWS_REGION or its configuration. One client a process."""
+    """Bedrock. Credentials come from AWS's own chain, the region from AWS_REGION or AWS's configuration."""
 
     kind = "bedrock"
 
@@ -34,7 +36,7 @@ class BedrockEngine(RemoteEngine):
             raise ConfigError("engine=bedrock takes one engine.base_url")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         settings = Config(
-            retries={"total_max_attempts": 1},  # ours decide
+            retries={"total_max_attempts": 1},  # `RemoteEngine` retries
             max_pool_connections=self.max_concurrency,
             connect_timeout=min(config.connect_timeout_s, config.timeout_s),
             read_timeout=config.read_timeout_s or config.timeout_s,
@@ -50,18 +52,23 @@ class BedrockEngine(RemoteEngine):
         self.headers: dict[str, str] = {}
         self.threads = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="bedrock")
 
+    def render_request(self, request: Request) -> str:
+        body = self.body(self.prepared(request))  # boto3 signs it and moves the model into the URL
+        url = f"{self.endpoints.urls[0]}/model/{body.pop('modelId')}/converse"
+        return render_http(url, {"authorization": "AWS4-HMAC-SHA256 ***"}, body)
+
     def encode(self, body: dict[str, Any]) -> tuple[Any, int]:
         return body, len(str(body["messages"])) + len(str(body.get("system", "")))
 
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         loop = asyncio.get_running_loop()
         payload = await loop.run_in_executor(self.threads, self._converse, content)
-        completion = bedrock_converse.completion(payload, self.provider)
+        completion = check_choices(bedrock_converse.completion(payload, self.provider), request.generation.n)
         completion.model = content["modelId"]
         return completion
 
     def _converse(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Raises `EngineError`."""
+        """One call of the API. Raises `EngineError`."""
         from botocore import exceptions, parsers
 
         try:
@@ -76,7 +83,7 @@ class BedrockEngine(RemoteEngine):
         except (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError) as error:
             raise EngineError("timeout", f"no answer in time: {error}", retryable=True) from None
         except (parsers.ResponseParserError, UnicodeDecodeError) as error:
-            raise openai_chat.bad_response("the answer cannot be read", error) from None
+            raise bad_response("the answer cannot be read", error) from None
         except (exceptions.BotoCoreError, OSError) as error:
             raise EngineError("connection", " ".join(str(error).split())[:300], retryable=True) from None
 
@@ -86,7 +93,7 @@ class BedrockEngine(RemoteEngine):
             self.client.close()
 
 
-# What Bedrock means where its status is not telling enough.
+# Bedrock's error codes whose HTTP status says less than the code.
 _TYPES: dict[str, ErrorType] = {
     "ThrottlingException": "rate_limit",
     "TooManyRequestsException": "rate_limit",

@@ -1,42 +1,79 @@
-"""The wire of Amazon Bedrock's Converse API, as boto3 takes and gives it (images and documents as bytes).
+"""The wire of Amazon Bedrock's Converse API, in boto3's form: images, audio and documents are bytes.
 
 https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_Converse.html
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
 
-from engines.errors import EngineError, invalid
-from engines.media import image_of
+from engines.errors import invalid
 from engines.params import json_schema_of
-from engines.remote.anthropic_messages import _call_id, call_of, split
-from engines.remote.openai_chat import bad_response, count, is_count
+from engines.remote.content import (
+    AudioBlock,
+    Block,
+    DocumentBlock,
+    ImageBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolResult,
+    ToolUse,
+    cannot_send,
+    split_system,
+    tool_call,
+)
 from engines.remote.provider import Provider, put
-from engines.types import Choice, Completion, FinishReason, Message, Request, ToolCall, answer
+from engines.remote.wire import (
+    Ending,
+    bad_response,
+    charging,
+    complete,
+    count,
+    finish_reason,
+    is_count,
+    with_thinking,
+)
+from engines.types import Choice, Completion, Request, ToolCall, answer
 from engines.usage import Usage
 
-_PLAIN = {"max_tokens": "inferenceConfig.maxTokens", "temperature": "inferenceConfig.temperature",
-          "top_p": "inferenceConfig.topP", "stop": "inferenceConfig.stopSequences",
-          "top_k": "additionalModelRequestFields.top_k"}  # fmt: skip
-_FINISH: dict[str, FinishReason] = {
+STREAM: dict[str, Any] = {}
+FINISH_REASONS: dict[str, Ending] = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
     "content_filtered": "content_filter",
     "guardrail_intervened": "content_filter",
+    "malformed_model_output": "bad_response",
+    "malformed_tool_use": "bad_response",
 }
+_PLAIN = {"max_tokens": "inferenceConfig.maxTokens", "temperature": "inferenceConfig.temperature",
+          "top_p": "inferenceConfig.topP", "stop": "inferenceConfig.stopSequences",
+          "top_k": "additionalModelRequestFields.top_k"}  # fmt: skip
 _CACHE = {"cachePoint": {"type": "default"}}
+_DOCUMENT_FORMATS = {
+    "application/pdf": "pdf",
+    "text/plain": "txt",
+    "text/csv": "csv",
+    "text/html": "html",
+    "text/markdown": "md",
+    "application/msword": "doc",
+    "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
+    "application/vnd.ms-excel": "xls",
+    "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
+}
 
 
 def body(request: Request, model: str | None, provider: Provider) -> dict[str, Any]:
-    """The keywords of boto3's `converse`. Raises `EngineError("invalid_input")` for what cannot be said on this wire."""
-    system, turns = split(request.messages, _blocks)
-    if not turns:
-        raise invalid("a conversation needs a message that is not a system prompt")
+    """The keywords of boto3's `converse`. Raises `EngineError("invalid_input")` for what this API cannot take."""
+    system, turns = split_system(request.messages, _render)
     out: dict[str, Any] = {"modelId": model, "messages": turns}
     if system:
         out["system"] = system
@@ -60,28 +97,41 @@ def body(request: Request, model: str | None, provider: Provider) -> dict[str, A
     return out
 
 
-def _blocks(message: Message) -> list[dict[str, Any]]:
-    content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    blocks = [_block(part) for part in parts if part["type"] != "text" or part["text"]]
-    if message["role"] == "tool":
-        result = {"toolUseId": _call_id(message), "content": blocks or [{"text": " "}]}
-        return [{"toolResult": result}]
-    for call in message.get("tool_calls") or ():
-        name, arguments = call_of(call)
-        blocks.append({"toolUse": {"toolUseId": call["id"], "name": name, "input": arguments}})
-    return blocks
+def _render(block: Block) -> Iterator[dict[str, Any]]:
+    match block:
+        case TextBlock(text=text):
+            yield {"text": text}
+        case ImageBlock(image=image):
+            if image.url:
+                raise invalid("Bedrock takes images as files or data URLs, not as web addresses")
+            yield {"image": {"format": image.media_type.removeprefix("image/"), "source": {"bytes": image.data}}}
+        case AudioBlock(format=format):
+            yield {"audio": {"format": format, "source": {"bytes": block.data()}}}
+        case DocumentBlock(media_type=media_type):
+            if media_type not in _DOCUMENT_FORMATS:
+                raise invalid(f"Bedrock takes no documents of type {media_type}")
+            # The characters that the API takes in a name.
+            name = " ".join(re.sub(r"[^A-Za-z0-9 ()\[\]-]", " ", block.name).split())[:200] or "document"
+            yield {"document": {"format": _DOCUMENT_FORMATS[media_type], "name": name, "source": {"bytes": block.data()}}}
+        case ThinkingBlock(redacted=redacted) if redacted:
+            yield {"reasoningContent": {"redactedContent": _bytes(redacted)}}
+        case ThinkingBlock(text=text, signature=signature):
+            signed = {"signature": signature} if signature else {}
+            yield {"reasoningContent": {"reasoningText": {"text": text, **signed}}}
+        case ToolUse(id=id, name=name, arguments=arguments):
+            yield {"toolUse": {"toolUseId": id, "name": name, "input": arguments}}
+        case ToolResult(call_id=id, content=content):
+            inner = [found for each in content for found in _render(each)]
+            yield {"toolResult": {"toolUseId": id, "content": inner or [{"text": " "}]}}
+        case _:
+            raise cannot_send(block)
 
 
-def _block(part: Any) -> dict[str, Any]:
-    if part["type"] == "text":
-        return {"text": part["text"]}
-    if part["type"] == "image_url":
-        image = image_of(part)
-        if image.url:
-            raise invalid("Bedrock takes images as files or data URLs, not as web addresses")
-        return {"image": {"format": image.media_type.removeprefix("image/"), "source": {"bytes": image.data}}}
-    raise invalid(f"content of type '{part['type']}' cannot be sent to this provider")
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid("the data of a redacted_thinking block is not valid base64") from None
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,18 +156,9 @@ def _tool_choice(choice: str | dict[str, Any] | None) -> dict[str, Any] | None:
     raise invalid(f"tool_choice must be auto, none, required or one tool, not {choice!r}")
 
 
-def completion(payload: dict[str, Any], _: Provider) -> Completion:
-    """A whole answer, read leniently. Raises `EngineError` where there is none in it, with the usage that is paid."""
-    usage = _usage(payload.get("usage"))
-    try:
-        return _completion(payload, usage)
-    except EngineError as error:
-        error.usage = usage
-        raise
-
-
-def _usage(found: Any) -> Usage:
-    """`inputTokens` leaves out what was read from the prompt cache and what was written to it."""
+def usage(payload: dict[str, Any]) -> Usage:
+    """The token counts of an answer. `inputTokens` leaves out what was read from and written to the prompt cache."""
+    found = payload.get("usage")
     if not isinstance(found, dict):
         return Usage(known=False)
     cached, write = count(found.get("cacheReadInputTokens")), count(found.get("cacheWriteInputTokens"))
@@ -130,14 +171,21 @@ def _usage(found: Any) -> Usage:
     )  # fmt: skip
 
 
-def _completion(payload: dict[str, Any], usage: Usage) -> Completion:
+def completion(payload: dict[str, Any], provider: Provider) -> Completion:
+    """Reads an answer. Raises `EngineError` with the `usage` that has to be paid."""
+    used = usage(payload)
+    with charging(used):
+        return _completion(payload, used, provider)
+
+
+def _completion(payload: dict[str, Any], used: Usage, provider: Provider) -> Completion:
     output = payload.get("output")
     message = output.get("message") if isinstance(output, dict) else None
     blocks = message.get("content") if isinstance(message, dict) else None
     if not isinstance(blocks, list):
         raise bad_response("the answer has no message", payload)
     texts: list[str] = []
-    thoughts: list[str] = []
+    thinking: list[dict[str, Any]] = []
     calls: list[ToolCall] = []
     for block in blocks:
         if not isinstance(block, dict):
@@ -146,17 +194,23 @@ def _completion(payload: dict[str, Any], usage: Usage) -> Completion:
         if isinstance(block.get("text"), str):
             texts.append(block["text"])
         elif isinstance(use, dict):
-            function = {"name": str(use.get("name")), "arguments": orjson.dumps(use.get("input") or {}).decode()}
-            calls.append({"id": str(use.get("toolUseId")), "type": "function", "function": function})  # type: ignore[typeddict-item]
-        elif isinstance(thought, dict) and isinstance(inner := thought.get("reasoningText"), dict):
-            thoughts.append(str(inner.get("text") or ""))
-    reason = payload.get("stopReason")
-    if _FINISH.get(str(reason)) == "content_filter" and not texts:
-        raise EngineError("content_filter", f"Bedrock withheld the answer ({reason})")
-    if reason is None and not blocks:
-        raise bad_response("the answer is empty", payload)
-    return Completion(
-        [Choice(answer("".join(texts) if texts else None, calls), _FINISH.get(str(reason), "stop"))],
-        usage,
-        reasoning="\n".join(thoughts) or None,
-    )
+            calls.append(tool_call(use.get("toolUseId"), use.get("name"), use.get("input")))
+        elif isinstance(thought, dict):
+            thinking += _thinking(thought)
+    finish = finish_reason(payload.get("stopReason"), FINISH_REASONS, provider)
+    said = with_thinking(answer("".join(texts) if texts else None, calls), thinking)
+    reasoning = "\n".join(block["thinking"] for block in thinking if block.get("thinking"))
+    return complete([Choice(said, finish)], used, None, reasoning or None)
+
+
+def _thinking(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A block of reasoning in Anthropic's form, which `thinking_blocks` has for both wires."""
+    if isinstance(inner := found.get("reasoningText"), dict):
+        yield {"type": "thinking", "thinking": str(inner.get("text") or ""), "signature": str(inner.get("signature") or "")}
+    elif isinstance(data := found.get("redactedContent"), bytes):
+        yield {"type": "redacted_thinking", "data": base64.b64encode(data).decode()}
+
+
+def accumulator() -> None:
+    """None: this wire does not stream."""
+    return None

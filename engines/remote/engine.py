@@ -1,4 +1,8 @@
-"""The engine of every provider that speaks HTTP: one request is limits, a slot, an endpoint, and retries around them."""
+"""The engine of every provider with an HTTP API.
+
+A request takes a slot, an endpoint and its share of the rate limits for each try; retries are a loop around that. One
+engine may be used from several threads, each with an event loop of its own: limits, slots and endpoints are shared.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,44 @@ import dataclasses
 import json
 import random
 import secrets
+import threading
 import time
 import uuid
-from types import ModuleType
 from typing import Any
 
 import httpx
 import orjson
 
-from engines.base import Engine
-from engines.config import Capabilities, SourceOf
-from engines.errors import ConfigError, EngineError, invalid, nearest
+from engines.base import ModelEngine
+from engines.config import Capabilities, EngineConfig, SourceOf
+from engines.errors import ConfigError, EngineError, Finding, invalid, unknown_kwarg
 from engines.remote import anthropic_messages, openai_chat
 from engines.remote.auth import Auth
+from engines.remote.batch.api import Batches
 from engines.remote.concurrency import AdaptiveSemaphore, Endpoint, EndpointPool, RetryBudget
+from engines.remote.controls import CheckBudget, RemoteControls
 from engines.remote.errors import OVERLOAD, broken, failure, observed
+from engines.remote.event_loops import PerLoop
 from engines.remote.http import Transport
+from engines.remote.preflight import findings, masked, without_secrets
 from engines.remote.provider import Provider, endpoints, merge
 from engines.remote.rate_limits import Limits
-from engines.remote.sse import SSEParser, StreamAccumulator
+from engines.remote.sse import SSEParser
+from engines.remote.wire import Wire, bad_response, check_choices
+from engines.rendering import render_http
 from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
 from engines.usage import Usage
 
-WIRES: dict[str, ModuleType] = {"chat": openai_chat, "messages": anthropic_messages}
-ACCUMULATORS: dict[str, type[StreamAccumulator]] = {
-    "chat": openai_chat.ChatAccumulator,
-    "messages": anthropic_messages.MessagesAccumulator,
-}
+WIRES: dict[str, Wire] = {"chat": openai_chat, "messages": anthropic_messages}
 
-# Full jitter: a wait is drawn between 0 and twice as much each time, up to the most.
+# Full jitter: each wait is drawn between 0 and a bound that doubles with every try.
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
-# The longest that one answer's Retry-After holds up all the others; its own row waits as long as it says.
+# The longest that one answer's Retry-After stops all other rows; its own row waits as long as it says.
 MOST_PAUSE_S = 60.0
 
 
-class RemoteEngine(Engine):
-    """A provider's API. What it is, and how it differs from its wire, is in `config.provider`."""
+class RemoteEngine(Batches, ModelEngine):
+    """A provider's API. `config.provider` says how it differs from other providers with the same wire format."""
 
     kind = "openai_compatible"
 
@@ -53,18 +59,26 @@ class RemoteEngine(Engine):
         self.provider = Provider.of(config)
         self.models: dict[str | None, tuple[Provider, Capabilities]] = {}
         self.limits = Limits(config)
+        self.semaphore = AdaptiveSemaphore(self.max_concurrency)
         self.retries = RetryBudget()
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.check_budget: CheckBudget | None = None
+        self.max_outage_s = 900.0  # how long no server may answer
+        self.outage: str | None = None
+        self.stopping = False
+        self.stops: PerLoop[asyncio.Event] = PerLoop(asyncio.Event)
+        self.counts: dict[str, float] = {"retried": 0, "throttled": 0, "limiter_wait_seconds": 0.0}
+        self.counting = threading.Lock()
         self.run_id = secrets.token_hex(4)
+        # Estimates for the next request's reservation. Threads may overwrite each other's updates: that does no harm.
         self.bytes_per_token, self.mean_output = BYTES_PER_TOKEN, FIRST_OUTPUT
         if config.model is None:
-            raise ConfigError(f"engine={config.kind} needs engine.model: the provider's name of a model")
+            raise ConfigError(
+                f"engine={config.kind} needs engine.model: the provider's name of a model", key="engine.model"
+            )
         for name in config.kwargs:
             if name not in self.provider.kwargs:
-                raise ConfigError(
-                    f"engine.kwargs.{name} is not known to engine={config.kind}{nearest(name, self.provider.kwargs)}; "
-                    "engine.extra_body adds fields to the requests"
-                )
+                hint = "engine.extra_body adds fields to the requests"
+                raise unknown_kwarg(name, config.kind, self.provider.kwargs, hint)
         self._connect()
 
     def _connect(self) -> None:
@@ -80,23 +94,14 @@ class RemoteEngine(Engine):
         )
         self.transport.check(self.endpoints.urls[0], {**self.headers, **self.auth.fixed})
 
-    def _bind(self) -> None:
-        """What waits belongs to one event loop; `infer` may be called from one after another."""
-        loop = asyncio.get_running_loop()
-        if loop is not self.loop:
-            self.loop = loop
-            self.semaphore, self.stopping = AdaptiveSemaphore(self.max_concurrency), asyncio.Event()
-            self.endpoints.changed, self.auth.lock = asyncio.Event(), asyncio.Lock()
-            self.limits.queues.clear()
-
     @property
     def max_concurrency(self) -> int:
-        """The most requests in flight."""
+        """The largest number of requests in flight."""
         return self.config.max_concurrency or 64
 
     @property
     def concurrency(self) -> int:
-        # Twice: rows that wait for another try, or for their turn under a limit, hold no slot.
+        # Twice: rows that wait for a retry or for a limit hold no slot.
         return 2 * self.max_concurrency
 
     def for_model(self, request: Request) -> tuple[Provider, Capabilities]:
@@ -111,33 +116,65 @@ class RemoteEngine(Engine):
     def capabilities_for(self, request: Request) -> Capabilities:
         return self.for_model(request)[1]
 
+    # -- what the pipeline asks and sets: `RemoteControls` ------------------------------------------------------------
+
     @property
-    def admitted(self) -> float | None:
-        return self.semaphore.limit if self.loop is not None else None
+    def remote(self) -> RemoteControls:
+        return self
+
+    @property
+    def admitted(self) -> float:
+        return self.semaphore.limit
 
     @property
     def stall_reason(self) -> str:
-        sick = next((endpoint for endpoint in self.endpoints.all if endpoint.open), None)
-        return sick.last_error if sick and self.endpoints.down_s else ""
+        failing = next((endpoint for endpoint in self.endpoints.all if endpoint.open), None)
+        return failing.last_error if failing and self.endpoints.down_s else ""
 
     def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
         self.limits.source = source_of(self.config)
         self.max_outage_s = max_outage_s
 
+    def set_budget(self, check: CheckBudget) -> None:
+        self.check_budget = check
+
     def drain(self) -> None:
-        if self.loop is not None:
-            self.stopping.set()
-            self.limits.fail_waiting(cancelled())
+        self.stopping = True
+        self.stops.call(asyncio.Event.set)
+        self.limits.fail_waiting(cancelled)
+
+    def _count(self, name: str, amount: float = 1) -> None:
+        with self.counting:
+            self.counts[name] += amount
 
     def close(self) -> None:
         if hasattr(self, "transport"):
             self.transport.close()
 
+    # -- before a request ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preflight(cls, config: EngineConfig, thorough: bool) -> list[Finding]:
+        return findings(config)
+
+    @classmethod
+    def unloaded(cls, config: EngineConfig) -> RemoteEngine:
+        return cls(without_secrets(config))
+
+    def check_request(self, request: Request) -> None:
+        self.body(self.prepared(request))
+
+    def render_request(self, request: Request) -> str:
+        headers = {name: masked(name, value) for name, value in {**self.headers, **self.auth.fixed}.items()}
+        if self.provider.idempotency_header:
+            headers[self.provider.idempotency_header] = f"{self.run_id}-{request.key}"
+        return render_http(self.endpoints.urls[0], headers, self.body(self.prepared(request)))
+
     # -- one request --------------------------------------------------------------------------------------------------
 
     def body(self, request: Request) -> dict[str, Any]:
         """The JSON that is sent for a request. Raises `EngineError("invalid_input")`."""
-        if request.turns:  # of a batch: `generate` takes them apart
+        if request.turns:  # `generate` sends one request for each turn; only a batch comes here with all of them
             raise invalid("a row's turns are asked one after the other, which no batch API can do (run.mode=live does)")
         provider, _ = self.for_model(request)
         if provider.defaults:
@@ -153,7 +190,7 @@ class RemoteEngine(Engine):
         return body
 
     def encode(self, body: dict[str, Any]) -> tuple[Any, int]:
-        """What is sent, and its size in bytes. Whole numbers of any size survive."""
+        """What is sent, and its size in bytes. Whole numbers of any size are kept."""
         try:
             content = orjson.dumps(body)
         except TypeError:
@@ -161,8 +198,7 @@ class RemoteEngine(Engine):
         return content, len(content)
 
     async def _generate(self, request: Request) -> Completion:
-        self._bind()
-        streams = getattr(self.wire, "STREAM", {}) if request.stream is not None else {}
+        streams = self.wire.STREAM if request.stream is not None else {}
         try:
             content, size = self.encode({**streams, **self.body(request)})
         except EngineError as error:
@@ -171,7 +207,7 @@ class RemoteEngine(Engine):
         model = request.model or self.config.model or ""
         cost = size / self.bytes_per_token, float(request.generation.max_tokens or self.mean_output)
         headers = self.headers
-        if self.provider.idempotency_header:  # a new one in another run: a failure there must not be replayed here
+        if self.provider.idempotency_header:  # differs in every run, or a failure of an earlier run would be replayed
             headers = {**headers, self.provider.idempotency_header: f"{self.run_id}-{request.key or uuid.uuid4().hex}"}
         began, tries, counted, failed = time.monotonic(), 0, 0, Usage()
         while True:
@@ -183,44 +219,52 @@ class RemoteEngine(Engine):
                 return completion
             except EngineError as error:
                 tries -= error.type == "cancelled"  # it was not sent
-                affordable = True
-                if error.usage is None and error.type in ("timeout", "bad_response"):
-                    error.usage = Usage(known=False)
-                if error.usage is not None:
-                    failed.add(error.usage)
-                    if self.check_budget is not None:
-                        affordable = await self.check_budget(request, self.cost(error.usage, request.model))
-                error.attempts, error.usage = tries, failed
-                if not error.retryable or (request.stream is not None and request.stream.begun):
-                    raise
-                if not affordable:
-                    broke = EngineError(
-                        "budget", f"run.budget_usd leaves no room for another try ({error})", retryable=True
-                    )
-                    broke.attempts, broke.usage = tries, failed
-                    raise broke from None
-                down = self.endpoints.down_s
-                if down > self.max_outage_s:
-                    self.outage = f"engine={self.kind} has not answered for {down:.0f} s ({error})"
-                    raise
-                # A row's tries count only while the server answers others, and "too many requests" is not its fault;
-                # but one that alone is refused for so long must come to an end as well.
-                counted += not down and error.type != "rate_limit"
+                await self._raise_if_final(request, error, tries, failed)
+                # A row's tries count only while the server answers others. A rate limit is not the row's fault, but a row
+                # that alone is refused for so long must come to an end as well.
+                counted += not self.endpoints.down_s and error.type != "rate_limit"
                 if counted > self.config.max_retries or time.monotonic() - began > 2 * self.max_outage_s:
                     raise
-                self.counts["retried"] += 1
+                self._count("retried")
                 wait = random.uniform(0, min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** min(tries, 16)))
                 if await self._stops_within(max(wait + self.retries.wait_s(), error.retry_after or 0.0)):
                     back = cancelled()
                     back.attempts, back.usage = tries, failed
                     raise back from None
 
+    async def _raise_if_final(self, request: Request, error: EngineError, tries: int, failed: Usage) -> None:
+        """Raises `error` if the request must not be tried again, whatever the number of tries.
+
+        `failed` is the usage of all failed tries; the usage of this one is added to it.
+        """
+        affordable = True
+        if error.usage is None and error.type in ("timeout", "bad_response"):
+            error.usage = Usage(known=False)
+        if error.usage is not None:
+            failed.add(error.usage)
+            if self.check_budget is not None:
+                affordable = await self.check_budget(request, self.cost(error.usage, request.model))
+        error.attempts, error.usage = tries, failed
+        if not error.retryable or (request.stream is not None and request.stream.begun):
+            raise error
+        if not affordable:
+            text = f"run.budget_usd leaves no room for another try ({error})"
+            spent = EngineError("budget", text, retryable=True)
+            spent.attempts, spent.usage = tries, failed
+            raise spent from None
+        down = self.endpoints.down_s
+        if down > self.max_outage_s:
+            self.outage = f"engine={self.kind} has not answered for {down:.0f} s ({error})"
+            raise error
+
     async def _stops_within(self, seconds: float) -> bool:
-        """Waits, holding no slot. True as soon as the run ends: the row then goes back."""
-        try:
-            await asyncio.wait_for(self.stopping.wait(), seconds)
-        except TimeoutError:
-            return False
+        """Waits without a slot. Returns True as soon as the run ends: the row then goes back."""
+        stop = self.stops.get()
+        if not self.stopping:
+            try:
+                await asyncio.wait_for(stop.wait(), seconds)
+            except TimeoutError:
+                return False
         return True
 
     async def _try(
@@ -230,23 +274,23 @@ class RemoteEngine(Engine):
         endpoint = await self._admitted()
         sent = time.monotonic()
         try:
-            if not self.stopping.is_set():
+            if not self.stopping:
                 await self.limits.take(model, cost)
-                self.counts["limiter_wait_seconds"] += time.monotonic() - sent  # type: ignore[assignment]
-            if self.stopping.is_set():
+                self._count("limiter_wait_seconds", time.monotonic() - sent)
+            if self.stopping:
                 raise cancelled()
             sent = time.monotonic()
             completion = await self._ask(endpoint, request, headers, content)
         except EngineError as error:
             self._failed(endpoint, model, error, sent)
-            if error.type not in ("timeout", "connection", "cancelled"):  # of those, nobody knows what was used
+            if error.type not in ("timeout", "connection", "cancelled"):  # for those, the usage is not known
                 self.limits.settle(model, *cost)
             raise
         except asyncio.CancelledError:
             endpoint.probing = False
             raise
         finally:
-            endpoint.outstanding -= 1
+            self.endpoints.release(endpoint)
             self.semaphore.release()
         completion.latency_s = time.monotonic() - sent
         self.endpoints.answered(endpoint)
@@ -259,14 +303,14 @@ class RemoteEngine(Engine):
         return completion
 
     async def _admitted(self) -> Endpoint:
-        """A slot, and where to send. While there is nowhere, no slot is held."""
+        """Waits for a slot and an endpoint. Holds no slot while no endpoint takes requests."""
         while True:
             await self.semaphore.take()
             endpoint = self.endpoints.pick()
             if endpoint is not None:
                 return endpoint
             self.semaphore.release()
-            if self.stopping.is_set():
+            if self.stopping:
                 raise cancelled()
             if self.endpoints.down_s > self.max_outage_s:
                 raise EngineError("connection", self.endpoints.all[0].last_error, retryable=True)
@@ -277,19 +321,21 @@ class RemoteEngine(Engine):
             endpoint.probing = False
             return
         if error.status in OVERLOAD:
-            self.counts["throttled"] += 1
+            self._count("throttled")
             self.semaphore.overloaded(sent)
             if error.retry_after:
                 self.limits.observe(model, min(error.retry_after, MOST_PAUSE_S), {})
-        if error.retryable:
+        # An answer with its usage comes from a server that works: a broken one counts against its row only.
+        if error.retryable and not (error.usage is not None and error.usage.known):
             self.endpoints.failed(endpoint, str(error), error.retry_after)
-        else:  # the server works; it is the row that it does not want
+        else:  # the server works; it refuses this row
             self.endpoints.answered(endpoint)
             self.retries.answered()
 
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         """Sends and reads. Raises `EngineError`."""
-        parser = SSEParser(ACCUMULATORS[self.provider.wire](), request.stream) if request.stream is not None else None
+        accumulator = self.wire.accumulator() if request.stream is not None else None
+        parser = SSEParser(accumulator, request.stream) if accumulator and request.stream is not None else None
         try:
             sent = {**headers, **await self.auth.headers()}
             reply = await self.transport.send("POST", endpoint.url, sent, content, parser.feed if parser else None)
@@ -299,7 +345,7 @@ class RemoteEngine(Engine):
             if connected and lost.type != "bad_request":  # an answer may have been under way
                 lost.usage = Usage(known=False)
             raise lost from None
-        except EngineError as error:  # an event that is none
+        except EngineError as error:  # an event that cannot be parsed
             raise self._clean(error) from None
         if (seen_limits := observed(reply.headers)) is not None:
             self.limits.observe(request.model or self.config.model or "", seen_limits.pause_s, seen_limits.limits)
@@ -318,20 +364,23 @@ class RemoteEngine(Engine):
             with contextlib.suppress(ValueError):
                 payload = orjson.loads(reply.content)
         if not isinstance(payload, dict):
-            raise self._clean(openai_chat.bad_response("the answer is not a JSON object", reply.content[:200]))
+            raise self._clean(bad_response("the answer is not a JSON object", reply.content[:200]))
         inner = payload.get("error")
-        if inner and not payload.get("choices"):  # some say with a 200 that it went wrong
+        if inner and not payload.get("choices"):  # some providers report errors with status 200
             code = inner.get("code") if isinstance(inner, dict) else None
             code = code if isinstance(code, int) and code >= 400 else 502
-            raise self._clean(failure(code, orjson.dumps(payload), reply.headers))
-        return self.read(payload)
+            broken_off = failure(code, orjson.dumps(payload), reply.headers)
+            if payload.get("usage"):
+                broken_off.usage = self.wire.usage(payload)
+            raise self._clean(broken_off)
+        return self.read(payload, request.generation.n)
 
-    def read(self, answer: dict[str, Any] | EngineError) -> Completion:
-        """The completion in an answer's body. Raises `EngineError` where there is none, or the one it is given."""
+    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None) -> Completion:
+        """The completion in the body of an answer, of `n` choices. Raises `EngineError` for a bad one, or the one given."""
         if isinstance(answer, EngineError):
             raise self._clean(answer)
         try:
-            completion: Completion = self.wire.completion(answer, self.provider)
+            completion = check_choices(self.wire.completion(answer, self.provider), n)
         except EngineError as error:
             raise self._clean(error) from None
         return completion
@@ -346,5 +395,5 @@ class RemoteEngine(Engine):
 
 
 def cancelled() -> EngineError:
-    """The run ends before this row was answered: it is nobody's failure, and goes back."""
+    """The error of a row that goes back unanswered because the run ends."""
     return EngineError("cancelled", "the run ended before this row was answered")

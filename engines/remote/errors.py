@@ -1,4 +1,4 @@
-"""What went wrong with an HTTP request, as one of our error types; and what the headers tell about limits."""
+"""Maps failed HTTP requests to our error types, and reads rate limits from response headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import orjson
 
 from engines.errors import EngineError, ErrorType
 
-# Statuses at which the provider says that it has too much to do; only these shrink the number of requests in flight.
+# Statuses of an overloaded provider; only these shrink the number of requests in flight.
 OVERLOAD = frozenset((429, 503, 529))
 
 _TYPES: dict[int, ErrorType] = {
@@ -31,25 +31,21 @@ _CONTEXT = re.compile(
     re.IGNORECASE,
 )
 _FILTER = re.compile(r"content[ _-]?(filter|policy|management)|safety|moderation|blocked by", re.IGNORECASE)
-# A 429 that no waiting mends: the account has no money left.
+# A 429 that waiting does not solve: the account has no money left.
 _BROKE = re.compile(
     r"insufficient_quota|exceeded your current quota|insufficient (balance|credit|funds)|billing", re.IGNORECASE
 )
 
 
 def failure(status: int, content: bytes, headers: Mapping[str, str]) -> EngineError:
-    """The error of a response that is not a success. `retry_after` of it is the wait it asks for, in seconds."""
+    """The error of an unsuccessful response. Its `retry_after` is the wait in seconds that the provider asks for."""
     code, message = _said(content)
     text = f"HTTP {status}: {message}" if message else f"HTTP {status}"
     kind: ErrorType = _TYPES.get(status, "server" if status >= 500 else "bad_request")
     retryable = status in _RETRIED or (status >= 500 and status != 501)
-    about = f"{code} {message}"
-    if status in (400, 413, 422, 429) and _CONTEXT.search(about) and not (status == 429 and "per min" not in about.lower()):
-        kind, retryable = "context_length", False
-    elif status == 400 and _FILTER.search(about):
-        kind = "content_filter"
-    elif status == 429 and _BROKE.search(about):
-        kind, retryable = "auth", False
+    if (said := _type_in_words(status, f"{code} {message}")) is not None:
+        kind = said
+        retryable = retryable and said == "content_filter"
     if 300 <= status < 400:
         place = headers.get("location", "another address")
         text, kind = (
@@ -61,8 +57,22 @@ def failure(status: int, content: bytes, headers: Mapping[str, str]) -> EngineEr
     return error
 
 
+def _type_in_words(status: int, text: str) -> ErrorType | None:
+    """The type that the provider's words give away, where its status does not say enough.
+
+    Most providers have no code for these, or each its own, so their words are searched.
+    """
+    if status in (400, 413, 422, 429) and _CONTEXT.search(text) and not (status == 429 and "per min" not in text.lower()):
+        return "context_length"
+    if status == 400 and _FILTER.search(text):
+        return "content_filter"
+    if status == 429 and _BROKE.search(text):
+        return "auth"
+    return None
+
+
 def _said(content: bytes) -> tuple[str, str]:
-    """The code and the message in an error's body, whatever its shape."""
+    """The code and the message in an error's body; providers use several shapes."""
     try:
         found: Any = orjson.loads(content)
     except ValueError:
@@ -78,7 +88,7 @@ def _said(content: bytes) -> tuple[str, str]:
 
 
 def broken(error: Exception) -> EngineError:
-    """The error of a request that came to no response."""
+    """The error of a request without a response."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, httpx.ConnectTimeout):
         return EngineError("connection", f"no connection in time: {said}", retryable=True)
@@ -92,7 +102,7 @@ def broken(error: Exception) -> EngineError:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds: of `retry-after-ms`, or of Retry-After as seconds or as a date."""
+    """Seconds to wait, from `retry-after-ms`, or from Retry-After as seconds or as a date."""
     milliseconds = headers.get("retry-after-ms")
     value = headers.get("retry-after")
     try:
@@ -111,13 +121,13 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What a response's headers say about the limits of a key and model."""
+    """The limits of a key and model, from a response's headers."""
 
     limits: dict[str, float]  # a minute, by the names in `engines.remote.rate_limits.DIMENSIONS`
-    pause_s: float = 0.0  # nothing is left until then
+    pause_s: float = 0.0  # until the limit is free again
 
 
-# The headers of OpenAI, whose names most take over, and of Anthropic: (limit, remaining, reset, our limit).
+# Headers of OpenAI, whose names most providers use, and of Anthropic: (limit, remaining, reset, our name).
 _HEADERS = tuple(
     (pattern.format("limit"), pattern.format("remaining"), pattern.format("reset"), name)
     for pattern, name in (
@@ -131,12 +141,12 @@ _HEADERS = tuple(
 
 
 def observed(headers: Mapping[str, str]) -> Observed | None:
-    """The limits in a response's headers; None where it says nothing."""
+    """The limits in a response's headers; None if there are none."""
     limits: dict[str, float] = {}
     pause = 0.0
     for limit, remaining, reset, name in _HEADERS:
         found = headers.get(limit)
-        if found is None:  # on every response of most servers: no further look
+        if found is None:  # most servers send no such headers
             continue
         if number := _number(found):
             limits[name] = number

@@ -1,4 +1,4 @@
-"""The wire of OpenAI's chat completions, which most providers and servers speak.
+"""The wire of OpenAI's chat completions, which most providers and servers take.
 
 https://platform.openai.com/docs/api-reference/chat
 """
@@ -12,30 +12,47 @@ from typing import Any
 import orjson
 
 from engines.errors import EngineError, invalid
-from engines.media import image_of
 from engines.params import json_schema_of
-from engines.remote.provider import Provider, inline_refs, put
-from engines.types import Choice, Completion, Delta, FinishReason, Message, Request, ToolCall
+from engines.remote.content import ImageBlock, parse, tool_call
+from engines.remote.errors import failure
+from engines.remote.provider import Provider, put
+from engines.remote.wire import (
+    Ending,
+    bad_response,
+    charging,
+    complete,
+    count,
+    finish_reason,
+    inlined,
+    is_count,
+)
+from engines.types import Choice, Completion, Delta, Message, Request, ToolCall
 from engines.usage import Usage
 
-_PLAIN = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "seed", "n", "frequency_penalty",
-    "presence_penalty", "repetition_penalty", "logit_bias", "tool_choice", "reasoning_effort",
-)  # fmt: skip
-
-# What a request says beside the rest to be answered piece by piece.
 STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-
-_FINISH: dict[str, FinishReason] = {
+# OpenAI's own reasons, then those that several servers add. What one provider adds is in its file in conf/engine.
+FINISH_REASONS: dict[str, Ending] = {
+    "stop": "stop",
     "length": "length",
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
     "content_filter": "content_filter",
+    "model_length": "length",  # Mistral: the model's context is full
+    "error": "server",  # OpenRouter, Mistral, vLLM
+    "abort": "server",  # vLLM, SGLang
 }
+_PLAIN = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "seed", "n", "frequency_penalty",
+    "presence_penalty", "repetition_penalty", "logit_bias", "tool_choice", "reasoning_effort",
+)  # fmt: skip
+# Fields of an answer's message that hold its reasoning; `Provider.reasoning_history` says which requests repeat them.
+_REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks")
+# Further fields of an answer's message that its conversation keeps. `extra_content`: Gemini's thought signature.
+_KEPT = (*_REASONING, "extra_content", "refusal", "annotations")
 
 
 def body(request: Request, model: str | None, provider: Provider) -> dict[str, Any]:
-    """The request's JSON. Raises `EngineError("invalid_input")` for what cannot be said on this wire."""
+    """The body of a request. Raises `EngineError("invalid_input")` for what this API cannot take."""
     generation = request.generation
     out: dict[str, Any] = {"model": model, "messages": [_message(message, provider) for message in request.messages]}
     for name in _PLAIN:
@@ -60,14 +77,21 @@ def _message(message: Message, provider: Provider) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         out["content"] = [_part(part) for part in content]
+    if out["role"] == "assistant":
+        out.pop("annotations", None)  # citations: of an answer only
+        repeats = provider.reasoning_history
+        if repeats == "none" or (repeats == "tool_calls" and not message.get("tool_calls")):
+            for name in _REASONING:
+                out.pop(name, None)
     return out
 
 
 def _part(part: Mapping[str, Any]) -> Any:
-    if part["type"] != "image_url":
-        return part
+    block = parse(part)
+    if not isinstance(block, ImageBlock):
+        return part  # this wire's own form
     given = part.get("image_url")
-    return {**part, "image_url": {**(given if isinstance(given, dict) else {}), "url": image_of(part).data_url()}}
+    return {**part, "image_url": {**(given if isinstance(given, dict) else {}), "url": block.image.data_url()}}
 
 
 def _tool(tool: dict[str, Any], provider: Provider) -> dict[str, Any]:
@@ -75,13 +99,6 @@ def _tool(tool: dict[str, Any], provider: Provider) -> dict[str, Any]:
     if not provider.inline_refs or not isinstance(function, dict) or "parameters" not in function:
         return tool
     return {**tool, "function": {**function, "parameters": inlined(function["parameters"])}}
-
-
-def inlined(schema: Any) -> Any:
-    try:
-        return inline_refs(schema)
-    except ValueError as error:
-        raise invalid(str(error)) from None
 
 
 def _response_format(out: dict[str, Any], given: dict[str, Any], provider: Provider) -> None:
@@ -104,49 +121,119 @@ def _response_format(out: dict[str, Any], given: dict[str, Any], provider: Provi
         out["response_format"] = given
 
 
-def completion(payload: dict[str, Any], _: Provider) -> Completion:
-    """A whole answer, read leniently. Raises `EngineError` where there is none in it, with the usage that is paid."""
-    usage = _usage(payload.get("usage"))
-    try:
-        return _completion(payload, usage)
-    except EngineError as error:
-        error.usage = usage
-        raise
+def usage(payload: dict[str, Any]) -> Usage:
+    """The token counts of an answer, with the variants of DeepSeek (prompt_cache_hit_tokens), OpenRouter
+    (cache_write_tokens), xAI and Gemini (reasoning beside the completion)."""
+    found = payload.get("usage")
+    if not isinstance(found, dict):
+        return Usage(known=False)
+    into, out_of = (_details(found.get(f"{name}_tokens_details")) for name in ("prompt", "completion"))
+    cached = into.get("cached_tokens", found.get("prompt_cache_hit_tokens"))
+    read, written, reasoning = (
+        count(value)
+        for value in (found.get("prompt_tokens"), found.get("completion_tokens"), out_of.get("reasoning_tokens"))
+    )
+    # Some do not count reasoning as part of the completion; then `total_tokens` is more than the sum of both counts.
+    beside = count(found.get("total_tokens")) - read - written
+    if read and beside > 0 and beside == (reasoning or beside):
+        written, reasoning = written + beside, beside
+    return Usage(
+        read, count(cached), written, count(into.get("cache_write_tokens")), reasoning,
+        known=is_count(found.get("prompt_tokens")) and is_count(found.get("completion_tokens")),
+    )  # fmt: skip
 
 
-def _completion(payload: dict[str, Any], usage: Usage) -> Completion:
+def _details(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def completion(payload: dict[str, Any], provider: Provider) -> Completion:
+    """Reads an answer; choices are in the order of their `index`. Raises `EngineError` with the `usage` to be paid."""
+    used = usage(payload)
+    with charging(used):
+        return _completion(payload, used, provider)
+
+
+def _completion(payload: dict[str, Any], used: Usage, provider: Provider) -> Completion:
     found = payload.get("choices")
+    if payload.get("error"):
+        raise _told(payload["error"])
     if not isinstance(found, list) or not found:
         raise bad_response("the answer has no choices", payload)
-    choices, reasoning = [], None
-    for item in found:
-        message = item.get("message") if isinstance(item, dict) else None
-        if not isinstance(message, dict):
-            raise bad_response("a choice has no message", payload)
-        text, calls = _text(message.get("content")), tool_calls(message.get("tool_calls"))
-        thought = message.get("reasoning_content") or message.get("reasoning")
-        if isinstance(thought, str) and reasoning is None:
-            reasoning = thought
-        finish: FinishReason = _FINISH.get(str(item.get("finish_reason")), "tool_calls" if calls else "stop")
-        refusal = message.get("refusal")
-        if isinstance(refusal, str) and refusal and not text and not calls:
-            raise EngineError("content_filter", f"the model refused: {refusal[:500]}")
-        if finish == "content_filter" and not text:
-            raise EngineError("content_filter", "the provider's filter removed the answer")
-        if text is None and not calls and finish == "stop" and not thought:
-            raise bad_response("the answer is null", payload)
-        out: Message = {"role": "assistant", "content": text}
-        if calls:
-            out["tool_calls"] = calls
-        logprobs = item.get("logprobs")
-        content = logprobs.get("content") if isinstance(logprobs, dict) else None
-        choices.append(Choice(out, finish, content if isinstance(content, list) else None))
-    model = payload.get("model")
-    return Completion(choices, usage, model if isinstance(model, str) else None, reasoning=reasoning)
+    if not all(isinstance(item, dict) for item in found):
+        raise bad_response("a choice is not an object", payload)
+    order = {id(item): count(item.get("index")) if is_count(item.get("index")) else at for at, item in enumerate(found)}
+    found = sorted(found, key=lambda item: order[id(item)])
+    choices = [_choice(item, payload, provider) for item in found]
+    reasoning = next((text for choice in choices if (text := _reasoning(choice.message))), None)
+    return complete(choices, used, payload.get("model"), reasoning)
+
+
+def _choice(item: dict[str, Any], payload: dict[str, Any], provider: Provider) -> Choice:
+    if item.get("error"):  # OpenRouter, beside the text that came before it
+        raise _told(item["error"])
+    message = item.get("message")
+    if not isinstance(message, dict):
+        raise bad_response("a choice has no message", payload)
+    text, calls = _text(message.get("content")), tool_calls(message)
+    finish = finish_reason(item.get("finish_reason"), FINISH_REASONS, provider)
+    if finish == "stop" and calls:
+        finish = "tool_calls"
+    if message.get("refusal") and not text and not calls:
+        finish = "content_filter"
+    if finish == "tool_calls" and not calls:
+        raise bad_response("the answer calls a tool, but has no call in it", payload)
+    out: Message = {"role": "assistant", "content": text}
+    out.update({name: message[name] for name in _KEPT if message.get(name)})  # type: ignore[typeddict-item]
+    if text is None and finish == "stop" and not _reasoning(out):
+        raise bad_response("the answer is null", payload)
+    if calls:
+        out["tool_calls"] = calls
+    logprobs = item.get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    return Choice(out, finish, content if isinstance(content, list) else None)
+
+
+def _told(error: Any) -> EngineError:
+    """The error in an answer of status 200, by the HTTP status that it names."""
+    code = error.get("code") if isinstance(error, dict) else None
+    return failure(code if isinstance(code, int) and 400 <= code < 600 else 502, orjson.dumps({"error": error}), {})
+
+
+def _reasoning(message: Mapping[str, Any]) -> str | None:
+    found = message.get("reasoning_content") or message.get("reasoning")
+    return found if isinstance(found, str) else None
+
+
+def _text(content: Any) -> str | None:
+    if isinstance(content, list):  # some answer in parts
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        return "".join(texts) if texts else None
+    return content if isinstance(content, str) else None
+
+
+def tool_calls(message: Mapping[str, Any]) -> list[ToolCall]:
+    """The calls in a message, with what the provider added to them; the legacy `function_call` is one of them."""
+    found, legacy = message.get("tool_calls"), message.get("function_call")
+    if not found and isinstance(legacy, dict):
+        found = [{"function": legacy}]
+    calls: list[ToolCall] = []
+    for at, call in enumerate(found if isinstance(found, list) else ()):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            continue
+        read = tool_call(call.get("id") or f"call_{at}", function["name"], function.get("arguments"))
+        added = {name: value for name, value in call.items() if name not in ("index", *read) and value is not None}
+        calls.append({**read, **added})
+    return calls
+
+
+def accumulator() -> ChatAccumulator:
+    return ChatAccumulator()
 
 
 class ChatAccumulator:
-    """A streamed answer's chunks, joined to what a plain answer is (see `engines.remote.sse`)."""
+    """Joins the events of a streamed answer to the payload of one that is not streamed."""
 
     def __init__(self) -> None:
         self.whole: dict[str, Any] = {}
@@ -161,20 +248,14 @@ class ChatAccumulator:
         found = event.get("choices")
         for item in found if isinstance(found, list) else ():
             at = count(item.get("index"))
-            empty = {"message": {"content": None}, "finish_reason": None}
+            empty = {"index": at, "message": {"content": None}, "finish_reason": None}
             choice = self.choices.setdefault(at, empty)
-            choice["finish_reason"] = item.get("finish_reason") or choice["finish_reason"]
+            choice.update({name: item[name] for name in ("finish_reason", "error") if item.get(name)})
             logprobs = item.get("logprobs")
             if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
                 choice.setdefault("logprobs", {"content": []})["content"] += logprobs["content"]
             delta, message = item.get("delta") or {}, choice["message"]
-            for name in ("content", "reasoning_content", "reasoning", "refusal"):
-                if isinstance(delta.get(name), str):
-                    message[name] = (message.get(name) or "") + delta[name]
-            calls = message.setdefault("tool_calls", [])
-            for call in delta.get("tool_calls") or ():
-                place = call.get("index")
-                _join_call(calls, count(place) if place is not None else len(calls), call)
+            _join_message(message, delta)
             text, thought = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
             if text or thought:
                 yield Delta(text or "", (thought or "") if not at else "", at)
@@ -183,78 +264,30 @@ class ChatAccumulator:
         return {**self.whole, "choices": [choice for _, choice in sorted(self.choices.items())]}
 
 
+def _join_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Adds one delta to a choice's message."""
+    for name in ("content", *_KEPT):
+        piece = delta.get(name)
+        if isinstance(piece, dict):
+            message.setdefault(name, {}).update(piece)
+        elif isinstance(piece, (str, list)):
+            message[name] = message[name] + piece if message.get(name) else piece
+    calls = message.setdefault("tool_calls", [])
+    for call in delta.get("tool_calls") or ():
+        place = call.get("index")
+        _join_call(calls, count(place) if place is not None else len(calls), call)
+    if legacy := delta.get("function_call"):
+        _join_call(calls, 0, {"function": legacy})
+
+
 def _join_call(calls: list[dict[str, Any]], at: int, piece: dict[str, Any]) -> None:
-    """A call's name comes first, its arguments in pieces."""
-    at = min(at, len(calls))  # whatever number a server gives it
+    """Adds a piece of a tool call. The name comes first, the arguments in pieces."""
+    at = min(at, len(calls))  # a server may give any number
     if at == len(calls):
         calls.append({"function": {"arguments": ""}})
-    function = piece.get("function") or {}
-    if piece.get("id"):
-        calls[at]["id"] = piece["id"]
+    call, function = calls[at], piece.get("function") or {}
+    call.update({name: value for name, value in piece.items() if value and name not in ("index", "function")})
     if function.get("name"):
-        calls[at]["function"]["name"] = function["name"]
+        call["function"]["name"] = function["name"]
     if isinstance(arguments := function.get("arguments"), str):
-        calls[at]["function"]["arguments"] += arguments
-
-
-def _text(content: Any) -> str | None:
-    if isinstance(content, list):  # some answer in parts
-        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        return "".join(texts) if texts else None
-    return content if isinstance(content, str) else None
-
-
-def tool_calls(found: Any) -> list[ToolCall]:
-    """The calls in a message; arguments given as an object become JSON text."""
-    calls: list[ToolCall] = []
-    for at, call in enumerate(found if isinstance(found, list) else ()):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            continue
-        arguments = function.get("arguments")
-        text = arguments if isinstance(arguments, str) else orjson.dumps(arguments or {}).decode()
-        name = function["name"]
-        calls.append(
-            {"id": str(call.get("id") or f"call_{at}"), "type": "function", "function": {"name": name, "arguments": text}}
-        )
-    return calls
-
-
-def _usage(found: Any) -> Usage:
-    """OpenAI's `usage`, with what DeepSeek (prompt_cache_hit_tokens), OpenRouter (cache_write_tokens), xAI and Gemini
-    (reasoning beside the completion) make of it."""
-    if not isinstance(found, dict):
-        return Usage(known=False)
-    into, out_of = (_details(found.get(f"{name}_tokens_details")) for name in ("prompt", "completion"))
-    cached = into.get("cached_tokens", found.get("prompt_cache_hit_tokens"))
-    read, written, reasoning = (
-        count(value)
-        for value in (found.get("prompt_tokens"), found.get("completion_tokens"), out_of.get("reasoning_tokens"))
-    )
-    # Some do not count reasoning among the completion: the total tells. Others do, and their total is the plain sum.
-    beside = count(found.get("total_tokens")) - read - written
-    if read and beside > 0 and beside == (reasoning or beside):
-        written, reasoning = written + beside, beside
-    return Usage(
-        read, count(cached), written, count(into.get("cache_write_tokens")), reasoning,
-        known=is_count(found.get("prompt_tokens")) and is_count(found.get("completion_tokens")),
-    )  # fmt: skip
-
-
-def _details(found: Any) -> dict[str, Any]:
-    return found if isinstance(found, dict) else {}
-
-
-def is_count(value: Any) -> bool:
-    """Whether a provider told a number of tokens."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**62
-
-
-def count(value: Any) -> int:
-    """A number of tokens; 0 for what is none."""
-    return int(value) if is_count(value) else 0
-
-
-def bad_response(what: str, payload: Any) -> EngineError:
-    """An answer with status 200 that is none; asked again."""
-    return EngineError("bad_response", f"{what}: {str(payload)[:200]}", status=200, retryable=True)
+        call["function"]["arguments"] += arguments

@@ -1,14 +1,14 @@
-"""What is particular to a provider, as data: the `provider` section of its file in `conf/engine`.
+"""A provider's differences from its wire format, as data: the `provider` section of its file in `conf/engine`.
 
     provider:
       wire: chat                                   # chat | messages | converse
-      rename: {max_tokens: max_completion_tokens}  # our name of a parameter: where it goes in the body, dots for depth
-      unsupported: [top_k]                         # parameters the API does not take: refused before anything is sent
-      models:                                      # the same keys for some models only, laid over the above
+      rename: {max_tokens: max_completion_tokens}  # our parameter: its place in the body, with dots for depth
+      unsupported: [top_k]                         # parameters that the API refuses; rows with them are not sent
+      models:                                      # the same keys for some models only; they replace those above
         - match: ^o[134]
           unsupported: [temperature]
 
-A provider that speaks OpenAI's chat completions needs `wire: chat` and no more.
+A provider with OpenAI's chat completions API needs only `wire: chat`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,25 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from engines.config import Capabilities, EngineConfig
-from engines.errors import ConfigError, nearest
+from engines.errors import ConfigError, ErrorCode, no_such
 from engines.params import GENERATION_FIELDS
+from engines.validation import check_keys, check_value, one_of
 
 # wire: openai, anthropic, together or fireworks; rows and bytes: the most in one batch, where less than the provider takes;
 # queued_tokens: the most in all batches at once; price: the share of the live price, as it was on price_as_of. A rule of
 # `models` may have a `batch` with another price.
 BATCH_KEYS = ("wire", "rows", "bytes", "queued_tokens", "price", "price_as_of")
 
+# What a finish reason can mean. `server` and `bad_response`: the answer is broken and is asked again.
+ENDINGS = ("stop", "length", "tool_calls", "content_filter", "server", "bad_response")
+REASONING_HISTORIES = ("all", "tool_calls", "none")
+
 WIRE_PATHS = {"chat": "/chat/completions", "messages": "/messages", "converse": ""}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider's declared differences from its wire."""
+    """A provider's declared differences from its wire format."""
 
     wire: str = "chat"
     auth: str = "bearer"  # bearer | x-api-key | google | aws | optional (bearer, where a key is given)
@@ -52,6 +57,11 @@ class Provider:
     adapter_model: str | None = None  # the model that asks for an adapter: "{adapter}" or "{model}:{adapter}"
     prompt_caching: bool = False  # caches only what is marked
     idempotency_header: str | None = None
+    # The provider's finish reasons beside those of its wire, and what they mean: stop, length, tool_calls or
+    # content_filter; `server` or `bad_response` for an answer that is asked again. "null": no reason was given.
+    finish_reasons: dict[str, str] = field(default_factory=dict)
+    # Which of a conversation's answers are sent with their reasoning: all, tool_calls (those that call tools) or none.
+    reasoning_history: str = "tool_calls"
     kwargs: list[str] = field(default_factory=list)  # the keys under engine.kwargs
     batch: dict[str, Any] = field(default_factory=dict)  # the batch API: `wire`, and the limits in BATCH_KEYS
     prices: dict[str, Any] = field(default_factory=dict)  # by model: rates as in conf/price, before those lists
@@ -59,13 +69,11 @@ class Provider:
 
     @classmethod
     def of(cls, config: EngineConfig) -> Provider:
-        """Checked; raises `ConfigError` with the nearest right name."""
+        """The checked `provider` section. Raises `ConfigError` with the nearest right name."""
         provider = cls(**_checked(config.provider, "engine.provider"))
-        if provider.wire not in WIRE_PATHS:
-            raise ConfigError(f"engine.provider.wire={provider.wire} is not known{nearest(provider.wire, WIRE_PATHS)}")
-        for name in provider.batch:
-            if name not in BATCH_KEYS:
-                raise ConfigError(f"there is no key 'engine.provider.batch.{name}'{nearest(str(name), BATCH_KEYS)}")
+        check_value("engine.provider.wire", provider.wire, one_of(WIRE_PATHS))
+        check_value("engine.provider.reasoning_history", provider.reasoning_history, one_of(REASONING_HISTORIES))
+        check_keys(provider.batch, BATCH_KEYS, "engine.provider.batch")
         for rule in provider.models:
             if not isinstance(rule, Mapping) or "match" not in rule:
                 raise ConfigError("engine.provider.models: each needs a 'match', a regular expression of model names")
@@ -73,7 +81,7 @@ class Provider:
         return provider
 
     def for_model(self, model: str | None) -> Provider:
-        """With the rules for this model laid over: lists are joined, mappings merged, anything else replaced."""
+        """With the rules for this model applied: lists are joined, mappings merged, other values replaced."""
         found = self
         for rule in self.models:
             if model and re.search(rule["match"], model):
@@ -100,24 +108,24 @@ class Provider:
         )
 
     def place(self, body: dict[str, Any], name: str, value: Any) -> None:
-        """Puts a parameter where this provider wants it."""
+        """Puts a parameter into the body where this provider expects it."""
         put(body, self.rename.get(name, name), value)
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(Provider)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"there is no key '{where}.{name}'{nearest(str(name), known)}")
+    check_keys(values, {f.name for f in dataclasses.fields(Provider)}, where)
     for name in ("rename", "unsupported", "defaults"):
         for param in values.get(name) or ():
             if param not in GENERATION_FIELDS:
-                raise ConfigError(f"{where}.{name}: there is no parameter '{param}'{nearest(param, GENERATION_FIELDS)}")
+                raise ConfigError(f"{where}.{name}: {no_such('parameter', param, GENERATION_FIELDS)}")
+    for reason, meaning in (values.get("finish_reasons") or {}).items():
+        if meaning not in ENDINGS:
+            raise ConfigError(f"{where}.finish_reasons.{reason}: {no_such('meaning', str(meaning), ENDINGS)}")
     return dict(values)
 
 
 def put(body: dict[str, Any], path: str, value: Any) -> None:
-    """`put(body, "a.b", 1)` is `body["a"]["b"] = 1`, with what is on the way made."""
+    """`put(body, "a.b", 1)` is `body["a"]["b"] = 1`; missing mappings on the way are created."""
     *above, last = path.split(".")
     for name in above:
         body = body.setdefault(name, {})
@@ -125,7 +133,7 @@ def put(body: dict[str, Any], path: str, value: Any) -> None:
 
 
 def merge(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Lays `extra` over `body`, mappings inside mappings included."""
+    """Writes `extra` into `body`; nested mappings are merged."""
     for name, value in extra.items():
         if isinstance(value, Mapping) and isinstance(body.get(name), dict):
             merge(body[name], value)
@@ -134,10 +142,10 @@ def merge(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
 
 
 def endpoints(config: EngineConfig, provider: Provider) -> list[str]:
-    """The full URLs requests go to. A host, a URL up to `/v1` and the full path are all understood."""
+    """The full URLs of requests. `engine.base_url` may be a host, a URL up to `/v1`, or the full path."""
     given = config.base_url
     if not given:
-        raise ConfigError(f"engine={config.kind} needs engine.base_url: the URL of the server")
+        raise ConfigError(f"engine={config.kind} needs engine.base_url: the URL of the server", key="engine.base_url")
     urls = given if isinstance(given, list) else [given]
     return [_endpoint(str(url), provider, config.kind) for url in urls]
 
@@ -147,7 +155,8 @@ def _endpoint(url: str, provider: Provider, kind: str) -> str:
         if f"{{{name}}}" in url:
             value = os.environ.get(variable)
             if not value:
-                raise ConfigError(f"engine={kind} needs the environment variable {variable} ({name} in its URL)")
+                text = f"engine={kind} needs the environment variable {variable} ({name} in its URL)"
+                raise ConfigError(text, code=ErrorCode.KEY_MISSING, key="engine.base_url")
             url = url.replace(f"{{{name}}}", value)
     url = url.strip().rstrip("/")
     if "://" not in url:
@@ -155,7 +164,7 @@ def _endpoint(url: str, provider: Provider, kind: str) -> str:
         url = f"{'http' if local else 'https'}://{url}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"engine.base_url={url} is not the URL of a server")
+        raise ConfigError(f"engine.base_url={url} is not the URL of a server", key="engine.base_url")
     path = WIRE_PATHS[provider.wire]
     if path and parts.path.endswith(path):
         return url
@@ -163,7 +172,7 @@ def _endpoint(url: str, provider: Provider, kind: str) -> str:
 
 
 def inline_refs(schema: Any) -> Any:
-    """A JSON schema with every local `$ref` replaced by what it points to. Raises `ValueError` where that has no end."""
+    """A JSON schema with every local `$ref` replaced by its target. Raises `ValueError` if a target contains itself."""
 
     def resolve(node: Any, above: tuple[str, ...]) -> Any:
         if isinstance(node, list):

@@ -1,48 +1,52 @@
-"""Requests and tokens a minute: reserved before sending, reconciled after.
+"""Requests and tokens per minute: reserved before sending, corrected after the answer.
 
-`Budget` is the arithmetic, one per key and model. It lives in this process when an engine is used alone, and in one
-Ray actor for a whole cluster (`pipeline/executors/live/rate_limiter.py`). `Limits` is the engine's side: requests that
-want to be sent wait in it, and are granted in small portions.
+`RateLimiter` is the arithmetic, one for each key and model. It lives in this process if an engine is used alone, and in one
+Ray actor for a whole cluster (`pipeline/executors/live/rate_limiter.py`). `Limits` is the engine's side: requests wait in
+it until they may be sent, and are granted in small portions. An engine may be used from several threads at once: each
+event loop has its own queues, the limits are shared.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from engines.config import EngineConfig
+from engines.remote.event_loops import PerLoop
 
 DIMENSIONS = ("requests", "input_tokens", "output_tokens")
 
-# Sends may come this much later than planned and still be made up for, in seconds; what that could add to any minute
-# is taken off the rate, and as much again for the way between a grant and the server.
+# A request that is sent up to this many seconds late does not lower the rate. The rate is reduced by what that can add to a
+# minute, and by as much again for the way from a grant to the server.
 SLACK_S = 0.5
-# How long a grant without limits is good for: within it, a pause reaches every worker.
+# How long requests may be sent without asking if nothing is limited. A pause reaches every worker within this time.
 FREE_S = 0.5
-# Grants in one portion, and the least time between two questions when there is a wait: lateness is made up for.
+# Grants in one portion, and the least time between two questions if there is a wait (`SLACK_S` makes up for lateness).
 PORTION = 256
 PORTION_S = 0.02
 
 
 @dataclass(slots=True)
 class Reservation:
-    granted: int  # of those that asked, the first so many may be sent
-    wait_s: float = 0.0  # before it is worth asking for the next
-    free_s: float = 0.0  # nothing is limited: send without asking for so long
+    granted: int  # how many of the requests, in their order, may be sent
+    wait_s: float = 0.0  # until the next one can be granted
+    free_s: float = 0.0  # nothing is limited: for this long, send without asking
 
 
 @dataclass(slots=True)
 class Rate:
-    """One limit as a generic cell rate algorithm (ITU-T I.371): smooth, with no burst at the minute's turn.
+    """One limit as a generic cell rate algorithm (ITU-T I.371): smooth, without a burst when a new minute begins.
 
-    In any 60 s, at most (60 + SLACK_S) / interval + 1 units start; `interval` is such that this is the limit.
+    In any 60 s at most (60 + SLACK_S) / interval + 1 units start; `interval` is chosen so that this is the limit.
     """
 
     per_minute: float
-    due: float  # when the next unit is due, were nobody ever late
+    due: float  # when the next unit is due if no request is ever late
 
     @property
     def interval(self) -> float:
@@ -55,25 +59,25 @@ class Rate:
         self.due = max(self.due, now) + units * self.interval
 
     def give_back(self, units: float) -> None:
-        """Units that were reserved and not used; negative ones were used beyond what was reserved."""
+        """Returns units that were reserved and not used. A negative number was used beyond the reservation."""
         self.due -= units * self.interval
 
 
 class RateLimiter:
-    """What may be sent with one key to one model. Not thread-safe; `now` is a monotonic clock in seconds."""
+    """What may be sent with one key to one model. Not thread-safe. `clock` returns monotonic seconds."""
 
     def __init__(self, per_minute: dict[str, float | None], clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        # Due one slack from now: a budget that was lost with its process and made anew allows no second burst.
+        # Due one slack from now: a limiter that replaces a lost one allows no second burst.
         self.rates = {
             name: Rate(limit, clock() + SLACK_S) for name in DIMENSIONS if (limit := per_minute.get(name)) is not None
         }
         self.paused_until = 0.0
 
     def reserve(self, costs: list[tuple[float, float]], back: tuple[float, float] = (0.0, 0.0)) -> Reservation:
-        """Reserves for the first of `costs` (input and output tokens of each request) as far as the limits allow.
+        """Reserves for as many of `costs` as the limits allow, in their order.
 
-        `back` are the input and output tokens reserved earlier and not used.
+        `costs` has the input and output tokens of each request. `back` has the tokens reserved earlier and not used.
         """
         for name, units in zip(DIMENSIONS[1:], back, strict=True):
             if units and name in self.rates:
@@ -92,11 +96,11 @@ class RateLimiter:
         return Reservation(len(costs))
 
     def pause(self, seconds: float) -> None:
-        """Nothing more for so long: the provider asked for it."""
+        """Grants nothing for `seconds`, because the provider asked for it."""
         self.paused_until = max(self.paused_until, self.clock() + seconds)
 
     def learn(self, limits: dict[str, float]) -> None:
-        """Limits the provider's headers tell; a lower one than what is set counts."""
+        """Takes over limits from the provider's headers if they are lower than those that are set."""
         for name, limit in limits.items():
             rate = self.rates.get(name)
             if rate is None:
@@ -114,7 +118,7 @@ def per_minute(config: EngineConfig) -> dict[str, float | None]:
 
 
 class RateLimiters:
-    """The budgets of one key, by model."""
+    """The limiters of one key, one for each model. Not thread-safe."""
 
     def __init__(self, limits: dict[str, float | None]) -> None:
         self.limits = limits
@@ -136,7 +140,7 @@ class RateLimiters:
 
 @dataclass(slots=True)
 class ReserveRequest:
-    """One question of a worker to the budget."""
+    """One question to the limiter: requests to grant, and news since the last question."""
 
     costs: list[tuple[float, float]] = field(default_factory=list)
     back: tuple[float, float] = (0.0, 0.0)
@@ -147,50 +151,75 @@ class ReserveRequest:
 Reserve = Callable[[str, ReserveRequest], Awaitable[Reservation]]
 
 
+class ModelState:
+    """What all event loops of an engine share about one model."""
+
+    def __init__(self) -> None:
+        self.next = ReserveRequest()  # what the next question will say
+        self.news = False  # the next question must be asked before anything is sent
+        self.free_until = 0.0
+
+
 class WaitQueue:
-    """Those who wait to send to one model, first come first served."""
+    """Requests of one event loop that wait to be sent to one model, first come first served."""
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[tuple[float, float], asyncio.Future[None]]] = deque()
-        self.next = ReserveRequest()
-        self.free_until = 0.0
         self.task: asyncio.Task[None] | None = None
         self.news = asyncio.Event()
 
+    def fail(self, error: Exception) -> None:
+        while self.waiting:
+            _, turn = self.waiting.popleft()
+            if not turn.done():
+                turn.set_exception(error)
+
+
+def _fail_all(queues: dict[str, WaitQueue], make_error: Callable[[], Exception]) -> None:
+    for queue in queues.values():
+        queue.fail(make_error())
+
 
 class Limits:
-    """An engine's side of the budgets: `take` before sending, `settle` after."""
+    """An engine's side of the limits: `take` before sending, `settle` after the answer. Thread-safe."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.counts_tokens = bool(config.input_tokens_per_minute or config.output_tokens_per_minute)
+        self.lock = threading.Lock()
         own = RateLimiters(per_minute(config))
 
         async def local(model: str, request: ReserveRequest) -> Reservation:
-            return own.reserve(model, request)
+            with self.lock:
+                return own.reserve(model, request)
 
         self.source: Reserve = local
-        self.queues: dict[str, WaitQueue] = {}
+        self.models: dict[str, ModelState] = {}
+        self.queues: PerLoop[dict[str, WaitQueue]] = PerLoop(dict)
 
     async def take(self, model: str, cost: tuple[float, float]) -> None:
-        """Waits until a request of so many input and output tokens may be sent."""
-        queue = self.queues.get(model)
+        """Waits until a request with so many input and output tokens may be sent."""
+        queues = self.queues.get()
+        queue = queues.get(model)
         if queue is None:
-            queue = self.queues[model] = WaitQueue()
-        if not queue.waiting and time.monotonic() < queue.free_until and not queue.news.is_set():
+            queue = queues[model] = WaitQueue()
+            self.models.setdefault(model, ModelState())
+        state = self.models[model]
+        if not queue.waiting and time.monotonic() < state.free_until and not state.news:
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.waiting.append((cost, turn))
         if queue.task is None or queue.task.done():
-            queue.task = asyncio.create_task(self._serve(model, queue))
+            queue.task = asyncio.create_task(self._serve(model, queue, state))
         await turn
 
-    async def _serve(self, model: str, queue: WaitQueue) -> None:
-        """Asks for those who wait, one portion at a time, until nobody does."""
+    async def _serve(self, model: str, queue: WaitQueue, state: ModelState) -> None:
+        """Asks for those that wait, one portion at a time, until none is left."""
         try:
             while queue.waiting:
-                request, queue.next = queue.next, ReserveRequest()
                 queue.news.clear()
+                with self.lock:
+                    request, state.next, state.news = state.next, ReserveRequest(), False
                 request.costs = [cost for cost, _ in list(queue.waiting)[:PORTION]]
                 reservation = await self.source(model, request)
                 for _ in range(min(reservation.granted, len(queue.waiting))):
@@ -198,37 +227,34 @@ class Limits:
                     if not turn.done():
                         turn.set_result(None)
                 if reservation.free_s:
-                    queue.free_until = time.monotonic() + reservation.free_s
+                    state.free_until = time.monotonic() + reservation.free_s
                 elif reservation.wait_s > 0 and queue.waiting:
-                    try:
+                    with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(queue.news.wait(), min(max(reservation.wait_s, PORTION_S), 1.0))
-                    except TimeoutError:
-                        pass
         except Exception as error:
-            self.fail_waiting(error)
+            queue.fail(error)
 
-    def fail_waiting(self, error: Exception) -> None:
-        """Ends the waiting of all who wait, with this error."""
-        for queue in self.queues.values():
-            while queue.waiting:
-                _, turn = queue.waiting.popleft()
-                if not turn.done():
-                    turn.set_exception(error)
+    def fail_waiting(self, make_error: Callable[[], Exception]) -> None:
+        """Ends all waiting, in every event loop, with an error."""
+        self.queues.call(lambda queues: _fail_all(queues, make_error))
 
     def settle(self, model: str, input: float, output: float) -> None:
-        """So many reserved tokens were not used (negative: more were); told with the next question."""
-        if queue := self.queues.get(model):
-            back = queue.next.back
-            queue.next.back = (back[0] + input, back[1] + output)
+        """Returns reserved tokens that were not used (negative: more were used). The next question tells the limiter."""
+        if (state := self.models.get(model)) is not None:
+            with self.lock:
+                back = state.next.back
+                state.next.back = (back[0] + input, back[1] + output)
 
     def observe(self, model: str, pause_s: float, learned: dict[str, float]) -> None:
-        """What a response said about the limits; the next request waits for the answer to it."""
-        queue = self.queues.get(model)
-        if queue is None:
+        """Takes note of what a response says about the limits. Nothing is sent before the limiter knows of it."""
+        state = self.models.get(model)
+        if state is None:
             return
-        known = all(queue.next.learned.get(name) == limit for name, limit in learned.items())
-        queue.next.pause_s = max(queue.next.pause_s, pause_s)
-        queue.next.learned.update(learned)
+        with self.lock:
+            known = all(state.next.learned.get(name) == limit for name, limit in learned.items())
+            state.next.pause_s = max(state.next.pause_s, pause_s)
+            state.next.learned.update(learned)
+            state.news = state.news or bool(pause_s) or not known
         self.counts_tokens |= "input_tokens" in learned or "output_tokens" in learned
-        if pause_s or not known:
-            queue.news.set()
+        if (pause_s or not known) and (queue := self.queues.get().get(model)) is not None:
+            queue.news.set()  # other loops look at least once a second

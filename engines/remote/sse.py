@@ -1,29 +1,18 @@
-"""An answer that comes as server-sent events: its pieces go on as they come, and the wire joins them to the whole."""
+"""A streamed answer: server-sent events, whose text goes on as it comes and which a wire joins to the whole answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
-from engines.remote.openai_chat import bad_response
-from engines.types import Delta, Stream
-
-
-class StreamAccumulator(Protocol):
-    """A wire's half: `add` takes an event and tells the text in it, `payload` is then what a plain answer would be."""
-
-    @property
-    def finished(self) -> bool: ...
-
-    def add(self, event: dict[str, Any]) -> Iterable[Delta]: ...
-
-    def payload(self) -> dict[str, Any]: ...
+from engines.remote.wire import StreamAccumulator, bad_response
+from engines.types import Stream
 
 
 class SSEParser:
-    """Raises `EngineError("bad_response")` for what is no event, and for an answer that breaks off."""
+    """Reads the bytes of one answer. Raises `EngineError("bad_response")` for an event that cannot be read and for an
+    answer that breaks off."""
 
     def __init__(self, accumulator: StreamAccumulator, stream: Stream) -> None:
         self.accumulator, self.stream = accumulator, stream
@@ -36,7 +25,7 @@ class SSEParser:
         *lines, self.rest = (self.rest + piece).split(b"\n")
         for line in lines:
             data = line.removeprefix(b"data:").strip()
-            if data == line.strip() or not data:  # an event's name, a comment, the end of an event
+            if data == line.strip() or not data:  # an event's name, a comment or an empty line
                 continue
             if data == b"[DONE]":
                 self.ended = True
@@ -52,9 +41,10 @@ class SSEParser:
                 raise bad_response("an event cannot be read", data[:200]) from None
 
     def payload(self) -> dict[str, Any]:
-        """The whole answer, or the error that came in its place."""
+        """The whole answer; or the error that came in its place, with the usage that was told before it."""
         if self.error is not None:
-            return self.error
+            told = self.accumulator.payload().get("usage")
+            return {"usage": told, **self.error} if told else self.error
         if not (self.accumulator.finished or self.ended):
             raise bad_response("the answer broke off", self.rest[:200])
         return self.accumulator.payload()

@@ -14,7 +14,7 @@ import jinja2
 import pyarrow as pa
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engines.errors import ConfigError, EngineError, invalid, nearest
+from engines.errors import ConfigError, EngineError, invalid, must_be, nearest, no_such
 from engines.params import GENERATION_FIELDS
 from engines.text import one_line
 from engines.types import ROLES, Message, check_messages
@@ -71,13 +71,13 @@ class RowParser:
 
     def __init__(self, format: str = "auto", columns: Mapping[str, str] | None = None, template: Any = None) -> None:
         if format not in FORMATS:
-            raise ConfigError(f"dataset.format: there is no format '{format}'{nearest(format, FORMATS)}")
+            raise ConfigError(f"dataset.format: {no_such('format', format, FORMATS)}")
         self.format, self.columns, self.template = format, dict(columns or {}), template
         for role, column in self.columns.items():
             if role not in _ALL_ROLES:
-                raise ConfigError(f"dataset.columns: there is no role '{role}'{nearest(role, _ALL_ROLES)}")
+                raise ConfigError(f"dataset.columns: {no_such('role', role, _ALL_ROLES)}")
             if not isinstance(column, str) or not column:
-                raise ConfigError(f"dataset.columns.{role} must be the name of a column, not {column!r:.60}")
+                raise ConfigError(must_be(f"dataset.columns.{role}", "the name of a column", column, 60))
         mapped = tuple(role for role in _CONTENT if role in self.columns)
         if mapped and template is not None:
             raise ConfigError(f"dataset.template and dataset.columns.{mapped[0]} both say where the conversation is")

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich.console import Console
 
 from pipeline.config import Config
 from pipeline.dataset.reader import ReadSplit
 from pipeline.dataset.source import list_file_splits, read_file_split
 from pipeline.monitor.console import warn
+from pipeline.storage.filesystem import info_of, resolve
+
+# An input of up to this many files and bytes is read in one process: starting others takes seconds.
+SMALL_FILES, SMALL_BYTES = 8, 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SplitInput:
+    """The whole input, split into read tasks."""
+
+    splits: list[ReadSplit]
+    small: bool  # so small that no other process is started to read it
+
+
+def split_input(config: Config, console: Console) -> SplitInput:
+    """Lists the input and measures it."""
+    splits = list_splits(config, console)
+    few = list(dict.fromkeys(split.file_split.file for split in splits))[: SMALL_FILES + 1]
+    small = len(few) <= SMALL_FILES and sum(info_of(*resolve(name)).size for name in few) <= SMALL_BYTES
+    return SplitInput(splits, small)
 
 
 def list_splits(config: Config, console: Console) -> list[ReadSplit]:
-    """What is to be read, in its order."""
+    """The read tasks, in the order of the input."""
     dataset = config.dataset
     file_splits = list_file_splits(dataset.path, chunk_bytes=dataset.chunk_bytes, on_bad_input=dataset.on_bad_input)
     for file_split in file_splits:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engines.config import SINGLE_MODEL_KINDS
 from engines.errors import EngineError, Failure, invalid
+from engines.registry import kind_of
 from pipeline.dataset.column_types import ColumnKinds
 from pipeline.dataset.formats import Parsed, RowParser
 from pipeline.dataset.keys import RequestHasher
@@ -59,7 +59,7 @@ class RowReader:
             return ParsedRow(row, place, failure=_invalid_row(place, row.error or "unreadable"))
         try:
             parsed = self.parser.parse(row.columns)
-            if parsed.model and "body" in row.columns and self.hasher.engine.kind in SINGLE_MODEL_KINDS:
+            if parsed.model and "body" in row.columns and kind_of(self.hasher.engine).holds_model:
                 # Every line of an OpenAI batch file names a model; an engine that holds one model answers as that one.
                 parsed.model = None
             key = self.hasher.key(parsed, place)

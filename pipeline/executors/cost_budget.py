@@ -1,13 +1,12 @@
-"""`run.budget_usd`: no row is admitted that could take an output directory's spending past it.
+"""`run.budget_usd`: no row is admitted that could take the spending of an output directory above the budget.
 
-Spent is what the ledger's records cost, and whatever else may have to be paid: tries whose answer was lost, rows that were
-in an engine when it died, answers that came without their usage. What is not known counts as the most that it can be.
-Reserved is the most that the rows in flight may cost: their bytes as tokens, and answers as
-long as `max_tokens` allows. How far off the bytes are, and how long answers are that nothing bounds, is learnt; until then
-little is in flight.
+Spent: the cost of the ledger's records, and of everything else that may have to be paid: tries with a lost answer, rows
+inside an engine that died, answers without usage. An unknown cost counts as the highest possible one.
+Reserved: the most that the rows in flight may cost, from the bytes of their prompts and from `max_tokens`. The budget
+learns from answers how many tokens a byte is, and how long answers without a limit are. Until then few rows are in flight.
 
-`_budget.json` says how much may be gone at most, written before it is spent. A run that is killed leaves there what it had
-in flight, and the next one counts that as spent: nobody knows what became of it.
+`_budget.json` has the most that may be spent, written before it is spent. After a kill, the next run counts the rows that
+were in flight as spent, because the provider may have answered them.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from engines.config import EngineConfig, Price
 from engines.errors import ConfigError, EngineError
 from engines.fallback_prices import most_expensive
 from engines.params import GenerationParams
+from engines.registry import kind_of
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, DEFAULT_SCHEMA_RETRIES, FIRST_OUTPUT, Request
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.exact_json import dumps, loads
@@ -29,16 +29,16 @@ from pipeline.storage.filesystem import exists, write_atomic
 from pipeline.storage.ledger_index import Index
 from pipeline.storage.output_files import BUDGET
 
-# Answers after which the estimates are trusted; until then they are raised by a half, and this share may be in flight.
+# After this many answers the estimates are trusted. Before, they are raised by half, and only this share may be in flight.
 LEARNT, FIRST_FACTOR, FIRST_SHARE = 20, 1.5, 0.1
-# Above the most that was seen so far.
+# Estimates are this factor above the highest value seen so far.
 MARGIN = 1.1
-# How much more than is in flight is written down at a time, as a share of the budget.
+# The file gets this share of the budget more than is in flight, so that it is written less often.
 STEP = 0.02
 
 
 class CostBudget:
-    """The book-keeping; whoever admits rows asks `fits` and adds to `reserved` and `spent`. US dollars throughout."""
+    """The sums, in US dollars. The part that admits rows calls `fits`, and adds to `reserved` and `spent`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class CostBudget:
         self.prices: dict[Any, Price] = {None: self.price, engine.model: self.price}
         self.share, self.first_share = share, first_share
         bound = (engine.provider.get("defaults") or {}).get("max_tokens")
-        self.bound = bound or (None if engine.provider or engine.kind == "echo" else DEFAULT_MAX_TOKENS)
+        self.bound = bound or (DEFAULT_MAX_TOKENS if kind_of(engine).holds_model else None)
         self.spent, self.reserved, self.written = spent, 0.0, spent
         self.overhead = shared_bytes(params)
         self.seen = UsageStats()
@@ -63,9 +63,9 @@ class CostBudget:
         return self.seen.answers >= LEARNT
 
     def max_cost(self, request: bytes) -> float:
-        """The most that this request is expected to cost: all turns, each asked again for its shape if allowed."""
+        """The most that this request is expected to cost: all turns, each with all retries for its shape."""
         values = loads(request)
-        params = self.params.override(values.get("generation") or {})  # parsed before, so it is valid
+        params = self.params.override(values.get("generation") or {})  # valid, because it was parsed before
         first, seen = FIRST_FACTOR / BYTES_PER_TOKEN, self.seen
         a_byte = max(1 / BYTES_PER_TOKEN, MARGIN * seen.tokens_a_byte) if self.learnt else max(first, seen.tokens_a_byte)
         longest = MARGIN * seen.output if self.learnt else max(FIRST_OUTPUT, seen.output)
@@ -76,12 +76,12 @@ class CostBudget:
             price = Price(price.cache_write or price.input, None, price.output)
         turns, again = len(values.get("turns") or ()), _again(params)
         asked = (turns + 1) * (again + 1)
-        # A turn's prompt has the answers before it; one that is asked again for its shape has the wrong one.
+        # A turn's prompt contains the earlier answers. A retry for the shape contains the wrong answer.
         said = (turns * (turns + 1) // 2 * (again + 1) + (turns + 1) * again) * output
         return self.share * price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
 
     def _price(self, model: Any) -> Price:
-        """The most that a row's model may cost; a row whose model has no price is refused before it is asked."""
+        """The highest price of a row's model. A row with a model without a price is refused by `check_model`."""
         if model not in self.prices:
             try:
                 self.prices[model] = most_expensive(self.engine, str(model))
@@ -90,19 +90,19 @@ class CostBudget:
         return self.prices[model]
 
     def fits(self, cost: float) -> bool:
-        """Whether so much more may be in flight."""
+        """True if this much more may be in flight."""
         left = self.limit - self.spent - self.reserved
-        if not self.learnt and self.reserved > 1e-9:  # sums of floats come to 0 nearly
+        if not self.learnt and self.reserved > 1e-9:  # float sums do not return to exactly 0
             left = min(left, self.first_share * (self.limit - self.spent) - self.reserved)
         return cost <= left
 
     @property
     def exceeded(self) -> bool:
-        """Whether what is in flight may take it past the limit."""
+        """True if the rows in flight may cost more than the budget has."""
         return self.spent + self.reserved > self.limit
 
     def summary(self, left: str) -> str:
-        """Why a run stops that has this much left."""
+        """The message of a run that stops. `left` says which rows are not asked."""
         return (
             f"run.budget_usd={self.limit:g} has no room for another row: ${self.spent:.4g} is spent, {left}; "
             "the same command with a higher budget goes on from here"
@@ -110,22 +110,22 @@ class CostBudget:
 
     @property
     def higher(self) -> dict[str, str]:
-        """What to change in the command that goes on: twice the budget."""
+        """The keys to change in the command that resumes: twice the budget."""
         return {"run.budget_usd": f"{higher(self.limit):g}"}
 
     def to_write(self) -> float | None:
-        """How much to write down now, before more is sent; None where enough is."""
+        """The sum to write to the file before more is sent. None if the file has enough."""
         most = self.spent + self.reserved
         return None if most <= self.written else max(most, min(self.limit, most + STEP * self.limit))
 
 
 def higher(limit: float) -> float:
-    """The budget to go on with, where this one was too small."""
+    """The budget to resume with after one that was too small."""
     return 2 * limit
 
 
 def _again(params: GenerationParams) -> int:
-    """How often an answer of the wrong shape is asked for again."""
+    """The number of retries for an answer of the wrong shape."""
     if (params.response_format or {}).get("type") not in ("json_schema", "json_object"):
         return 0
     return DEFAULT_SCHEMA_RETRIES if params.schema_retries is None else params.schema_retries
@@ -144,8 +144,8 @@ def check_model(request: Request, engine: EngineConfig) -> None:
 
 
 def spent_so_far(engine: EngineConfig, params: GenerationParams, index: Index, fs: pafs.FileSystem, root: str) -> float:
-    """What an output directory has cost at most: its records, or what runs with a budget wrote down. A request of unknown
-    cost counts as the dearest one whose cost is known."""
+    """The most that an output directory has cost: the sum of its records, or the sum in `_budget.json` if it is higher. A
+    request of unknown cost counts as much as the most expensive known one."""
     known, unknown = index.spent()
     dearest = most_expensive(engine).of(FIRST_OUTPUT, 0, params.max_tokens or FIRST_OUTPUT) if unknown else 0.0
     dearest = max(dearest, float(index.cost_usd.max(initial=0.0)))
@@ -153,12 +153,12 @@ def spent_so_far(engine: EngineConfig, params: GenerationParams, index: Index, f
 
 
 def shared_bytes(params: GenerationParams) -> int:
-    """Of every prompt, beside the row's own: tools and the shape of the answer."""
+    """Bytes that every prompt has beside the row's own: tools and the answer's schema."""
     return sum(len(dumps(part)) for part in (params.tools, params.response_format) if part)
 
 
 def read_spent(fs: pafs.FileSystem, root: str) -> float:
-    """What earlier runs may have spent; 0 where they kept to no budget."""
+    """The most that earlier runs may have spent, in US dollars. 0 if they had no budget."""
     path = f"{root}/{BUDGET}"
     if not exists(fs, path):
         return 0.0

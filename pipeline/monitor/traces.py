@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from engines.config import EngineConfig
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from engines.types import Completion
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def _exporter(endpoint: str, **more: Any) -> Any:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError:
-        raise ConfigError("run.traces needs OpenTelemetry: run pip install 'eagleray[traces]'") from None
+        text = "run.traces needs OpenTelemetry: run pip install 'eagleray[traces]'"
+        raise ConfigError(text, code=ErrorCode.PACKAGE_MISSING, key="run.traces") from None
     # It repeats at length what is said once at the end, or not at all.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     path = "" if urlsplit(endpoint).path.strip("/") else "/v1/traces"

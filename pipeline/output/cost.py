@@ -9,7 +9,7 @@ from engines.config import EngineConfig
 from engines.remote.provider import Provider
 from pipeline.storage.ledger_index import OldCosts
 
-# The names of segments made of batches begin so.
+# Names of segments with answers from provider batches begin with this word.
 WRITER = "batch"
 
 
@@ -19,7 +19,8 @@ def batch_share(engine: EngineConfig) -> float:
 
 
 def old_costs(engine: EngineConfig) -> OldCosts:
-    """Prices the records of versions that wrote no cost, by today's `engine.price`; batches are known by their writer."""
+    """Prices, by today's `engine.price`, records of versions that wrote no cost. The name of a segment tells if its answers
+    came from provider batches."""
 
     def costs(tokens: npt.NDArray[np.int64], path: str) -> npt.NDArray[np.float64] | None:
         if engine.provider and not engine.price.known:

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a run came to, written last, by which it counts as complete."""
+"""`manifest.json`: the result of a run in figures. It is written last: an output with a manifest is complete."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import orjson
 import pyarrow.fs as pafs
 
 from pipeline.config import Config, without_secrets
+from pipeline.context import RunContext
 from pipeline.dataset.reader import ReadSplit, SplitSummary
-from pipeline.executors.batch.store import BatchStore
 from pipeline.monitor.status import RunStatus
 from pipeline.output.cost import batch_share
-from pipeline.output.finalize import JobResult
+from pipeline.output.finalize import WrittenOutput
 from pipeline.storage.exact_json import canonical
 from pipeline.storage.filesystem import exists, info_of, listing, resolve
 from pipeline.storage.ledger import TOKENS
@@ -31,46 +31,46 @@ from pipeline.storage.output_files import DATA, ERRORS, MANIFEST, REPORT
 
 
 def make_manifest(
-    config: Config,
+    context: RunContext,
     splits: list[ReadSplit],
-    fs: pafs.FileSystem,
     summaries: dict[int, SplitSummary],
-    result: JobResult,
+    written: WrittenOutput,
     index: Index,
     totals: RunStatus,
-    started: float,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
-    (used,) = result.used
+    """The manifest of a run. `totals` counts this run's own requests. `more` are the executors' entries."""
+    config, used = context.config, written.used
     tokens = dict(zip(TOKENS, index.tokens.sum(axis=0, dtype=np.int64, where=used[:, None]).tolist(), strict=True))
     return {
         "status": "complete",
         "rows": {
-            "total": result.rows,
-            "done": result.rows - result.failed,
-            "failed": result.failed,
+            "total": written.rows,
+            "done": written.rows - written.failed,
+            "failed": written.failed,
             "invalid": sum(s.invalid for s in summaries.values()),
             "requests": int(used.sum()),  # distinct ones; equal deterministic requests are asked once
         },
-        "errors": dict(result.errors),
+        "errors": dict(written.errors),
         "this_run": {"asked": totals.done + totals.failed, "failed": totals.failed, "engine_deaths": totals.crashes},
         "requests_sent": int(index.attempts[used].sum(dtype=np.int64)),  # all tries of them
         "tokens": tokens,  # of all tries
         **_cost(config, index, used, tokens),
         "price_as_of": config.engine.price.as_of,
-        "batches": BatchStore(fs, resolve(str(config.output.path))[1]).summary(),
+        **more,
         "engine": {"kind": config.engine.kind, "model": config.engine.model, "adapter": config.engine.adapter},
         "config": without_secrets(config),
         "input": _fingerprint(config, splits),
         "ledger": _ledger(index),
-        "files": dict(sorted(result.files.items())),
+        "files": dict(sorted(written.files.items())),
         "versions": _versions(),
-        "started_at": started,
+        "started_at": context.started,
         "finished_at": time.time(),
     }
 
 
 def _cost(config: Config, index: Index, used: npt.NDArray[np.bool_], tokens: dict[str, int]) -> dict[str, Any]:
-    """What the records of the requests in this output cost, superseded ones included; null where one is not known."""
+    """The cost of all tries of the requests in this output. `cost_usd` is null if the cost of one is not known."""
     flags, known = index.flags[used], float(index.cost_usd[used].sum())
     unknown, parts = int(np.count_nonzero(flags & UNKNOWN)), None
     if not unknown:
@@ -87,7 +87,7 @@ def _cost(config: Config, index: Index, used: npt.NDArray[np.bool_], tokens: dic
 
 
 def _parts(config: Config, tokens: dict[str, int], cost: float) -> dict[str, float] | None:
-    """The cost by kind of token; None where tokens had more than one price, so that one price does not add up to it."""
+    """The cost by kind of token. None if tokens had more than one price: then no single price adds up to the cost."""
     parts = config.engine.price.parts(*(tokens[name] for name in ("input", "cached_input", "output", "cache_write")))
     shares = (1.0, batch_share(config.engine)) if config.engine.provider else (1.0,)
     for share in shares:
@@ -97,9 +97,9 @@ def _parts(config: Config, tokens: dict[str, int], cost: float) -> dict[str, flo
 
 
 def _fingerprint(config: Config, splits: list[ReadSplit]) -> dict[str, Any]:
-    """The input files as they are now, and a digest over them and all that shapes the output."""
+    """The input files as they are now, and a digest of them and of every setting that changes the output."""
     names = list(dict.fromkeys(split.file_split.file for split in splits))
-    with ThreadPoolExecutor(16) as pool:  # a store answers one at a time in tens of milliseconds
+    with ThreadPoolExecutor(16) as pool:  # an object store takes tens of milliseconds for each
         found = pool.map(lambda name: info_of(*resolve(name)), names)
         files = [{"path": name, "bytes": i.size, "modified_ns": i.mtime_ns} for name, i in zip(names, found, strict=True)]
     output = {name: value for name, value in asdict(config.output).items() if name != "overwrite"}
@@ -108,18 +108,18 @@ def _fingerprint(config: Config, splits: list[ReadSplit]) -> dict[str, Any]:
 
 
 def _ledger(index: Index) -> dict[str, int]:
-    """By which an output tells how far the ledger was when it was put together."""
+    """The size of the ledger when the output was put together."""
     return {"requests": len(index), "failed": int(index.failed.sum())}
 
 
 def unchanged(
     config: Config, fs: pafs.FileSystem, root: str, splits: list[ReadSplit], index: Index
 ) -> dict[str, Any] | None:
-    """The manifest, where it stands for exactly this input and configuration and its files are all there."""
+    """The manifest, if it is for exactly this input and configuration and all its files exist; else None."""
     try:
         with fs.open_input_stream(f"{root}/{MANIFEST}") as stream:
             manifest: dict[str, Any] = orjson.loads(stream.read())
-        # An older one, where a run was killed between its last answer and the output.
+        # Different if a run was killed after its last answer and before its output.
         if manifest["ledger"] != _ledger(index):
             return None
         same = manifest["input"]["digest"] == _fingerprint(config, splits)["digest"]

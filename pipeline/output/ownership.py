@@ -1,11 +1,11 @@
-"""Which output directory, and which files in it, belong to Eagleray. Everything else is the user's and stays untouched.
+"""Tells which output directories, and which files in them, belong to Eagleray. All other files stay untouched.
 
-`_eagleray.json`, the marker, is the first file that is written into an output directory, and only into an absent or empty
-one. It names the dataset. Any other directory that is not empty is refused, but one that an earlier version, which wrote
-no marker, can be shown to have written: that gets its marker now.
+`_eagleray.json`, the marker, is the first file in an output directory. A run writes it only into an absent or empty
+directory. It names the dataset. A run refuses a directory that is not empty and has no marker. The exception is an output
+of an earlier version, which wrote no marker: the directory gets one.
 
-Of the files in data/ and errors/, and report.html, exactly those are Eagleray's that the manifest names; while there is
-no manifest, those that `_files.json` names, which is written before the first of them. So a run may be killed anywhere:
+The manifest names the files in data/ and errors/ that are Eagleray's; report.html is, too. While there is no manifest,
+`_files.json` names them; it is written before the first of them. So a run may be killed at any point:
     marker -> segments -> _files.json (old and intended names) -> no manifest -> parts -> manifest -> _files.json
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 import pyarrow.fs as pafs
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
 from pipeline.config import Config
 from pipeline.storage.filesystem import canonical_place, info_of, is_within, listing, split_glob, write_atomic
@@ -49,19 +49,19 @@ from pipeline.storage.output_files import (
 )
 
 FORMAT = 1
-NEW, OLD, OWN = "new", "old", "own"  # a directory: absent or empty; of a version without markers; with a marker
+NEW, OLD, OWN = "new", "old", "own"  # states of a directory: absent or empty; of a version without markers; with a marker
 _SHOWN = 3
 
 
 def dataset_places(path: Any) -> list[str]:
-    """The places of `dataset.path`, the same for every spelling, each once."""
+    """The canonical places of `dataset.path`, without duplicates."""
     paths = path if isinstance(path, list) else [path]
     return list(dict.fromkeys(canonical_place(one) for one in paths))
 
 
 def same_dataset(before: Sequence[str], output_before: str, now: Sequence[str], output_now: str) -> bool:
-    """Whether a dataset is the one of an earlier run. More entries may have joined a list; dataset and output may have
-    moved together."""
+    """True if the dataset is that of an earlier run. The list may have more entries now. Dataset and output may have moved
+    together."""
     if set(before) <= set(now):
         return True
     return {_relative(place, output_before) for place in before} <= {_relative(place, output_now) for place in now}
@@ -76,8 +76,8 @@ def _relative(place: str, output: str) -> str:
 
 
 def same_typed(before: Sequence[str], now: Sequence[str]) -> bool:
-    """The same for a configuration as it was typed, of a version that wrote down no more: the directory that a relative
-    path began from is not known."""
+    """As `same_dataset`, for an earlier version, which wrote paths as they were typed. The working directory of a relative
+    path is not known."""
     return all(any(_may_be(old, place) for place in now) for old in before)
 
 
@@ -89,7 +89,7 @@ def _may_be(typed: str, place: str) -> bool:
 
 
 def check_inputs(dataset: Any, output: str) -> None:
-    """Raises `ConfigError` where an entry of `dataset.path` lies inside the output, or is it."""
+    """Raises `ConfigError` if an entry of `dataset.path` is the output directory or lies inside it."""
     there = canonical_place(output)
     for path in dataset if isinstance(dataset, list) else [dataset]:
         place, _ = split_glob(path)
@@ -97,25 +97,26 @@ def check_inputs(dataset: Any, output: str) -> None:
             where = "is that directory" if place == there else "lies inside it"
             raise ConfigError(
                 f"output.path={output} would hold its own input: dataset.path={path} {where}; choose another output.path, "
-                "which may lie below the dataset's directory"
+                "which may lie below the dataset's directory",
+                code=ErrorCode.INPUT_IN_OUTPUT,
             )
 
 
 @dataclass
 class Ownership:
-    """What of one output directory is Eagleray's. Make it with `look`."""
+    """The files of one output directory that are Eagleray's. Make it with `look`."""
 
     fs: pafs.FileSystem
     root: str
     state: str  # NEW, OLD or OWN
-    dataset: list[str]  # of this run, as `dataset_places` has it
+    dataset: list[str]  # of this run, from `dataset_places`
     output: str  # the root's canonical place
-    marked: dict[str, Any] = field(default_factory=dict)  # the marker as it stands there
-    files: set[str] = field(default_factory=set)  # below data/ and errors/, and report.html: those that are Eagleray's
+    marked: dict[str, Any] = field(default_factory=dict)  # the content of the marker
+    files: set[str] = field(default_factory=set)  # Eagleray's files in data/ and errors/, and report.html
 
     @classmethod
     def look(cls, config: Config, fs: pafs.FileSystem, root: str) -> Ownership:
-        """Looks at the directory and changes nothing. Raises `ConfigError` where a run must not write into it."""
+        """Examines the directory and changes nothing. Raises `ConfigError` if a run must not write into it."""
         dataset, output = config.dataset.path, str(config.output.path)
         check_inputs(dataset, output)
         own = cls(fs, root, NEW, dataset_places(dataset), canonical_place(output))
@@ -133,7 +134,7 @@ class Ownership:
     def _names(self) -> set[str]:
         if info_of(self.fs, self.root).type == pafs.FileType.File:
             raise ConfigError(f"output.path: cannot write into {self.root}: it is not a directory")
-        # A run that was killed while it wrote the marker leaves a temporary file.
+        # A run that is killed while it writes the marker leaves a temporary file.
         return {info.base_name for info in listing(self.fs, self.root) if not is_temporary(info.base_name)}
 
     def _recognise(self, names: Collection[str]) -> None:
@@ -147,7 +148,8 @@ class Ownership:
                 shown = ", ".join(sorted(names)[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
                 raise ConfigError(
                     f"output.path: {self.root} is not empty and not an output of Eagleray's (it holds {shown}): "
-                    "choose a new or empty directory"
+                    "choose a new or empty directory",
+                    code=ErrorCode.OUTPUT_NOT_OURS,
                 )
             self.state = OLD
 
@@ -162,7 +164,7 @@ class Ownership:
             self.files = old_parts(self.fs, self.root)
 
     def _check_names(self, names: Collection[str], form: str) -> None:
-        """Raises `ConfigError` where a file that is not Eagleray's stands where a run writes."""
+        """Raises `ConfigError` if a run would overwrite a file that is not Eagleray's."""
         foreign = [n for n in (MANIFEST, STATE, BUDGET, FILES) if n in names and not read_own(self.fs, self.root, n)]
         foreign += [REPORT] if REPORT in names and REPORT not in self.files else []
         folders = [name for name in (DATA, ERRORS, SEGMENTS, BATCHES) if name in names]
@@ -174,13 +176,14 @@ class Ownership:
             if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
                 foreign.append(f"{SEGMENTS}/{LOCK}")
         if foreign:
-            raise ConfigError(f"output.path: {self.in_the_way(foreign)}, or choose another output.path")
+            text = f"output.path: {self.in_the_way(foreign)}, or choose another output.path"
+            raise ConfigError(text, code=ErrorCode.FILE_IN_THE_WAY)
 
     def _is_there(self, name: str) -> bool:
         return bool(info_of(self.fs, f"{self.root}/{name}").type != pafs.FileType.NotFound)
 
     def in_the_way(self, names: Sequence[str]) -> str:
-        """What is wrong with files that stand where a run writes, in words."""
+        """The message about files that a run would overwrite."""
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         return f"{self.root}/{names[0]}{more} was not written by Eagleray and would be overwritten: move it away"
 
@@ -196,11 +199,12 @@ class Ownership:
             return
         raise ConfigError(
             f"output.path: {self.root} holds the answers to another dataset ({', '.join(before)[:300]}): choose another "
-            "output.path, or replace that output with output.overwrite=true"
+            "output.path, or replace that output with output.overwrite=true",
+            code=ErrorCode.OTHER_DATASET,
         )
 
     def _typed_dataset(self) -> list[str]:
-        """Of an output without a marker, as far as it is known."""
+        """The dataset of an output without a marker, as it was typed. Empty if it is not known."""
         found = read_own(self.fs, self.root, STATE) or read_own(self.fs, self.root, MANIFEST) or {}
         path = (found.get("config") or {}).get("dataset", {}).get("path") or []
         return [str(one) for one in (path if isinstance(path, list) else [path])]
@@ -217,7 +221,7 @@ class Ownership:
     # -- changes ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Makes a new directory Eagleray's: before anything else is written there, the lock included."""
+        """Writes the marker into a new directory. Call it before anything else is written there, the lock included."""
         if self.state == NEW:
             try:
                 self._mark()
@@ -226,7 +230,7 @@ class Ownership:
                 raise ConfigError(f"output.path: cannot write into {self.root}: {reason}") from None
 
     def settle(self) -> None:
-        """Writes down what `look` accepted. The caller holds the lock, and has looked again since it does."""
+        """Saves what `look` accepted. The caller holds the lock, and has called `look` again since it got it."""
         if self.state == OLD:
             self._record()
         listed = self.marked.get("dataset")
@@ -253,8 +257,8 @@ class Ownership:
         write_atomic(self.fs, f"{self.root}/{name}", orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
     def intend(self, parts: Iterable[str]) -> list[str]:
-        """Writes down that these parts and the report will be written. Where files of others have such names, it returns
-        these and does nothing."""
+        """Saves that these parts and the report will be written. If foreign files have such names, it returns them and does
+        nothing."""
         wanted = {*parts, REPORT}
         there = {f"{folder}/{name}" for folder in (DATA, ERRORS) for name in self._listed(folder)}
         there |= {REPORT} if self._is_there(REPORT) else set()
@@ -265,7 +269,7 @@ class Ownership:
         return []
 
     def drop_stale(self, kept: Collection[str]) -> None:
-        """Removes parts of an earlier, longer run that are not among those `kept`, and what killed writers left."""
+        """Removes parts of an earlier, longer run that are not in `kept`, and temporary files of killed writers."""
         for folder in (DATA, ERRORS):
             for name in self._listed(folder):
                 path = f"{folder}/{name}"
@@ -273,13 +277,13 @@ class Ownership:
                     self.fs.delete_file(f"{self.root}/{path}")
 
     def commit(self, parts: Collection[str]) -> None:
-        """After the manifest: exactly these parts and the report are Eagleray's."""
+        """Saves, after the manifest, that exactly these parts and the report are Eagleray's."""
         self.files = {*parts, REPORT}
         self._record()
 
     def clear(self) -> None:
-        """Removes the output and the ledger, for a run that begins from nothing. The manifest goes first: nobody may take
-        the rest for whole."""
+        """Removes the output and the ledger, for `run.resume=false`. The manifest goes first, so that no reader takes the
+        rest for a complete output."""
         if self.state == NEW:
             return
         self._record()
@@ -294,7 +298,7 @@ class Ownership:
         self._record()
 
     def is_own(self, key: str) -> bool:
-        """Whether a path below the root is one that Eagleray writes."""
+        """True if Eagleray writes a file at this path below the root."""
         return is_own_key(key, self.files)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import compress
 
 from engines.errors import EngineError
-from engines.local.memory_estimate import Prompts
+from engines.local.prompt_renderer import PromptRenderer
 from engines.text import for_template
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, FIRST_OUTPUT, Message, Request, answer
 from pipeline.config import Config
@@ -32,7 +32,7 @@ class DatasetEstimate:
 
     config: Config
     context: int | None = None  # of the model, in tokens, where it is known
-    count: Prompts | None = None  # counts as the model does; without it bytes are taken for tokens
+    count: PromptRenderer | None = None  # counts as the model does; without it bytes are taken for tokens
     check: Check | None = None
     whole: bool = True  # all rows were read
     files: int = 0

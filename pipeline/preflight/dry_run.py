@@ -1,16 +1,13 @@
-"""What can be known before a run: of its rows, its engine and its output directory. Nothing is asked, nothing written.
+"""Checks before a run: its rows, its engine, its output directory. Nothing is sent and nothing is written.
 
-`run.dry_run=true` reads everything and shows the first requests as they would be sent. A real run looks at its
-configuration and the first rows only, and ends at once where no row could be answered.
+`run.dry_run=true` reads everything and shows the first requests as they would be sent. A real run checks its configuration
+and the first rows only, and ends at once if no row could be answered.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import pyarrow.fs as pafs
 from rich.console import Console
@@ -18,16 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.base import Engine
-from engines.config import EngineConfig
-from engines.errors import ConfigError, EngineError
-from engines.local.memory_estimate import Prompts, footprint, holds_model, prompts
-from engines.remote.engine import RemoteEngine
+from engines.errors import EngineError
+from engines.local.preflight import model_on_this_machine
+from engines.local.prompt_renderer import PromptRenderer
+from engines.rendering import render_messages
 from engines.text import visible
 from engines.types import Request
 from pipeline.config import Config
 from pipeline.dataset.reader import ReadSplit, RowReader
 from pipeline.output.manifest import unchanged
-from pipeline.preflight.checks import Findings, examine, output_state
+from pipeline.preflight.checks import examine, output_state
 from pipeline.preflight.dataset_estimate import Check, DatasetEstimate, ReportLine
 from pipeline.storage.filesystem import exists
 from pipeline.storage.ledger_index import read_index
@@ -35,8 +32,6 @@ from pipeline.storage.output_files import MANIFEST
 
 # A real run's look at its input: at most so many rows, and so long for listing it and for reading them.
 FIRST_ROWS, FIRST_S = 1000, 1.0
-# Longer texts in a request that is shown are cut.
-SHOWN_TEXT = 2000
 
 
 # -- a real run -------------------------------------------------------------------------------------------------------
@@ -49,9 +44,9 @@ def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, consol
         found.engine.close()
     # A complete output needs no engine; one that is to be made anew does.
     if found.wrong and not (config.run.resume and exists(fs, f"{root}/{MANIFEST}")):
-        raise ConfigError(found.wrong[0])
-    for text in found.doubtful:
-        console.print(Text(f"On this machine: {text}", "yellow"))
+        raise found.wrong[0].error()
+    for finding in found.doubtful:
+        console.print(Text(f"On this machine: {finding.text}", "yellow"))
     return found.check
 
 
@@ -106,40 +101,31 @@ def dry_run(
     """Reads everything and tells what a run would do. Returns the rows, and why it could not run at all."""
     index = read_index(fs, root)
     seen = examine(config, thorough=True)
-    context, shape = _model_at_hand(config.engine)
+    wrong = [finding.text for finding in seen.wrong]
+    context, renderer = model_on_this_machine(config.engine)
     known = index.only(failed_too=not config.run.retry_failed)
-    found = DatasetEstimate(config, context, shape, seen.check).read(splits, row_reader, known)
+    found = DatasetEstimate(config, context, renderer, seen.check).read(splits, row_reader, known)
     if found.invalid and config.dataset.on_bad_input == "fail":
-        seen.wrong.append(f"{found.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
+        wrong.append(f"{found.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
     complete = unchanged(config, fs, root, splits, index) is not None
     state, unusable = output_state(fs, root, len(index), found.answered, complete)
     if unusable:
-        seen.wrong.append(state)
-    show(_about(config, found, seen, state, unusable), console)
+        wrong.append(state)
+    doubtful = [finding.text for finding in seen.doubtful]
+    show(_about(config, found, doubtful, wrong, state, unusable), console)
     if found.first:
         console.print(Text(f"The first {len(found.first)} requests, as they would be sent:", "bold"))
     for id, request in found.first:
         console.print(Text(f"\n{visible(id)}", "bold cyan"))
-        console.print(Text(shown_request(config, seen.engine, shape, request)), soft_wrap=True)
+        console.print(Text(shown_request(seen.engine, renderer, request)), soft_wrap=True)
     if seen.engine is not None:
         seen.engine.close()
-    return found, seen.wrong
+    return found, wrong
 
 
-def _model_at_hand(engine: EngineConfig) -> tuple[int | None, Prompts | None]:
-    """The context and the prompts of a model that lies here; nothing is fetched from a hub."""
-    if not holds_model(engine) or not engine.model:
-        return None, None
-    if engine.model != "smollm2" and not Path(engine.model).expanduser().exists():
-        return None, None
-    try:
-        shape = footprint(engine)
-        return (shape.context if shape else None), prompts(engine)
-    except (ConfigError, ImportError):
-        return None, None
-
-
-def _about(config: Config, found: DatasetEstimate, seen: Findings, state: str, unusable: bool) -> Iterable[ReportLine]:
+def _about(
+    config: Config, found: DatasetEstimate, doubtful: list[str], wrong: list[str], state: str, unusable: bool
+) -> Iterable[ReportLine]:
     yield (
         "dataset",
         f"{found.rows:,} rows in {found.files:,} files: {len(found.keys):,} requests to ask, "
@@ -159,9 +145,9 @@ def _about(config: Config, found: DatasetEstimate, seen: Findings, state: str, u
         yield from (("", example, True) for example in found.refusals)
     yield from found.lengths(bool(found.too_long))
     yield "output", state, unusable
-    for text in seen.doubtful:
+    for text in doubtful:
         yield "here", f"{text} (the replicas' machines may have it)", True
-    for text in seen.wrong:
+    for text in wrong:
         yield "cannot run", text, True
 
 
@@ -175,46 +161,12 @@ def show(lines: Iterable[ReportLine], console: Console) -> None:
     console.print(table, "", highlight=False)
 
 
-def shown_request(config: Config, engine: Engine | None, shape: Prompts | None, request: Request) -> str:
+def shown_request(engine: Engine | None, renderer: PromptRenderer | None, request: Request) -> str:
     """A request as it would be sent: the HTTP of a remote engine, the prompt of a local one. Secrets are `***`."""
+    render = engine.render_request if engine else renderer.render_request if renderer else render_messages
     try:
-        if isinstance(engine, RemoteEngine):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                body = engine.body(engine.prepared(request))
-            headers = {**engine.headers, **engine.auth.fixed}
-            if engine.provider.auth == "google":
-                headers["authorization"] = "Bearer ***"
-            if engine.provider.idempotency_header:
-                headers[engine.provider.idempotency_header] = f"{engine.run_id}-{request.key}"
-            url = engine.endpoints.urls[0]
-            if engine.provider.wire == "converse":  # boto3 signs it and moves the model into the URL
-                url, headers = f"{url}/model/{body.pop('modelId')}/converse", {"authorization": "AWS4-HMAC-SHA256 ***"}
-            lines = [f"POST {url}", *(f"{name}: {value}" for name, value in headers.items()), "", _pretty(body)]
-            return visible("\n".join(lines))
-        params = request.generation.given()
-        aside = {name: value for name in ("model", "adapter") if (value := getattr(request, name)) is not None}
-        asked = [f"{name}: {_pretty(value)}" for name, value in {**aside, **params}.items()]
-        if shape is not None:
-            return visible("\n".join([_cut(shape.text(request.messages, request.generation)), *asked]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return visible(render(request))
     except EngineError as error:
         return visible(f"(cannot be asked: {error})")
-    return visible("\n".join([_pretty(request.messages), *asked]))
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(
-        _shortened(value), ensure_ascii=False, indent=2 if isinstance(value, (dict, list)) else None, default=str
-    )
-
-
-def _shortened(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _shortened(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_shortened(item) for item in value]
-    return _cut(value) if isinstance(value, str) else value
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}… ({len(text):,} characters)"

@@ -21,7 +21,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from engines.config import EngineConfig
-from engines.errors import ConfigError, EngineError, Failure, invalid
+from engines.errors import ConfigError, EngineError, ErrorCode, Failure, invalid
 from engines.params import GenerationParams
 from engines.registry import load_engine, secret_variables
 from engines.text import one_line
@@ -30,9 +30,10 @@ from pipeline.config import Config
 from pipeline.errors import Stopped
 from pipeline.executors.live.placement import Placement, placement, serve_options, spread
 from pipeline.executors.live.rate_limiter import NAMESPACE, rate_limit_actor, reserve_through_ray
-from pipeline.executors.live.ray_session import PATIENCE_S, look_for_room, note_signals, running_ray
+from pipeline.executors.live.ray_session import PATIENCE_S, look_for_room, running_ray
 from pipeline.executors.live.secrets import Secrets, settle_environment
 from pipeline.serve.openai_api import ChatRequest, Chunks, error_body, event, parse_chat_request, status_of, whole
+from pipeline.signals import note_signals
 from pipeline.storage.exact_json import dumps, loads
 
 NAME = "eagleray"
@@ -65,7 +66,7 @@ class SecretsBroker:
     def __init__(self) -> None:
         self.secrets = Secrets({})
         self.concurrency: int | None = None
-        self.refusal: str | None = None
+        self.refusal: ConfigError | None = None
 
     def open(self, secrets: Secrets) -> None:
         self.secrets = secrets
@@ -76,10 +77,10 @@ class SecretsBroker:
     def loaded(self, concurrency: int) -> None:
         self.concurrency = concurrency
 
-    def refuse(self, reason: str) -> None:
-        self.refusal = reason
+    def refuse(self, error: ConfigError) -> None:
+        self.refusal = error
 
-    def news(self) -> tuple[int | None, str | None]:
+    def news(self) -> tuple[int | None, ConfigError | None]:
         """What an engine holds at once, and why none can be loaded: as far as known."""
         return self.concurrency, self.refusal
 
@@ -101,9 +102,10 @@ class ServeReplica:
             self.engine = load_engine(config.engine)
             self.engine.check(config.generation)
         except ConfigError as error:
-            ray.get(broker.refuse.remote(str(error)))
+            ray.get(broker.refuse.remote(error))
             raise
-        self.engine.attach(reserve_through_ray, config.max_outage_s)
+        if self.engine.remote is not None:
+            self.engine.remote.attach(reserve_through_ray, config.max_outage_s)
         ray.get(broker.loaded.remote(self.engine.concurrency))
 
     def check_health(self) -> None:
@@ -253,7 +255,8 @@ def _secrets(config: Config) -> Secrets:
     """What the replicas need of this process's environment. Raises `ConfigError` where the endpoint's key is not there."""
     variable = config.serve.api_key_env
     if variable and not os.environ.get(variable, "").strip():
-        raise ConfigError(f"serve.api_key_env={variable}: there is no such environment variable, or it is empty")
+        text = f"serve.api_key_env={variable}: there is no such environment variable, or it is empty"
+        raise ConfigError(text, code=ErrorCode.KEY_MISSING, key="serve.api_key_env")
     names = secret_variables(config.engine) | ({variable} if variable else set())
     return Secrets({name: os.environ[name] for name in names if name in os.environ})
 
@@ -327,7 +330,7 @@ def _wait(deployed: Future[None], broker: Any, interrupts: list[int], placed: Pl
             failure = deployed.exception(timeout=0.1)
             break
         if (refusal := ray.get(broker.news.remote())[1]) is not None:
-            raise ConfigError(refusal)
+            raise refusal
         if not warned and time.monotonic() - began > PATIENCE_S:
             warned = True
             text = f"No replica works yet: each asks for {placed.wish()}, and may be loading its model."
@@ -336,7 +339,7 @@ def _wait(deployed: Future[None], broker: Any, interrupts: list[int], placed: Pl
         return False
     if failure is not None:
         refusal = ray.get(broker.news.remote())[1]
-        raise ConfigError(refusal) if refusal else Stopped(f"no replica could start: {one_line(failure)}")
+        raise refusal or Stopped(f"no replica could start: {one_line(failure)}")
     return True
 
 

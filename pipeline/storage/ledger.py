@@ -52,6 +52,7 @@ COMPLETION_FIELDS = [
     ("choices", pa.string()),
     ("logprobs", pa.string()),
     ("dialogue", pa.string()),
+    ("message_fields", pa.string()),
 ]
 # What finalize reads of a segment.
 ANSWER_SCHEMA = pa.schema([*COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))])
@@ -88,6 +89,7 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
         [_choices(c) for c in completions],
         [_json(c.logprobs) for c in completions],
         [_json(c.dialogue) for c in completions],
+        [_message_fields(c) for c in completions],
     )  # fmt: skip
     return [pa.array(values, type) for values, (_, type) in zip(columns, COMPLETION_FIELDS, strict=True)]
 
@@ -102,6 +104,14 @@ def _usage(completion: Completion) -> dict[str, int] | None:
 
 def _json(value: Any) -> str | None:
     return dumps(value).decode() if value else None
+
+
+def _message_fields(completion: Completion) -> str | None:
+    """What the answer's message has beside its text and its calls, such as a provider's signed reasoning."""
+    message = completion.message
+    if message is None or len(message) <= 2:
+        return None
+    return _json({name: value for name, value in message.items() if name not in ("role", "content", "tool_calls")})
 
 
 def _choices(completion: Completion) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -96,36 +96,18 @@ class Index:
         return float(self.cost_usd.sum()) + self.unanswered.cost_usd, unknown + self.unanswered.unknown
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteIndex:
-    """An index that stays where it is, and is asked: 56 bytes a request on every node would be too much."""
+class KeyLookup(Protocol):
+    """Finds requests in the ledger: an `Index`, or a service that has one."""
 
-    lookup: Any  # the actor
-    paths: list[str]
+    @property
+    def paths(self) -> list[str]:
+        """The segments, by number."""
 
     def find(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int64]:
-        """As `Index.find`."""
-        return self.locate(keys)[0]
+        """The position of each key, or -1."""
 
     def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
-        """As `Index.locate`."""
-        import ray
-
-        keys = keys if isinstance(keys, (pa.Array, pa.ChunkedArray)) else pa.array(keys, pa.binary(32))
-        found: Located = ray.get(self.lookup.locate.remote(keys))
-        return found
-
-
-class IndexActor:
-    """The actor behind `RemoteIndex`, on the node of its index."""
-
-    def __init__(self, index: list[Any]) -> None:
-        import ray
-
-        self.index: Index = ray.get(index[0])
-
-    def locate(self, keys: pa.Array) -> Located:
-        return self.index.locate(keys)
+        """The position of each key, or -1, and the segment and row of each key that was found."""
 
 
 # Positions in the index or -1; segments and rows of those that are there.

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
 from pipeline.storage.filesystem import listing, write_atomic
 from pipeline.storage.output_files import LOCK, SEGMENTS, is_claim
@@ -34,7 +34,8 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
     there, each run has a small object that it rewrites every 10 s, and gives way where it finds another's that is younger
     than a minute.
     """
-    held = ConfigError(f"another run is writing into {root}: wait for it, stop it, or choose another output.path")
+    text = f"another run is writing into {root}: wait for it, stop it, or choose another output.path"
+    held = ConfigError(text, code=ErrorCode.OUTPUT_BUSY)
     if isinstance(fs, pafs.LocalFileSystem):
         lock = FileLock(f"{root}/{SEGMENTS}/{LOCK}")
         try:

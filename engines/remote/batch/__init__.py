@@ -1,5 +1,5 @@
-"""Providers' batch APIs: the same requests at about half the price, answered within a day.
+"""Providers' batch APIs: the same requests, usually at half the price, answered within a day.
 
-`engine.infer_batch(conversations)` and its sisters for a program; `run.mode=batch` for datasets
-(pipeline/executors/batch/runner.py).
+Programs call `engine.infer_batch(conversations)` and the methods beside it (api.py). Datasets use `run.mode=batch`
+(pipeline/executors/batch/executor.py).
 """

@@ -14,8 +14,9 @@ from engines.remote.errors import failure
 
 _BATCHES = "/messages/batches"
 _PAGE = 100
+# Their clock and ours may differ by this.
 _SKEW_S = 300.0
-# The HTTP status that each type of error comes with when it is not in a batch.
+# The HTTP status of each error type, as outside of batches.
 _STATUS = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -49,16 +50,16 @@ class AnthropicBatches(BatchWire):
                     yield (b"," if at else b"") + line.rstrip(b"\n")
             yield _CLOSE
 
-        # A comma before each line but the first, in the place of each line's end.
+        # Each line end becomes a comma, but for the last one.
         size = len(_OPEN) + requests.size - 1 + len(_CLOSE)
         headers = {"content-length": str(size), "content-type": "application/json", **self.once(requests)}
         made = self.client.json("POST", _BATCHES, body=lambda: {"content": stream(), "headers": headers}, once=True)
         return str(made["id"])
 
     def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
-        """Batches bear no name here: the oldest one since then that has as many rows.
+        """The oldest batch since then with as many rows: batches have no name here.
 
-        Should it be another's, none of its rows bears a key of ours, and ours are asked again.
+        If it belongs to somebody else, none of its rows has a key of ours, and our rows are asked again.
         """
         found = None
         for batch in self.list():

@@ -1,4 +1,4 @@
-"""What a program does with batches: `engine.infer_batch(conversations)` and its sisters."""
+"""Provider batches for programs: `engine.infer_batch(conversations)` and the methods beside it."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ import io
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from engines.errors import ConfigError, EngineError, Failure
 from engines.params import GenerationParams
-from engines.types import Completion, Conversation, Request
+from engines.types import Completion, Conversation, Request, to_request
 from engines.usage import Usage
 
 if TYPE_CHECKING:
-    from engines.remote.batch.client import BatchEngine, BatchStatus, BatchWire
+    from engines.remote.batch.client import BatchEngine, BatchStatus
+
+# The batch modules are imported in the methods: an engine that is never asked for a batch need not load them.
 
 
 class Batches:
-    """What a program does with batches; a part of every engine. Raises `ConfigError` where an engine has none.
+    """The batch methods of remote engines. They raise `ConfigError` if the provider has no batch API.
 
-    Answers find their conversations by what is asked in these, so neither their order nor whether all are there matters.
+    An answer finds its conversation by what was asked, so neither the order of answers nor their number matters.
     """
 
     def infer_batch(
-        self: Any,
-        conversations: Iterable[Conversation | Mapping[str, Any]],
-        generation: GenerationParams | Mapping[str, Any] | None = None,
+        self: BatchEngine,
+        conversations: Iterable[Conversation | Mapping[str, object]],
+        generation: GenerationParams | Mapping[str, object] | None = None,
     ) -> str:
-        """Submits one batch and returns its id. Raises `EngineError` for what the provider or a conversation has wrong."""
+        """Submits one batch and returns its id. Raises `EngineError` for an invalid conversation or a refused batch."""
         from engines.remote.batch.client import Requests
-        from engines.remote.batch.factory import encoded
+        from engines.remote.batch.factory import encoded, wire_of
 
-        engine, wire = self._batches()
-        lines = {id: engine.body(request) for id, request in self._named(conversations, generation)}
+        engine, wire = wire_of(self)
+        lines = {id: engine.body(request) for id, request in _named(engine, conversations, generation)}
         data = b"".join(encoded(wire, id, body, engine) for id, body in lines.items())
         if not lines:
             raise ConfigError("infer_batch needs a conversation")
@@ -55,34 +57,36 @@ class Batches:
         finally:
             wire.client.close()
 
-    def get_batch_status(self: Any, batch_id: str) -> BatchStatus:
-        """How a batch stands: `.status` is one of `BatchState`."""
-        _, wire = self._batches()
-        return wire.status(batch_id)
+    def get_batch_status(self: BatchEngine, batch_id: str) -> BatchStatus:
+        """The state of a batch: its `.status` is one of `BatchState`."""
+        from engines.remote.batch.factory import wire_of
+
+        return wire_of(self)[1].status(batch_id)
 
     def get_batch_results(
-        self: Any,
+        self: BatchEngine,
         batch_id: str,
-        conversations: Sequence[Conversation | Mapping[str, Any]],
-        generation: GenerationParams | Mapping[str, Any] | None = None,
+        conversations: Sequence[Conversation | Mapping[str, object]],
+        generation: GenerationParams | Mapping[str, object] | None = None,
     ) -> list[Completion]:
-        """The completions of `conversations`, in their order; those that the batch has no answer for bear an error.
+        """The completions of `conversations`, in their order. A conversation without an answer gets an error.
 
-        `generation` must be what `infer_batch` was given.
+        `generation` must be the one that `infer_batch` was called with.
         """
         from engines.remote.batch.client import BatchState
+        from engines.remote.batch.factory import wire_of
         from engines.structured import in_shape
 
-        engine, wire = self._batches()
+        engine, wire = wire_of(self)
         status = wire.status(batch_id)
         if status.status is BatchState.IN_PROGRESS:
             raise EngineError("not_found", f"batch {batch_id} is still in progress", retryable=True)
-        asked, found = dict(self._named(conversations, generation)), {}
+        asked, found = dict(_named(engine, conversations, generation)), {}
         for custom_id, outcome in wire.results(status):
             if custom_id not in asked:
                 continue
             try:
-                completion = engine.read(outcome)
+                completion = engine.read(outcome, asked[custom_id].generation.n)
             except EngineError as error:
                 completion = Completion(error=Failure.of(error), usage=error.usage or Usage())
             completion.cost_usd = engine.cost(completion.usage, asked[custom_id].model, completion.model, batch=True)
@@ -93,32 +97,30 @@ class Batches:
             completion.engine, completion.model = engine.kind, completion.model or engine.config.model
         return completions
 
-    def list_batches(self: Any) -> list[BatchStatus]:
+    def list_batches(self: BatchEngine) -> list[BatchStatus]:
         """All batches of the account, the newest first."""
-        return list(self._batches()[1].list())
+        from engines.remote.batch.factory import wire_of
 
-    def cancel_batch(self: Any, batch_id: str) -> None:
-        """Asks for a batch's end. What is answered by then can still be fetched."""
-        self._batches()[1].cancel(batch_id)
+        return list(wire_of(self)[1].list())
 
-    def _batches(self: Any) -> tuple[BatchEngine, BatchWire]:
-        from engines.remote.batch.factory import wire_of  # heavier than an engine that never asks for it should be
+    def cancel_batch(self: BatchEngine, batch_id: str) -> None:
+        """Asks the provider to end a batch. Answers that exist by then can still be fetched."""
+        from engines.remote.batch.factory import wire_of
 
-        return wire_of(self)
+        wire_of(self)[1].cancel(batch_id)
 
-    def _named(
-        self: Any,
-        conversations: Iterable[Conversation | Mapping[str, Any]],
-        generation: GenerationParams | Mapping[str, Any] | None,
-    ) -> Iterator[tuple[str, Request]]:
-        """Requests with names made of what they ask; the second of two equal ones has a name of its own."""
-        from engines.types import to_request
 
-        base = generation if isinstance(generation, GenerationParams) else GenerationParams.parse(generation or {})
-        seen: Counter[str] = Counter()
-        for conversation in conversations:
-            request = self.prepared(to_request(conversation, base))
-            body = orjson.dumps(self.body(request), option=orjson.OPT_SORT_KEYS)
-            digest = hashlib.sha256(body).hexdigest()[:48]
-            seen[digest] += 1
-            yield f"{digest}-{seen[digest]}", request
+def _named(
+    engine: BatchEngine,
+    conversations: Iterable[Conversation | Mapping[str, object]],
+    generation: GenerationParams | Mapping[str, object] | None,
+) -> Iterator[tuple[str, Request]]:
+    """Requests with names that are hashes of their content; equal requests get numbers."""
+    base = generation if isinstance(generation, GenerationParams) else GenerationParams.parse(generation or {})
+    seen: Counter[str] = Counter()
+    for conversation in conversations:
+        request = engine.prepared(to_request(conversation, base))
+        body = orjson.dumps(engine.body(request), option=orjson.OPT_SORT_KEYS)
+        digest = hashlib.sha256(body).hexdigest()[:48]
+        seen[digest] += 1
+        yield f"{digest}-{seen[digest]}", request

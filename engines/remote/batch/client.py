@@ -1,4 +1,4 @@
-"""What every provider's batch API can do, and the HTTP under it: few and large requests, streamed and never held."""
+"""The interface of all batch APIs, and the HTTP client below it, which streams large files."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from engines.remote.provider import Provider
 from engines.types import Completion, Request
 from engines.usage import Usage
 
-# A file of hundreds of MB is on its way for minutes, with the server silent.
+# Sending a file of hundreds of MB takes minutes, in which the server says nothing.
 TIMEOUT = httpx.Timeout(connect=10.0, read=600.0, write=600.0, pool=10.0)
 MOST_REDIRECTS = 5
-# A download that breaks off begins again after these; a later poll may try it once more.
+# Waits before a broken download starts again. After the last one, the next poll tries again.
 DOWNLOAD_WAITS_S = (1.0, 5.0, 20.0)
 
-# Where an answer belongs, and its body or why there is none.
+# The custom_id of a row, and the body of its answer or its error.
 BatchAnswer = tuple[str, dict[str, Any] | EngineError]
 
 
 class BatchState(StrEnum):
-    """How a batch stands. Only the first may still change; the others may all have left results."""
+    """The state of a batch. All but `IN_PROGRESS` are final, and each of those may have results."""
 
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
@@ -46,7 +46,7 @@ class BatchState(StrEnum):
 
 @dataclass(slots=True)
 class BatchStatus:
-    """A batch as its provider tells of it; counts are rows."""
+    """A batch as its provider reports it. Counts are rows."""
 
     id: str
     status: BatchState
@@ -54,18 +54,18 @@ class BatchStatus:
     done: int = 0
     failed: int = 0
     created_at: float = 0.0  # seconds since the epoch
-    name: str | None = None  # the one we gave it, where the API keeps it
-    input: str | None = None  # the file of its requests
-    outputs: list[str] = field(default_factory=list)  # what `results` reads
-    error: str | None = None  # why all of it failed
-    lines: dict[int, str] = field(default_factory=dict)  # lines of the input (from 1) that made it fail: why
-    queue_full: bool = False  # it failed for want of room only
-    counts_rows: bool = True  # or shares of a hundred
+    name: str | None = None  # our name for it, where the API keeps one
+    input: str | None = None  # the file with its requests
+    outputs: list[str] = field(default_factory=list)  # files or URLs that `results` reads
+    error: str | None = None  # why the whole batch failed
+    lines: dict[int, str] = field(default_factory=dict)  # input lines (from 1) that made it fail, with the reason
+    queue_full: bool = False  # it failed only because the queue was full
+    counts_rows: bool = True  # False: counts are percentages
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """A file of requests for one batch; `open` gives it from its start."""
+    """A file of requests for one batch. `open` returns it from its start."""
 
     name: str
     model: str
@@ -75,14 +75,14 @@ class Requests:
 
 
 class Client:
-    """JSON over HTTP with retries. Raises `EngineError`, with the key cut out of its text."""
+    """JSON over HTTP with retries. Raises `EngineError`, whose text never holds the key."""
 
     def __init__(self, base: str, headers: Mapping[str, str], clean: Callable[[str], str], patience_s: float) -> None:
         self.base, self.headers, self.clean, self.patience_s = base.rstrip("/"), dict(headers), clean, patience_s
         self.http = httpx.Client(timeout=TIMEOUT, follow_redirects=False)
 
     def json(self, method: str, path: str, **more: Any) -> Any:
-        """The JSON of an answer."""
+        """Sends a request and returns the JSON of the answer."""
         answer = self.send(method, path, **more)
         try:
             return orjson.loads(answer.content)
@@ -99,9 +99,9 @@ class Client:
         fine: tuple[int, ...] = (),
         signed: bool = False,
     ) -> httpx.Response:
-        """One request; `body` makes httpx's arguments anew for each try, `once` tries no second time.
+        """Sends one request. `body` makes httpx's arguments for each try; `once` means one try only.
 
-        `fine` are statuses other than 2xx that are no error. What is `signed` must not see the key.
+        `fine` are statuses beside 2xx that are not errors. A request to a `signed` address is sent without the key.
         """
 
         def attempt() -> httpx.Response:
@@ -112,7 +112,7 @@ class Client:
             except httpx.HTTPError as error:
                 raise self._clean(broken(error)) from None
             except httpx.InvalidURL:
-                raise EngineError("bad_response", "the provider named an address that is none", retryable=True) from None
+                raise EngineError("bad_response", "the provider gave an invalid URL", retryable=True) from None
             if not answer.is_success and answer.status_code not in fine:
                 raise self._clean(failure(answer.status_code, answer.content, answer.headers))
             return answer
@@ -120,7 +120,7 @@ class Client:
         return attempt() if once else self._retrying()(attempt)
 
     def lines(self, path: str, *, signed: bool = False) -> Iterator[dict[str, Any]]:
-        """The JSON lines of a file. Where the connection breaks they come again from the start."""
+        """The JSON lines of a file. When the connection breaks, they start again from the first."""
         for wait in (*DOWNLOAD_WAITS_S, None):
             try:
                 with _Download(self, self.url(path), {} if signed else self.headers) as answer:
@@ -135,7 +135,7 @@ class Client:
         return path if "://" in path else f"{self.base}{path}"
 
     def ours(self, url: str) -> bool:
-        """Whether the key may go there."""
+        """Whether this is the API's own server, so that the key may be sent there."""
         return urlsplit(url)[:2] == urlsplit(self.base)[:2]
 
     def _retrying(self) -> Retrying:
@@ -159,7 +159,7 @@ class Client:
 
 
 class _Download:
-    """A response that is read as a stream, at the end of all redirects; these never see the key."""
+    """A response read as a stream. Redirects are followed without the key."""
 
     def __init__(self, client: Client, url: str, headers: Mapping[str, str]) -> None:
         self.client, self.url, self.headers = client, url, headers
@@ -183,7 +183,7 @@ class _Download:
         except httpx.HTTPError as error:
             raise self.client._clean(broken(error)) from None
         except httpx.InvalidURL:
-            raise EngineError("bad_response", "the provider named an address that is none", retryable=True) from None
+            raise EngineError("bad_response", "the provider gave an invalid URL", retryable=True) from None
         return self.answer
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
@@ -193,10 +193,10 @@ class _Download:
 
 
 def _objects(chunks: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of lines; a whole line that is none is passed over, and its row goes again."""
+    """The JSON objects in lines. A line that is not an object is skipped: its row is asked again."""
     rest = b""
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")  # at no other character: JSON may hold them as they are
+        *lines, rest = (rest + chunk).split(b"\n")  # only at \n: JSON text may contain other line separators
         for line in lines:
             if (found := _object(line)) is not None:
                 yield found
@@ -215,7 +215,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 class BatchEngine(Protocol):
-    """What a batch API needs of an engine; every remote engine has it."""
+    """The part of a remote engine that a batch API uses."""
 
     kind: ClassVar[str]
     config: EngineConfig
@@ -228,7 +228,7 @@ class BatchEngine(Protocol):
 
     def encode(self, body: dict[str, Any]) -> tuple[Any, int]: ...
 
-    def read(self, answer: dict[str, Any] | EngineError) -> Completion: ...
+    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None) -> Completion: ...
 
     def cost(
         self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False
@@ -244,49 +244,49 @@ class BatchEngine(Protocol):
 class BatchWire(ABC):
     """One provider's batch API. All methods raise `EngineError`."""
 
-    # The most requests and bytes of one batch, as the provider documents them.
+    # The provider's documented limits for one batch.
     max_rows: ClassVar[int] = 50_000
     max_bytes: ClassVar[int] = 200_000_000
 
     def __init__(self, client: Client, path: str, idempotency_header: str | None = None) -> None:
         self.client = client
-        self.path = path  # of the API that the requests in a batch go to: "/chat/completions", say
+        self.path = path  # of the API that answers the requests, for example "/chat/completions"
         self.idempotency_header = idempotency_header
 
     def once(self, requests: Requests) -> dict[str, str]:
-        """The header by which a provider that knows it makes one batch only, however often it is asked."""
+        """The idempotency header, where the provider has one: it makes a repeated submission harmless."""
         return {self.idempotency_header: requests.name} if self.idempotency_header else {}
 
     @abstractmethod
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One line of a file of requests."""
+        """One line of the request file."""
 
     @abstractmethod
     def upload(self, requests: Requests) -> str | None:
-        """Sends the file and returns its id; None where requests travel with the submission."""
+        """Sends the request file and returns its id; None where `submit` sends the requests itself."""
 
     @abstractmethod
     def submit(self, requests: Requests, file: str | None) -> str:
-        """Makes the batch and returns its id. Not tried twice: see `find`."""
+        """Creates the batch and returns its id. It is never retried: see `find`."""
 
     @abstractmethod
     def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
-        """The batch that an interrupted `submit` may have made after `since`; none of those `known`.
+        """The batch that an interrupted `submit` may have created after `since`, other than those `known`; or None.
 
-        Raises `EngineError` also where the provider cannot tell.
+        Raises `EngineError` also where the provider has no way to find out.
         """
 
     @abstractmethod
     def status(self, id: str) -> BatchStatus:
-        """How it stands."""
+        """The state of a batch."""
 
     @abstractmethod
     def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
-        """What an ended batch came to, row by row, in any order; some may come twice or not at all."""
+        """The results of an ended batch, in any order. A row may be there twice, or not at all."""
 
     @abstractmethod
     def cancel(self, id: str) -> None:
-        """Asks for its end; what is done by then stays."""
+        """Asks the provider to end a batch. Results so far stay."""
 
     @abstractmethod
     def list(self) -> Iterator[BatchStatus]:
@@ -294,7 +294,7 @@ class BatchWire(ABC):
 
 
 def outcome(line: dict[str, Any]) -> BatchAnswer:
-    """One result line of OpenAI and of those who took over its shape."""
+    """Reads a result line in OpenAI's form, which other providers have too."""
     custom_id = str(line.get("custom_id"))
     response, error = line.get("response"), line.get("error")
     if isinstance(response, dict):

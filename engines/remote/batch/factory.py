@@ -1,4 +1,4 @@
-"""From an engine to its provider's batch API."""
+"""Finds the batch API of an engine's provider."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from engines.config import packaged
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from engines.remote.batch.anthropic import AnthropicBatches
 from engines.remote.batch.client import BatchEngine, BatchWire, Client
 from engines.remote.batch.fireworks import FireworksBatches
@@ -16,7 +16,7 @@ from engines.remote.batch.openai import OpenAIBatches
 from engines.remote.batch.together import TogetherBatches
 from engines.remote.provider import WIRE_PATHS
 
-# How long one step is tried again by itself; whoever waits for a batch tries it later, too.
+# How long one request is retried. A caller that waits for a batch retries later as well.
 PATIENCE_S = 30.0
 
 WIRES: dict[str, type[BatchWire]] = {
@@ -28,14 +28,14 @@ WIRES: dict[str, type[BatchWire]] = {
 
 
 def wire_of(engine: Any) -> tuple[BatchEngine, BatchWire]:
-    """The engine's batch API. Raises `ConfigError`, naming those that have one, where there is none."""
+    """The engine's batch API. Raises `ConfigError`, which names the engines that have one, where it has none."""
     provider = getattr(engine, "provider", None)  # only remote engines have one
     if provider is None or not provider.batch:
         raise no_batch_api(engine.config.kind)
     path = WIRE_PATHS[engine.provider.wire]
     base = engine.endpoints.urls[0].removesuffix(path)
     wire = WIRES[engine.provider.batch["wire"]]
-    if wire is FireworksBatches:  # its jobs live beside the API that answers, under the account
+    if wire is FireworksBatches:  # jobs are under the account, not beside the chat API
         account = os.environ.get("FIREWORKS_ACCOUNT_ID")
         if not account:
             raise ConfigError("batches of engine=fireworks need the environment variable FIREWORKS_ACCOUNT_ID")
@@ -47,14 +47,15 @@ def wire_of(engine: Any) -> tuple[BatchEngine, BatchWire]:
 
 
 def no_batch_api(kind: str) -> ConfigError:
-    """What to say of an engine without one."""
+    """The error for an engine without a batch API; it names those that have one."""
     names = [file.name for file in (importlib.resources.files("conf") / "engine").iterdir()]
     kinds = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
     able = ", ".join(kind for kind in kinds if packaged(kind).get("provider", {}).get("batch"))
-    return ConfigError(f"engine={kind} has no batch API; these have one: {able}")
+    text = f"engine={kind} has no batch API; these have one: {able}"
+    return ConfigError(text, code=ErrorCode.NO_BATCH_API)
 
 
 def encoded(wire: BatchWire, custom_id: str, body: dict[str, Any], engine: BatchEngine) -> bytes:
-    """One line of a file of requests, its end included."""
+    """One line of the request file, with its line end."""
     content, _ = engine.encode(wire.line(custom_id, body))
     return bytes(content) + b"\n"

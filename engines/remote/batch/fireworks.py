@@ -1,4 +1,4 @@
-"""Fireworks' batch inference jobs, which read one dataset and write another.
+"""Fireworks' batch inference jobs: each reads one dataset and writes another.
 
 https://docs.fireworks.ai/guides/batch-inference
 """
@@ -23,14 +23,14 @@ _STATES = {
     "JOB_STATE_CANCELLED": BatchState.CANCELLED,
 }
 _JOBS = "/batchInferenceJobs"
-# An uploaded dataset is checked before it can be used.
+# Fireworks checks an uploaded dataset before a job can read it: how long to wait, and how often to look.
 _READY_S, _LOOK_S = 600.0, 1.0
 
 
 class FireworksBatches(BatchWire):
-    """Jobs and datasets have the names that we give them, so nothing is ever made twice."""
+    """Jobs and datasets have names that we choose, so a repeated request creates nothing twice."""
 
-    max_bytes = 150_000_000  # what goes in one upload
+    max_bytes = 150_000_000  # of one upload
 
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"custom_id": custom_id, "body": {name: value for name, value in body.items() if name != "model"}}
@@ -96,7 +96,7 @@ class FireworksBatches(BatchWire):
     def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
         for dataset in status.outputs:
             answer = self.client.send("GET", f"/datasets/{dataset}:getDownloadEndpoint", fine=(404,))
-            # Not there: no row got so far; whoever reads compares with what the job tells of itself.
+            # A dataset that does not exist: no row was answered. The caller compares with the job's own counts.
             files = orjson.loads(answer.content).get("filenameToSignedUrls") or {} if answer.is_success else {}
             for url in files.values():
                 for line in self.client.lines(url, signed=True):

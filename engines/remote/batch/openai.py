@@ -1,4 +1,4 @@
-"""The batch API of OpenAI, and of those who took it over. https://platform.openai.com/docs/api-reference/batch"""
+"""The batch API of OpenAI, which other providers have too. https://platform.openai.com/docs/api-reference/batch"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATES = {
     "cancelled": BatchState.CANCELLED,
 }
 _PAGE = 100
-# Clocks differ; a batch of ours is not looked for among much older ones.
+# Their clock and ours may differ by this; `find` ignores batches that are older.
 _SKEW_S = 3600.0
 
 
@@ -49,7 +49,7 @@ class OpenAIBatches(BatchWire):
                     return batch.id
         except EngineError as error:
             if error.status in (404, 405):
-                raise EngineError("not_found", "the server lists no batches, so nobody knows if it is there") from None
+                raise EngineError("not_found", "the server does not list batches, so this one cannot be found") from None
             raise
         return None
 

@@ -1,4 +1,4 @@
-"""Together's batch API: OpenAI's, but for the upload and the names. https://docs.together.ai/docs/batch-inference"""
+"""Together's batch API: OpenAI's with another upload and other names. https://docs.together.ai/docs/batch-inference"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TogetherBatches(OpenAIBatches):
         return {"custom_id": custom_id, "body": body}
 
     def upload(self, requests: Requests) -> str | None:
-        """A form that is answered with a signed address, the file to there, and word that it is whole."""
+        """Three steps: a form, whose answer has a signed URL; the file, sent to that URL; a request to process it."""
         checksum = hashlib.sha256()
         with requests.open() as file:
             for line in file:
@@ -39,11 +39,11 @@ class TogetherBatches(OpenAIBatches):
         }
         multipart = {name: (None, value) for name, value in form.items()}
         answer = self.client.send("POST", "/files", body=lambda: {"files": multipart}, fine=(302, 307, 409))
-        if answer.status_code == 409:  # the same file is there already
+        if answer.status_code == 409:  # the same file was uploaded before
             return str(answer.json()["file_id"])
         place, id = answer.headers.get("location"), answer.headers.get("x-together-file-id")
         if not place or not id:
-            raise EngineError("bad_response", "the upload was answered with no address to send the file to")
+            raise EngineError("bad_response", "the answer to the upload has no URL to send the file to")
 
         def body() -> dict[str, Any]:
             length = {"content-length": str(requests.size), "content-type": "application/octet-stream"}
@@ -64,7 +64,7 @@ class TogetherBatches(OpenAIBatches):
         return BatchStatus(
             batch["id"],
             state,
-            total=100,  # it tells a percentage only
+            total=100,  # the API gives a percentage only
             counts_rows=False,
             done=int(batch.get("progress") or 0),
             created_at=datetime.fromisoformat(created).timestamp() if created else 0.0,

@@ -21,7 +21,7 @@ from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import exists, listing, write_atomic
 from pipeline.storage.output_files import BATCHES, is_batch_file, is_temporary
 
-# Bytes of a request for each token of it, where a limit of queued tokens must be kept.
+# A request is counted as one token for each so many bytes, for the limit of queued tokens.
 BYTES_PER_TOKEN = 4
 
 
@@ -33,34 +33,36 @@ def damaged_batch(path: str, error: Exception, id: str | None = None) -> ConfigE
     )
 
 
-# What the next step of a batch is, for an error that keeps it from there.
+# State -> the step that follows, for messages about a step that failed.
 NEXT_STEP = {"spooled": "uploaded", "uploaded": "submitted", "submitting": "submitted", "submitted": "fetched"}
 
 
 @dataclass(slots=True)
 class Batch:
-    """One batch, as it stands in `_batches/<name>.json`."""
+    """One batch, as in `_batches/<name>.json`."""
 
     name: str
     model: str
     round: int
-    first: int  # the round in which the run began that this one belongs to
-    settings: dict[str, Any]  # all that shapes its answers
+    first: int  # the first round of the run that made this batch
+    settings: dict[str, Any]  # everything that changes its answers
     rows: int = 0
     size: int = 0  # bytes
-    estimate: float = 0.0  # US$ that it may cost at most, where there is a budget
+    estimate: float = 0.0  # the most that it may cost, in US$; 0 without a budget
     state: str = "spooled"
     file: str | None = None  # its id at the provider
-    id: str | None = None  # likewise
+    id: str | None = None  # the batch's id at the provider
     submitting_at: float = 0.0
-    fetched_at: float = 0.0  # when its results were first read: the time of its failed rows, so that none counts twice
-    foreign: list[str] = field(default_factory=list)  # ids of others' batches that were taken for this one
-    cancelled: bool = False  # at the user's word: its rows do not go again by themselves
+    fetched_at: float = (
+        0.0  # when its results were first read; all its failed rows get this time, so that none counts twice
+    )
+    foreign: list[str] = field(default_factory=list)  # ids of other batches that were mistaken for this one
+    cancelled: bool = False  # by the user: its rows are not asked again in this run
     answered: int = 0
-    failed: int = 0  # for good
-    again: int = 0  # without an answer yet
-    ended: str | None = None  # the provider's last word
-    status: BatchStatus | None = None  # as the provider last told; not written down
+    failed: int = 0  # recorded as failed
+    again: int = 0  # rows without an answer, which are asked again
+    ended: str | None = None  # the last state at the provider
+    status: BatchStatus | None = None  # the last answer of the provider; not saved
 
     @property
     def open(self) -> bool:
@@ -68,7 +70,7 @@ class Batch:
 
     @property
     def tries(self) -> int:
-        """How often its rows have been asked, this time included."""
+        """The number of times its rows have been asked, with this one."""
         return self.round - self.first + 1
 
     @property
@@ -78,7 +80,7 @@ class Batch:
 
 @dataclass
 class BatchStore:
-    """All batches of one output directory. Raises `ConfigError` for a batch's file that is damaged."""
+    """All batches of one output directory. Raises `ConfigError` for a damaged file."""
 
     fs: pafs.FileSystem
     root: str
@@ -115,11 +117,11 @@ class BatchStore:
         return Requests(batch.name, batch.model, batch.rows, batch.size, lambda: self._open(path))
 
     def _open(self, path: str) -> BinaryIO:
-        # Buffered: Arrow's own files have no `readline`, by which lines are gone through.
+        # Buffered, because Arrow's files have no `readline`.
         return io.BufferedReader(self.fs.open_input_file(path), 1 << 20)
 
     def sweep(self) -> None:
-        """Deletes copies of the dataset that whoever was killed left: of no batch, or of one that is done."""
+        """Deletes files of requests that no open batch needs: a killed run left them."""
         needed = {f"{batch.name}.{kind}" for batch in self.open for kind in ("jsonl", "parquet")}
         for info in listing(self.fs, f"{self.root}/{BATCHES}"):
             name = info.base_name
@@ -128,19 +130,19 @@ class BatchStore:
                 self.fs.delete_file(info.path)
 
     def forget(self, batch: Batch) -> None:
-        """For one that is not at the provider: its rows are asked as if it had never been."""
+        """Removes a batch that is not at the provider. Its rows are asked again."""
         self.batches.remove(batch)
         self.fs.delete_file(self.path(batch, "json"))
         self.drop_files(batch)
 
     def drop_files(self, batch: Batch) -> None:
-        """The requests, a copy of the dataset, once nobody needs them."""
+        """Deletes the files of requests and keys, which are not needed after the results."""
         for kind in ("jsonl", "parquet"):
             if exists(self.fs, self.path(batch, kind)):
                 self.fs.delete_file(self.path(batch, kind))
 
     def summary(self) -> list[dict[str, Any]]:
-        """For the manifest: what each came to."""
+        """The entries of the manifest."""
         names = ("name", "id", "model", "round", "rows", "answered", "failed", "again", "ended")
         return [{name: getattr(batch, name) for name in names} for batch in self.batches]
 
@@ -150,7 +152,7 @@ class BatchStore:
 
 
 def _read_batch(path: str, data: bytes) -> Batch:
-    """Raises `ConfigError`: a batch that is passed over in silence would be paid, and its rows asked and paid again."""
+    """Raises `ConfigError` for a damaged file. Ignoring the batch would mean to pay for its rows twice."""
     try:
         batch = Batch(**orjson.loads(data))
         state = batch.state == "fetched" or batch.state in NEXT_STEP
@@ -163,7 +165,7 @@ def _read_batch(path: str, data: bytes) -> Batch:
 
 
 class BatchFileWriter:
-    """A batch's requests on their way to disk."""
+    """Writes the files of one new batch."""
 
     def __init__(self, store: BatchStore, batch: Batch) -> None:
         self.store, self.batch = store, batch
@@ -172,7 +174,7 @@ class BatchFileWriter:
         self.file = io.BufferedWriter(stream, 1 << 20)
         self.keys: list[bytes] = []
         self.ids: list[str] = []
-        self.own: list[str | None] = []  # the row's own generation parameters, by which its answer is judged
+        self.own: list[str | None] = []  # the row's own generation parameters, as JSON, to check its answer against
 
     def add(self, key: bytes, id: str, line: bytes, own: dict[str, Any] | None) -> None:
         self.file.write(line)
@@ -183,7 +185,7 @@ class BatchFileWriter:
         self.batch.size += len(line)
 
     def close(self) -> Batch:
-        """Makes it durable: the requests, then their keys, then the batch."""
+        """Makes the requests durable, then their keys, then the batch."""
         self.file.close()
         if isinstance(self.store.fs, pafs.LocalFileSystem):
             with Path(self.store.path(self.batch, "jsonl")).open("rb") as file:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterable
 
 from pipeline.executors.cost_budget import CostBudget, write_spent
-from pipeline.executors.live.queue import PendingRequest
+from pipeline.executors.requests import PendingRequest
 from pipeline.monitor.status import UsageStats
 from pipeline.storage.filesystem import resolve
 
@@ -62,11 +62,11 @@ class Admission:
 
     @property
     def committed(self) -> float:
-        """What is spent and what is reserved, in US dollars."""
+        """The sum of spent and reserved, in US dollars."""
         return 0.0 if self.budget is None else self.budget.spent + self.budget.reserved
 
     def has_room_for_none(self, rows: Iterable[PendingRequest]) -> bool:
-        """Whether there are rows and the budget has room for none of them."""
+        """True if there are rows and the budget has room for none of them."""
         if self.budget is None:
             return False
         costs = [self.budget.max_cost(row.request) for row in rows]

@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.executors.live.queue import PendingRequest
+from pipeline.executors.requests import PendingRequest
 
 # A row that was inside an engine at so many deaths, at the last one alone, is marked as a poison row.
 DEATHS_TO_MARK = 2

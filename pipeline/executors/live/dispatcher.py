@@ -16,7 +16,8 @@ from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.feed import Feed
 from pipeline.executors.live.lease_table import LeaseTable
 from pipeline.executors.live.protocol import Lease
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest
 from pipeline.monitor.status import ReplicaHeartbeat, RunStatus
 
 # A call of `pull` waits so long for rows: of a worker that holds none, and of one that does.

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from engines.errors import ConfigError
 from pipeline.dataset.reader import ReadSplit, RowReader, SplitSummary
-from pipeline.executors.live.queue import PendingRequest
-from pipeline.executors.live.requests import ROWS_SCHEMA, dataset_of, read_split
+from pipeline.executors.live.ray_dataset import dataset_of
+from pipeline.executors.requests import ROWS_SCHEMA, PendingRequest, read_split
 from pipeline.storage.ledger_index import DedupFilter
 
 

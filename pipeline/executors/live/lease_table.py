@@ -1,4 +1,4 @@
-"""Who holds which rows. Plain Python: no Ray, no asyncio.
+"""The leases: which worker holds which rows. Plain Python: no Ray, no asyncio.
 
 A row is in one place at a time: in the queue, in a crash trial, or in a lease. A lease's rows are LEASED, then COMPLETED
 (they came out of the engine), then DURABLE (the ledger has them). Rows that are not durable when their worker leaves go
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pipeline.executors.live.admission import Admission
 from pipeline.executors.live.crash_trial import CrashTrial
 from pipeline.executors.live.protocol import Lease
-from pipeline.executors.live.queue import PendingRequest, PrefixQueue
+from pipeline.executors.live.queue import PrefixQueue
+from pipeline.executors.requests import PendingRequest
 
 LEASED, COMPLETED, DURABLE = 0, 1, 2
 
@@ -53,7 +54,7 @@ class LeaseTable:
 
     @property
     def idle(self) -> bool:
-        """Whether no lease is out."""
+        """True if no lease is out."""
         return not any(self.leases.values())
 
     def unleased(self) -> Iterator[PendingRequest]:

@@ -1,4 +1,4 @@
-"""What a replica needs, and where there is room for it: one node's CPUs and GPUs, or a placement group over several."""
+"""The resources of a replica and its place: CPUs and GPUs of one node, or a placement group over several nodes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from engines.config import EngineConfig
 from engines.errors import ConfigError
+from engines.registry import kind_of
 from pipeline.config import HardwareConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How many replicas, and what each reserves.
+    """The number of replicas, and the resources that each reserves.
 
-    One bundle is taken from one node. More are one GPU each: a pipeline over several nodes, which vLLM spreads by Ray.
+    A bundle comes from one node. Several bundles have one GPU each: a pipeline over several nodes, which vLLM runs by Ray.
     """
 
     low: int
@@ -25,7 +26,7 @@ class Placement:
     labels: Mapping[str, str]
 
     def wish(self) -> str:
-        """What one replica asks for, in words."""
+        """The resources of one replica, for messages."""
         first = self.bundles[0]
         gpus = sum(bundle.get("GPU", 0) for bundle in self.bundles)
         wish = f"{first.get('CPU', 0):g} CPUs, {gpus:g} GPUs, {first.get('memory', 0) / 2**30:g} GiB"
@@ -34,7 +35,7 @@ class Placement:
 
 
 def placement(hardware: HardwareConfig, engine: EngineConfig) -> Placement:
-    """What the profile and the engine's parallel sizes come to. Raises `ConfigError` where they contradict each other."""
+    """The placement for a hardware profile and the engine's parallel sizes. Raises `ConfigError` if they contradict."""
     tensor, stages = (
         max(_size(engine, f"{name}_parallel_size"), _size(engine, f"{name[0]}p_size")) for name in ("tensor", "pipeline")
     )
@@ -54,7 +55,7 @@ def placement(hardware: HardwareConfig, engine: EngineConfig) -> Placement:
     low, high = hardware.bounds() or (1, _room(hardware, gpus))
     first = {"CPU": hardware.cpus, "GPU": gpus, "memory": float(int(hardware.memory * 2**30))}
     bundles = [first]
-    if stages > 1 and gpus > 1 and not 0 < gpus <= node and engine.kind == "vllm":  # the only one that Ray spreads
+    if stages > 1 and gpus > 1 and not 0 < gpus <= node and kind_of(engine).parallel_sizes:
         bundles = [{**first, "GPU": 1.0}, *({"GPU": 1.0} for _ in range(int(gpus) - 1))]
     labels = {str(name): str(value) for name, value in hardware.label_selector.items()}
     return Placement(low, high, tuple({k: v for k, v in bundle.items() if v} for bundle in bundles), labels)
@@ -80,14 +81,14 @@ def _room(hardware: HardwareConfig, gpus: float) -> int:
 
 
 def spread(engine: EngineConfig, placed: Placement) -> EngineConfig:
-    """The engine's configuration, with vLLM told to find its other GPUs through Ray where they are on several nodes."""
+    """The engine's configuration. If its GPUs are on several nodes, vLLM is told to use Ray."""
     if len(placed.bundles) == 1:
         return engine
     return replace(engine, kwargs={"distributed_executor_backend": "ray", **engine.kwargs})
 
 
 def room(placed: Placement, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """How many replicas all of these nodes, as `ray.nodes()` tells them, could hold if nothing else ran there."""
+    """The number of replicas that fit on these nodes (from `ray.nodes()`) if nothing else runs there."""
     fitting = [
         node["Resources"]
         for node in nodes
@@ -103,14 +104,14 @@ def room(placed: Placement, nodes: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _has(labels: Mapping[str, str], name: str, value: str) -> bool:
-    """Whether a node's labels satisfy a selector's value, in Ray's forms: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
+    """True if a node's labels satisfy a selector, in Ray's forms: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
     wanted, no = value.removeprefix("!"), value.startswith("!")
     options = [part.strip() for part in wanted[3:-1].split(",")] if wanted.startswith("in(") else [wanted]
     return (labels.get(name) in options) is not no
 
 
 def lack(placed: Placement, nodes: list[Mapping[str, Any]]) -> str | None:
-    """What is missing for the replicas that are asked for at least; None where all of them could be placed."""
+    """The message about missing room for the least number of replicas. None if all of them fit."""
     found = room(placed, nodes)
     if found >= placed.low:
         return None
@@ -124,7 +125,7 @@ def lack(placed: Placement, nodes: list[Mapping[str, Any]]) -> str | None:
 
 
 def start(actor_class: Any, placed: Placement, *args: Any) -> tuple[Any, Any]:
-    """An actor in its place, and its placement group or None. Neither waits: Ray places them when there is room."""
+    """Starts an actor; returns it and its placement group (or None). Ray places them when there is room."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -149,7 +150,7 @@ def start(actor_class: Any, placed: Placement, *args: Any) -> tuple[Any, Any]:
 
 
 def serve_options(placed: Placement) -> dict[str, Any]:
-    """The same place in the words of a Ray Serve deployment, which keeps as many replicas as are busy."""
+    """The same placement as options of a Ray Serve deployment."""
     first = placed.bundles[0]
     actor: dict[str, Any] = {"num_cpus": first.get("CPU", 0)}
     if memory := first.get("memory"):
@@ -167,7 +168,7 @@ def serve_options(placed: Placement) -> dict[str, Any]:
 
 
 def end(actor: Any, group: Any) -> None:
-    """Kills an actor and gives its place back."""
+    """Kills an actor and frees its place."""
     import ray
 
     ray.kill(actor)

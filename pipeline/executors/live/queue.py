@@ -1,47 +1,23 @@
-"""Rows that wait for a worker, in an order that serves the engines' prefix caches."""
+"""Rows that wait for a worker, in an order that suits the engines' prefix caches."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
-from typing import NamedTuple
 
-from pipeline.dataset.formats import Parsed
-from pipeline.storage.exact_json import dumps
-
-# Conversations that begin with so many equal characters, after equal models and adapters, share a prefix worth keeping.
-PREFIX_CHARACTERS = 256
-
-
-class PendingRequest(NamedTuple):
-    """One row to ask."""
-
-    key: bytes
-    id: str
-    request: bytes
-    prefix: int  # equal where prompts begin alike
-    max_tokens: int  # what the row itself sets, or 0
-
-
-def prefix_of(parsed: Parsed) -> int:
-    """63 bits that are equal for conversations whose prompts begin alike."""
-    content = parsed.messages[0].get("content") if parsed.messages else None
-    start = (content if isinstance(content, str) else dumps(content).decode())[:PREFIX_CHARACTERS]
-    name = f"{parsed.model}\0{parsed.adapter}\0{start}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+from pipeline.executors.requests import PendingRequest
 
 
 class PrefixQueue:
-    """Rows of one prefix go to one worker while there are any, for its KV cache has that prefix already.
+    """Rows with one prefix go to one worker, whose KV cache has that prefix.
 
-    A worker that has come to the end of its own takes the prefix that has waited longest; where others have them all,
-    it helps with the largest. So no worker waits, and no row for longer than the buffer takes to pass.
+    A worker without rows of its prefix takes the prefix that has waited longest. If other workers have all prefixes, it
+    takes rows of the largest one. So no worker waits, and no row waits longer than the buffer takes to pass.
     """
 
     def __init__(self) -> None:
         self.groups: OrderedDict[int, deque[PendingRequest]] = OrderedDict()
-        self.at: dict[str, int] = {}  # worker -> the prefix it was last at
+        self.at: dict[str, int] = {}  # worker -> its prefix
         self.owners: Counter[int] = Counter()
         self.rows = 0
 
@@ -57,7 +33,7 @@ class PrefixQueue:
             self.rows += 1
 
     def put_back(self, rows: list[PendingRequest]) -> None:
-        """Rows that a worker gave back are the next."""
+        """Rows that a worker gave back. They are the next to go out."""
         for row in reversed(rows):
             self.groups.setdefault(row.prefix, deque()).appendleft(row)
             self.groups.move_to_end(row.prefix, last=False)
@@ -89,7 +65,7 @@ class PrefixQueue:
         return found
 
     def leave(self, worker: str) -> None:
-        """What a worker was at is free for others."""
+        """Other workers may take the worker's prefix."""
         at = self.at.pop(worker, None)
         if at is not None:
             self.owners[at] -= 1
@@ -97,7 +73,7 @@ class PrefixQueue:
                 del self.owners[at]
 
     def longest_first(self) -> None:
-        """The end is near: rows that may take longest go first, so that none is left alone when the others are done."""
+        """Puts the rows that may take longest first, when all rows are read: so the last workers end together."""
         groups = [deque(sorted(group, key=lambda row: -row.max_tokens)) for group in self.groups.values()]
         groups.sort(key=lambda group: -group[0].max_tokens)
         self.groups = OrderedDict((group[0].prefix, group) for group in groups)

@@ -1,8 +1,8 @@
-"""The limits of a key, shared by the whole cluster: one small Ray actor holds the budgets, workers ask in portions.
+"""The rate limits of a key, shared by the whole cluster: one Ray actor holds them, and workers reserve in portions.
 
-A worker asks for all that wait in it at once (`engines.remote.rate_limits.Limits`), one question at a time, so the actor
-sees few calls however many rows there are. If it dies, a new one takes its place with empty pockets: what the old one
-granted is over within a second, and the new one starts without a burst.
+A worker reserves for all its waiting requests in one call, one call at a time. So the actor gets few calls, however many
+rows there are. If it dies, a new actor starts with nothing to give: the reservations of the old one end within a second,
+and there is no burst.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class RateLimitActor:
 
 
 def rate_limit_actor(config: EngineConfig) -> Any:
-    """The actor that keeps the limits of this engine's key; runs that use one key on one cluster share it."""
+    """The actor with the limits of this engine's key. All runs with the key on one cluster share it."""
     import ray
 
-    # By the name of the key's variable, never by the key.
+    # The name has the key's variable, never the key.
     who = hashlib.sha256(canonical([config.kind, config.base_url, config.api_key_env])).hexdigest()[:16]
     options = {"name": f"eagleray-limiter-{who}", "namespace": NAMESPACE, "get_if_exists": True}
     return ray.remote(RateLimitActor).options(num_cpus=0, max_restarts=-1, **options).remote(per_minute(config))
 
 
 def reserve_through_ray(config: EngineConfig) -> Reserve:
-    """Where an engine in this worker asks."""
+    """The function by which an engine in this worker reserves."""
     from ray.exceptions import RayActorError
 
     actor: Any = None
-    # Another run may have made the actor, with higher limits than ours: the lower ones count.
+    # Another run may have made the actor with higher limits than ours. The lower limits count.
     configured: dict[str, float] = {name: limit for name, limit in per_minute(config).items() if limit is not None}
 
     async def reserve(model: str, request: ReserveRequest) -> Reservation:
@@ -55,7 +55,7 @@ def reserve_through_ray(config: EngineConfig) -> Reserve:
                 request.learned = {**configured, **request.learned}
                 reservation: Reservation = await actor.reserve.remote(model, request)
                 return reservation
-            except RayActorError:  # it is being started anew, or died with the run that had made it
+            except RayActorError:  # it is restarting, or it died with the run that made it
                 actor = None
                 await asyncio.sleep(0.2)
 

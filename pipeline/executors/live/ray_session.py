@@ -1,4 +1,4 @@
-"""Ray around one run: joined or started, what there is room for, and the signals that end it."""
+"""Ray for one run: joins a cluster or starts Ray, and checks that replicas have room."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -14,23 +13,20 @@ from typing import Any
 from rich.console import Console
 from tenacity import retry, stop_after_attempt
 
-from engines.errors import ConfigError, EaglerayError
+from engines.errors import ConfigError, EaglerayError, ErrorCode
 from engines.text import one_line
 from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.placement import Placement, lack, room
 from pipeline.monitor.console import warn
-from pipeline.monitor.progress import restore_terminal
 
-# The exit status of a run that Ctrl-C or SIGTERM ended.
-INTERRUPTED = 130
-# An engine may take minutes to load; that none has found room yet is worth a word before that.
+# After so long without a working replica the user gets a message. An engine may take minutes to load.
 PATIENCE_S = 20.0
 
 
 @contextlib.contextmanager
 def running_ray() -> Iterator[bool]:
-    """Joins the cluster of RAY_ADDRESS (or one joined already), or starts Ray on this machine for this run alone: then
-    yields True."""
+    """Joins the cluster of RAY_ADDRESS, or one that this process has joined. Otherwise it starts Ray on this machine for
+    this run alone, and yields True."""
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -43,13 +39,14 @@ def running_ray() -> Iterator[bool]:
             ConnectionError,
             RuntimeError,
             ray.exceptions.RayError,
-        ) as error:  # no cluster there, a token it wants, another Ray version
+        ) as error:  # no cluster there, a missing token, another version of Ray
             hint = " (where it wants a token, set RAY_AUTH_MODE=token)" if "RAY_AUTH_MODE" not in os.environ else ""
-            raise ConfigError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}") from None
+            text = f"cannot join the Ray cluster at RAY_ADDRESS={address}: {one_line(error)}{hint}"
+            raise ConfigError(text, code=ErrorCode.NO_RAY_CLUSTER) from None
         yield False
     else:
-        # Ray never removes what it wrote; a run a night would fill the disk. Kept for its logs after a bug, and after
-        # engines that only died.
+        # Ray never removes its files, which would fill the disk. They are kept, for the logs, after a bug and after engines
+        # that died again and again.
         scratch = tempfile.mkdtemp(prefix="eagleray-")
         keep = True
         try:
@@ -72,7 +69,7 @@ def running_ray() -> Iterator[bool]:
 
 @retry(stop=stop_after_attempt(2), reraise=True, before_sleep=lambda _: _end())
 def _start(scratch: str, **options: Any) -> None:
-    """Starts Ray on this machine. It gives up after half a minute, which a busy machine may need: then once more."""
+    """Starts Ray on this machine. Ray gives up after half a minute, which may be too short: so it is tried twice."""
     import ray
 
     try:
@@ -90,11 +87,12 @@ def _end() -> None:
 
 @contextlib.contextmanager
 def _only_what_works() -> Iterator[None]:
-    """Within it Ray starts without its autoscaler, its reader of logs and its web server: of no use on one machine, they
-    cost three seconds of processor time, and Ray waits for the last. Where it has them no more, nothing changes."""
+    """Inside, Ray starts without its autoscaler, log monitor and web server. One machine does not need them, and they
+    cost three seconds of processor time. Ray would also wait for the web server. If a later Ray has no such methods,
+    nothing changes."""
     from ray._private.node import Node
 
-    os.environ.setdefault("RAY_worker_niceness", "0")  # this Ray has one run, which is not there to give way
+    os.environ.setdefault("RAY_worker_niceness", "0")  # workers need not give way: this Ray serves one run
     unused = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]
     before = {name: getattr(Node, name) for name in unused}
     for name in unused:
@@ -107,38 +105,19 @@ def _only_what_works() -> Iterator[None]:
 
 
 def look_for_room(placed: Placement, own: bool, console: Console) -> None:
-    """Says what is missing for the replicas. Raises `ConfigError` where none has room and no node can join."""
+    """Warns about replicas without room. Raises `ConfigError` if none has room and no node can join."""
     import ray
 
     nodes = ray.nodes()
     missing = lack(placed, nodes)
     if missing and own and not room(placed, nodes):
-        raise ConfigError(f"{missing} (see hardware=…)")
+        raise ConfigError(f"{missing} (see hardware=…)", code=ErrorCode.NO_ROOM)
     if missing:
         warn(console, f"{missing[0].upper()}{missing[1:]}; the rest wait for nodes to join.")
 
 
-@contextlib.contextmanager
-def note_signals() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM instead of dying of them; the second one kills."""
-    seen: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            restore_terminal()
-            os._exit(INTERRUPTED)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def here() -> Any:
-    """On the driver's node; what is beside the driver dies with it anyway, and with no node that only came for the work."""
+    """A scheduling strategy: on the driver's node. Actors there are not lost when a node of the workers goes away."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

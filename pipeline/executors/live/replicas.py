@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from engines.errors import ConfigError, EngineError, Outage
+from engines.errors import ConfigError, EngineError, ErrorCode, Outage
 from engines.registry import secret_variables
 from pipeline.errors import EnginesDied, Stopped
 from pipeline.executors.live.engine_journal import JournalReading, remove_journals
@@ -17,9 +17,9 @@ from pipeline.executors.live.worker import WorkerConfig
 from pipeline.monitor.status import RunStatus
 from pipeline.monitor.traces import variables
 
-# How long Ray may take to tell whether a replica that cannot be reached died with its node.
+# The time Ray gets to report if an unreachable replica died with its node.
 VERDICT_S = 90.0
-# How often Ray is asked which nodes are about to go (a spot notice comes two minutes before, at most).
+# Seconds between two questions to Ray which nodes are about to go. A spot notice comes at most two minutes before.
 NOTICE_S = 2.0
 
 
@@ -27,11 +27,11 @@ NOTICE_S = 2.0
 class ReplicaActor:
     name: str
     actor: Any
-    group: Any  # its placement group; None where it has but one node
-    run: Any  # the reference of its `run`, or of a question whether it lives
-    lost_at: float | None = None  # since when it cannot be reached
+    group: Any  # its placement group; None if it is on one node
+    run: Any  # the reference of its `run`, or of a call that checks if it lives
+    lost_at: float | None = None  # since then it cannot be reached
     journal: Any = None  # a reference to the place of its journal
-    leaving: frozenset[str] = frozenset()  # the nodes it was told are about to go
+    leaving: frozenset[str] = frozenset()  # nodes that it was told are about to go
 
 
 @dataclass(slots=True)
@@ -43,8 +43,13 @@ class _Death:
     reading: JournalReading
 
 
+def says_node_died(text: str) -> bool:
+    """True if Ray's message says that an actor's node was lost. Ray has no error class or field for it."""
+    return "node has died" in text or "node was terminated" in text
+
+
 class ReplicaPool:
-    """All replicas; `tend` is called every so often and does the rest."""
+    """All replicas. The caller calls `maintain` a few times a second."""
 
     def __init__(self, worker: Any, config: WorkerConfig, placed: Placement, dispatcher: Any, deaths: int) -> None:
         self.worker, self.config, self.placed = worker, config, placed
@@ -57,7 +62,7 @@ class ReplicaPool:
         self.looked = 0.0
 
     def start(self) -> None:
-        """Asks for all replicas. Those that find no room yet wait for it, while the others work."""
+        """Starts all replicas. Those without room wait for it while the others work."""
         for _ in range(self.placed.high):
             self._add()
 
@@ -69,7 +74,7 @@ class ReplicaPool:
         self.replicas.append(ReplicaActor(name, actor, group, run, journal=actor.place.remote()))
 
     def maintain(self, status: RunStatus) -> None:
-        """Looks for replicas that ended. One that died is replaced; raises `Stopped` where all they do is die."""
+        """Looks for replicas that ended, and replaces those that died. Raises `Stopped` if they die again and again."""
         import ray
         from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
@@ -81,14 +86,14 @@ class ReplicaPool:
             self.replicas.remove(replica)
             try:
                 moved = ray.get(replica.run)
-                if replica.lost_at is not None:  # it lives, but the call that was its work is gone
+                if replica.lost_at is not None:  # it lives, but its call of `run` is lost
                     self._lost(replica, status)
                     continue
                 end(replica.actor, replica.group)
                 if moved and not status.finished:
                     self._add()
             except ActorUnavailableError:
-                # The connection broke. Its process died, which may be a row's fault, or its node; Ray knows which soon.
+                # The connection broke: its process died, perhaps because of a row, or its node. Ray knows soon.
                 replica.lost_at = replica.lost_at or time.monotonic()
                 if time.monotonic() > replica.lost_at + VERDICT_S:
                     self._lost(replica, status)
@@ -98,23 +103,24 @@ class ReplicaPool:
             except RayActorError as error:
                 self._died(replica, str(error), status)
             except RayTaskError as error:
-                if isinstance(error.cause, EngineError):  # raised while loading: another try may have more luck
+                if isinstance(error.cause, EngineError):  # raised while loading: another try may succeed
                     self._died(replica, str(error.cause), status)
                     continue
                 end(replica.actor, replica.group)
                 ray.get(self.dispatcher.leave.remote(replica.name))
                 if isinstance(error.cause, ConfigError):
-                    raise ConfigError(str(error.cause)) from None
+                    raise ConfigError(str(error.cause), code=error.cause.code, key=error.cause.key) from None
                 if isinstance(error.cause, Outage):
-                    raise Stopped(str(error.cause)) from None
+                    raise Stopped(str(error.cause), code=error.cause.code) from None
                 if isinstance(error.cause, OSError):
-                    raise Stopped(f"a worker could not read or write: {error.cause}") from None
+                    text = f"a worker could not read or write: {error.cause}"
+                    raise Stopped(text, code=ErrorCode.STORE_FAILED) from None
                 raise
             except RayError as error:  # it can no longer be placed, say
                 self._died(replica, str(error), status)
 
     def _announce_draining(self) -> None:
-        """Tells the replicas which nodes are about to go; those there finish what is in flight, and others take over."""
+        """Tells the replicas which nodes are about to go. Replicas there finish what is in flight."""
         from ray._private.state import state
 
         if time.monotonic() < self.looked + NOTICE_S:
@@ -127,19 +133,18 @@ class ReplicaPool:
                 replica.actor.leave_nodes.remote(nodes)
 
     def _lost(self, replica: ReplicaActor, status: RunStatus) -> None:
-        self._died(replica, "node has died", status)
+        self._died(replica, "", status, node_lost=True)
 
-    def _died(self, replica: ReplicaActor, reason: str, status: RunStatus) -> None:
+    def _died(self, replica: ReplicaActor, reason: str, status: RunStatus, *, node_lost: bool = False) -> None:
         end(replica.actor, replica.group)
-        # Ray tells of a lost node, which is not its rows' fault, in this sentence only.
-        if "node has died" in reason or "node was terminated" in reason:
+        if node_lost or says_node_died(reason):  # which is not the fault of its rows
             self._leave(replica, None, None, status)
         else:
             self.deaths.append(_Death(replica, " ".join(reason.split())[:300], JournalReading(replica.journal)))
             self._conclude(status)
 
     def _conclude(self, status: RunStatus) -> None:
-        """Tells the dispatcher of the deaths whose journals are read, and replaces those replicas."""
+        """Reports deaths to the dispatcher once their journals are read, and replaces the replicas."""
         for death in [death for death in self.deaths if death.reading.ended]:
             self.deaths.remove(death)
             inside = death.reading.inside()
@@ -165,7 +170,7 @@ class ReplicaPool:
             replica.actor.drain.remote()
 
     def stop_all(self) -> None:
-        """Ends all replicas, gives their places back, and removes what they would have removed themselves."""
+        """Ends all replicas, frees their places, and removes their journals."""
         import ray
 
         # A process whose place is not known yet has not come as far as its journal.

@@ -1,4 +1,4 @@
-"""The actor around an engine: pulls leased rows, admits them one by one as slots free up, commits what comes back."""
+"""The actor around an engine: it pulls leased rows, asks each as soon as a slot is free, and commits the answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from engines.base import Engine
@@ -24,12 +24,13 @@ from pipeline.executors.cost_budget import check_model, shared_bytes
 from pipeline.executors.live.engine_journal import EngineJournal, JournalPlace, journal_place
 from pipeline.executors.live.protocol import Lease
 from pipeline.executors.live.rate_limiter import reserve_through_ray
-from pipeline.executors.live.requests import request_of
+from pipeline.executors.live.recorder import LeasedRow, RowRecorder
 from pipeline.executors.live.secrets import Secrets, settle_environment
+from pipeline.executors.requests import request_of
 from pipeline.monitor.metrics import Metrics
-from pipeline.monitor.status import ReplicaHeartbeat, RunStatus, UsageStats
+from pipeline.monitor.status import ReplicaHeartbeat
 from pipeline.monitor.traces import RequestSpans, Trace
-from pipeline.storage.exact_json import dumps, loads
+from pipeline.storage.exact_json import loads
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import Compactor, Record, write_segment
 
@@ -51,18 +52,6 @@ class WorkerConfig:
     budget: bool = False  # whether each try must be asked for
 
 
-@dataclass(slots=True)
-class LeasedRow:
-    lease: int
-    offset: int
-    deaths: int  # of engine processes that had this row in them
-    key: bytes
-    id: str
-    request: bytes
-    since: float = 0.0  # when it came here
-    charged: float = 0.0  # US$ of its failed tries that the budget knows already
-
-
 class Worker:
     """One replica. `run` returns when there is nothing left to do, or after `drain`."""
 
@@ -79,15 +68,10 @@ class Worker:
         self.held = 0  # rows in the queue or in the engine
         self.ended = False  # no more rows will come
         self.last = False  # the feed had nothing more when it was last asked
-        self.completed: dict[int, list[int]] = {}  # lease -> rows, since the last pull
-        self.records: list[Record] = []
-        self.places: dict[int, list[int]] = {}  # lease -> rows, those of self.records
-        self.counts = RunStatus()
-        self.done = 0
+        self.recorder = RowRecorder(config.engine, shared_bytes(config.generation))
         self.inside: dict[bytes, LeasedRow] = {}  # by key: rows in the engine
         self.journal: EngineJournal | None = None  # the same, for whoever looks after this process died
         self.dying = False
-        self.overhead = shared_bytes(config.generation)
         self.work = asyncio.Condition()  # the queue grew, or the end came
         self.less = asyncio.Event()  # fewer rows are held
         self.idle = asyncio.Event()  # nothing held, nothing to come: a good moment to flush
@@ -97,9 +81,9 @@ class Worker:
         self.spans: RequestSpans | None = None
 
     async def run(self, secrets: Secrets) -> bool:
-        """Loads the engine and works; whether it ended for its node only (`leave_nodes`).
+        """Loads the engine and works. Returns true if it ended only because its node goes away (`leave_nodes`).
 
-        Raises `ConfigError` where the engine cannot be loaded, `Outage` where its server is gone.
+        Raises `ConfigError` if the engine cannot be loaded, `Outage` if its server does not answer.
         """
         settle_environment(secrets, self.config.cpus)
         await self.dispatcher.join.remote(self.name)
@@ -108,9 +92,10 @@ class Worker:
             self.spans = RequestSpans(self.config.trace, self.config.engine, self.name)
         engine = self.engine = await asyncio.to_thread(load_engine, self.config.engine)
         engine.check(self.config.generation)
-        engine.attach(reserve_through_ray, self.config.max_outage_s)
-        if self.config.budget:
-            engine.check_budget = self._check_budget
+        if (remote := engine.remote) is not None:
+            remote.attach(reserve_through_ray, self.config.max_outage_s)
+            if self.config.budget:
+                remote.set_budget(self._check_budget)
         with contextlib.suppress(OSError):  # without it, all rows held here are suspects if this process dies
             self.journal = EngineJournal(journal_place().path, engine.concurrency)
         slots = [asyncio.create_task(self._slot(engine, at)) for at in range(engine.concurrency)]
@@ -142,11 +127,11 @@ class Worker:
         return self.moves
 
     async def place(self) -> JournalPlace:
-        """Where this worker's journal is."""
+        """The place of this worker's journal."""
         return journal_place()
 
     async def leave_nodes(self, nodes: frozenset[str]) -> None:
-        """As `drain`, where this replica's node is one of those that are about to go."""
+        """As `drain`, if this replica's node is among `nodes`, which are about to go."""
         import ray
 
         if ray.get_runtime_context().get_node_id() in nodes:
@@ -154,16 +139,16 @@ class Worker:
             await self.drain()
 
     async def drain(self) -> None:
-        """Takes no more rows, gives back those not yet admitted, finishes those in flight within `drain_s`.
+        """Takes no more rows, gives back those not yet in the engine, and finishes those in flight within `drain_s`.
 
-        What is done is made durable at once, and often: whoever asked for the end may not wait for it.
+        Finished rows are flushed at once, and often: the caller may end this process at any time.
         """
         self.flush_s = min(self.flush_s, DRAIN_FLUSH_S)
         self.idle.set()
         if self.puller is not None:
             self.puller.cancel()
-        if self.engine is not None:
-            self.engine.drain()
+        if self.engine is not None and self.engine.remote is not None:
+            self.engine.remote.drain()
 
     async def _end(self) -> None:
         self.ended = True
@@ -172,13 +157,13 @@ class Worker:
             self.work.notify_all()
 
     async def _pull(self, concurrency: int) -> None:
-        """Keeps up to two rows a slot at hand: one in the engine, one waiting."""
+        """Keeps up to two rows for each slot: one in the engine, one waiting."""
         window = 2 * concurrency
         while True:
             while self.held > window - max(1, concurrency // 2):
                 self.less.clear()
                 await self.less.wait()
-            completed, self.completed = list(self.completed.items()), {}
+            completed = self.recorder.take_completed()
             wanted = window - self.held
             lease: Lease | None = await self.dispatcher.pull.remote(
                 self.name, wanted, self.held, completed, self._heartbeat()
@@ -203,7 +188,7 @@ class Worker:
                 await self._flush()
 
     async def _slot(self, engine: Engine, slot: int) -> None:
-        """One slot of the engine: takes the next row as soon as the one before is answered."""
+        """One slot of the engine: takes the next row as soon as it has answered the one before."""
         while True:
             if not self.queue:
                 async with self.work:
@@ -221,14 +206,14 @@ class Worker:
                 completion = await engine.generate(self._request(row))
             except EngineError as error:  # from a row's override
                 completion = Completion(error=Failure.of(error), engine=engine.kind, attempts=0)
-            except asyncio.CancelledError:  # later than `drain_s`: nobody knows what becomes of it
+            except asyncio.CancelledError:  # after `drain_s`: the engine may still answer and charge it
                 if (cost := engine.cost(Usage(known=False), None)) is None:
                     lost = Completion(
                         error=Failure("cancelled", "the run ended before this row was answered"), cost_usd=cost
                     )
-                    self.records.append(Record(row.key, row.id, lost, time.time(), superseded=True))
+                    self.recorder.supersede(row, lost)
                 raise
-            except Exception as error:  # a bug, ours or a library's: no row may end the run for all
+            except Exception as error:  # a bug, ours or a library's: one row must not end the run
                 logger.exception("row %s: a bug", row.id)
                 reason = f"a bug: {type(error).__name__}: {one_line(error)}"
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
@@ -239,9 +224,9 @@ class Worker:
             if self.spans is not None:
                 self.spans.add(row.key, row.id, began_ns, completion)
             failed = completion.error
-            gone = engine.outage if failed is not None and failed.retryable else None
+            gone = engine.remote.outage if failed is not None and failed.retryable and engine.remote is not None else None
             if failed is not None and (gone or failed.type in ("cancelled", "engine_crash")):  # it goes back
-                self._record_tries(row, completion)
+                self.recorder.record_tries(row, completion)
                 if failed.type == "engine_crash":
                     await self._die(failed.message)
                 del self.inside[row.key]
@@ -249,15 +234,15 @@ class Worker:
                     raise Outage(gone)
             else:
                 del self.inside[row.key]
-                self._record(row, completion)
+                self.recorder.record(row, completion)
             self.held -= 1
             self.less.set()
             self._maybe_idle()
 
     async def _die(self, reason: str) -> None:
-        """The engine is broken though its process lives: the process ends, so that a new one takes its place. The rows
-        inside the engine are suspects."""
-        if self.dying:  # another row told first
+        """Ends this process, whose engine is broken, so that a new one takes its place. The rows inside the engine are
+        suspects."""
+        if self.dying:  # another row came first
             await asyncio.Event().wait()
         self.dying = True
         inside = _places(self.inside.values())
@@ -280,56 +265,11 @@ class Worker:
             if self.engine is not None:
                 completion.cost_usd = self.engine.cost(Usage(known=False), None)
             completion.engine, completion.model = self.config.engine.kind, self.config.engine.model
-            self._record(LeasedRow(lease.number, at, deaths, key, id, b""), completion)
+            self.recorder.record(LeasedRow(lease.number, at, deaths, key, id, b""), completion)
         await self._flush()
 
-    def _record(self, row: LeasedRow, completion: Completion) -> None:
-        completion.attempts += row.deaths
-        self.done += 1
-        self.records.append(Record(row.key, row.id, completion, time.time()))
-        self.places.setdefault(row.lease, []).append(row.offset)
-        self.completed.setdefault(row.lease, []).append(row.offset)
-        counts = self.counts
-        counts.input_tokens += completion.usage.input
-        counts.output_tokens += completion.usage.output
-        self._charge(row, completion)
-        if completion.usage.input or completion.usage.output:  # an answer of the wrong shape tells as much
-            self._learn(row, completion)
-        if completion.error is None:
-            counts.done += 1
-        else:
-            event = {"event": "row failed", "key": row.key.hex(), "id": row.id, **asdict(completion.error)}
-            logger.warning("%s", dumps({**event, "attempts": completion.attempts}).decode())
-            counts.failed += 1
-            counts.errors[completion.error.type] += 1
-            counts.first_errors.setdefault(completion.error.type, f"{row.id}: {completion.error.message}")
-
-    def _record_tries(self, row: LeasedRow, completion: Completion) -> None:
-        """What a row took that goes back to the dispatcher: it is asked again, and its tries may have to be paid."""
-        if completion.cost_usd == 0 and not (self.config.engine.provider and completion.attempts):
-            return
-        self.records.append(Record(row.key, row.id, completion, time.time(), superseded=True))
-        self._charge(row, completion)
-
-    def _charge(self, row: LeasedRow, completion: Completion) -> None:
-        """Adds what a row cost, for the budget without what it knows already."""
-        counts = self.counts
-        if completion.cost_usd is None:
-            counts.cost_unknown += 1
-            counts.unpriced.append((row.lease, row.offset))
-        else:
-            counts.cost_usd += completion.cost_usd
-            counts.spent += completion.cost_usd - row.charged
-
-    def _learn(self, row: LeasedRow, completion: Completion) -> None:
-        """What an answer tells about the estimates of others."""
-        usage = completion.usage
-        size = len(row.request) + self.overhead
-        each = -(-usage.output // max(1, len(completion.choices)))
-        self.counts.seen.add(UsageStats(1, usage.input / size if size else 0.0, each))
-
     async def _check_budget(self, request: Request, usd: float | None) -> bool:
-        row = self.inside[bytes.fromhex(request.key[:64])]  # a turn's, or another try's, has more behind it
+        row = self.inside[bytes.fromhex(request.key[:64])]  # the keys of turns and of other tries are longer
         row.charged += usd or 0.0
         room: bool = await self.dispatcher.lost.remote(self.name, row.lease, row.offset, usd)
         return room
@@ -339,21 +279,22 @@ class Worker:
         if engine is None:
             return ReplicaHeartbeat()
         leaving = self.puller is not None and self.puller.done()
-        counts = engine.counts
+        remote = engine.remote
+        counts = remote.counts if remote is not None else {}
         return ReplicaHeartbeat(
             "leaving" if leaving else "working",
             self.busy,
-            self.done,
-            engine.admitted,
+            self.recorder.done,
+            remote.admitted if remote is not None else None,
             engine.config.max_concurrency or engine.concurrency,
-            counts["retried"],
-            counts["throttled"],
-            float(counts["limiter_wait_seconds"]),
-            engine.stall_reason,
+            int(counts.get("retried", 0)),
+            int(counts.get("throttled", 0)),
+            counts.get("limiter_wait_seconds", 0.0),
+            remote.stall_reason if remote is not None else "",
         )
 
     def _maybe_idle(self) -> None:
-        if self.held == 0 and self.last and self.records:
+        if self.held == 0 and self.last and self.recorder.records:
             self.idle.set()
 
     async def _flush_often(self) -> None:
@@ -368,30 +309,28 @@ class Worker:
 
     async def _flush(self) -> None:
         async with self.flushing:
-            if not self.records:
+            if not self.recorder.records:
                 return
-            records, self.records = self.records, []
-            places, self.places = list(self.places.items()), {}
+            records, places = self.recorder.take_records()
             for wait in (0.5, 2.0, None):
                 try:
                     path = await asyncio.to_thread(write_segment, self.fs, self.root, self.name, records)
                     break
                 except OSError:
-                    if wait is None:  # whoever flushes next may have more luck
-                        self.records = records + self.records
-                        for lease, offsets in places:
-                            self.places.setdefault(lease, []).extend(offsets)
+                    if wait is None:  # a later flush may succeed
+                        self.recorder.put_back(records, places)
                         raise
                     await asyncio.sleep(wait)
             self.unreported += records
-            counts, self.counts = self.counts, RunStatus()
+            counts = self.recorder.take_counts()
             await self.dispatcher.commit.remote(self.name, places, counts, self._heartbeat())
-            with contextlib.suppress(OSError):  # everything is durable as it is
+            with contextlib.suppress(OSError):  # merging segments is not needed for durability
                 await asyncio.to_thread(self.compactor.add, path)
 
     def _report_metrics(self) -> None:
         if self.engine is not None:
-            self.metrics.record(self.unreported, self.waits, self.engine.counts, self.busy, len(self.queue))
+            counts = self.engine.remote.counts if self.engine.remote is not None else {}
+            self.metrics.record(self.unreported, self.waits, counts, self.busy, len(self.queue))
             self.unreported, self.waits = [], []
 
 
@@ -400,7 +339,7 @@ def _places(rows: Iterable[LeasedRow]) -> list[tuple[int, int]]:
 
 
 async def _until(puller: asyncio.Task[None], others: list[asyncio.Task[None]]) -> None:
-    """Waits for the puller's end (or its cancellation by `drain`); raises what any of the tasks raised before."""
+    """Waits until the puller ends, or `drain` cancels it. Raises the exception of the first task that fails."""
     done, _ = await asyncio.wait([puller, *others], return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         if not task.cancelled():

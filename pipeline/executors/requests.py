@@ -1,9 +1,10 @@
-"""From parsed rows to the requests that the dispatcher hands out."""
+"""From parsed rows to pending requests, which executors take."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +14,11 @@ from engines.params import GenerationParams
 from engines.types import Request
 from pipeline.dataset.formats import Parsed
 from pipeline.dataset.reader import ParsedRow, ReadSplit, RowReader, SplitSummary
-from pipeline.executors.live.queue import PendingRequest, prefix_of
 from pipeline.storage.exact_json import dumps
-from pipeline.storage.ledger_index import Index, RemoteIndex
+from pipeline.storage.ledger_index import KeyLookup
 
+# Conversations with the same model and adapter that agree in this many first characters share a cached prefix.
+PREFIX_CHARACTERS = 256
 # The columns of `PendingRequest`.
 ROWS_SCHEMA = pa.schema(
     [
@@ -29,10 +31,28 @@ ROWS_SCHEMA = pa.schema(
 )
 
 
+class PendingRequest(NamedTuple):
+    """One row to ask."""
+
+    key: bytes
+    id: str
+    request: bytes  # JSON: see `request_of`
+    prefix: int  # equal for rows whose prompts begin with the same text
+    max_tokens: int  # the row's own limit, or 0
+
+
+def prefix_of(parsed: Parsed) -> int:
+    """63 bits that are equal for conversations whose prompts begin with the same text."""
+    content = parsed.messages[0].get("content") if parsed.messages else None
+    start = (content if isinstance(content, str) else dumps(content).decode())[:PREFIX_CHARACTERS]
+    name = f"{parsed.model}\0{parsed.adapter}\0{start}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+
+
 def read_split(
-    split: ReadSplit, row_reader: RowReader, done: Index | RemoteIndex, fail_on_bad_input: bool, summary: SplitSummary
+    split: ReadSplit, row_reader: RowReader, done: KeyLookup, fail_on_bad_input: bool, summary: SplitSummary
 ) -> Iterator[pa.Table]:
-    """Tables of the rows of `split` that are still to be asked; fills `summary` on the way."""
+    """Yields tables of the rows of `split` that `done` does not have, and fills `summary`."""
     for items in row_reader.read(split):
         summary.rows += len(items)
         if split.file_split.kind != "parquet":
@@ -76,7 +96,7 @@ def _request(parsed: Parsed) -> bytes:
 
 
 def request_of(values: Mapping[str, Any], generation: GenerationParams, key: bytes) -> Request:
-    """The request in what `_request` made, with its overrides laid over the run's parameters. Raises `EngineError`."""
+    """The request of a `PendingRequest`; the row's own parameters override `generation`. Raises `EngineError`."""
     return Request(
         messages=values["messages"],
         generation=generation.override(values.get("generation") or {}),
@@ -84,44 +104,4 @@ def request_of(values: Mapping[str, Any], generation: GenerationParams, key: byt
         adapter=values.get("adapter"),
         key=key.hex(),
         turns=values.get("turns") or [],
-    )
-
-
-def dataset_of(splits: list[ReadSplit], row_reader: RowReader, done: Any, fail_on_bad_input: bool, report: Any) -> Any:
-    """A Ray Dataset of the rows to ask. `done` is a reference to an index; `report(number, summary)` a remote method."""
-    import ray
-    from ray.data import Datasource, ReadTask
-    from ray.data.block import BlockMetadata
-
-    def task(split: ReadSplit) -> ReadTask:
-        def read() -> Iterator[pa.Table]:
-            summary = SplitSummary()
-            yield ROWS_SCHEMA.empty_table()
-            yield from read_split(split, row_reader, ray.get(done), fail_on_bad_input, summary)
-            ray.get(report.remote(split.number, summary))
-
-        return ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None))
-
-    class Conversations(Datasource):
-        def estimate_inmemory_data_size(self) -> int | None:
-            return None
-
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-            return [task(split) for split in splits]
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
-    # Small blocks: the first rows arrive while a file is still being read.
-    context.target_max_block_size = 2 << 20
-    context.target_min_block_size = 1
-    # A provider that is down for an hour must not end the run from inside Ray Data.
-    if hasattr(context, "execution_no_progress_timeout_s"):
-        context.execution_no_progress_timeout_s = -1
-    return ray.data.read_datasource(
-        Conversations(),
-        override_num_blocks=max(1, len(splits)),
-        # No CPU is reserved: replicas may have reserved all of them, and would wait for rows for ever.
-        ray_remote_args={"num_cpus": 0, "max_retries": 3},
-        concurrency=max(2, int(ray.cluster_resources().get("CPU", 2))),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # These take a configuration; the others take the path of an output.
 CONFIGURED = ("infer", "plan", "batch", "serve", "chat")
@@ -109,6 +109,12 @@ def anchors(page: Path) -> set[str]:
         slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         found.add(slug if slug not in found else f"{slug}-1")
     return found
+
+
+def leads_somewhere(place: str) -> bool:
+    """True if `docs/page.md#anchor` exists."""
+    path, _, name = place.partition("#")
+    return name in anchors((ROOT / path).resolve())
 
 
 def links(page: Path) -> list[str]:

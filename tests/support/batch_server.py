@@ -15,7 +15,6 @@ import itertools
 import json
 import re
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from aiohttp import web
+
+from tests.support.loopback import LoopbackServer
 
 # ok | error400 | error500 | expired | cancelled | missing: no word of it
 Fate = Callable[[str, dict[str, Any], int], str]
@@ -116,7 +117,7 @@ def rfc3339(at: float) -> str:
 
 
 @dataclass
-class BatchServer:
+class BatchServer(LoopbackServer):
     """`fail_next` maps a step (upload, submit, poll, results, list) to how many of its requests go wrong."""
 
     delay_s: float = 0.0
@@ -143,25 +144,10 @@ class BatchServer:
         self.jobs: dict[str, Job] = {}
         self.times: Counter[str] = Counter()
         self.failing: Counter[str] = Counter()
-        self.loop = asyncio.new_event_loop()
-        ready = threading.Event()
-
-        def serve() -> None:
-            asyncio.set_event_loop(self.loop)
-            self.loop.run_until_complete(self._start())
-            ready.set()
-            self.loop.run_forever()
-
-        self.thread = threading.Thread(target=serve, name="batch-server", daemon=True)
-        self.thread.start()
-        assert ready.wait(30)
-        return self
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(30)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+        super().__exit__()
         self.folder.cleanup()
 
     def times_submitted(self, custom_id: str) -> int:
@@ -170,7 +156,7 @@ class BatchServer:
     def in_progress(self) -> int:
         return sum(not job.ended for job in self.jobs.values())
 
-    async def _start(self) -> None:
+    def application(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30, middlewares=[self._checked])
         route = app.router.add_route
         route("POST", "/v1/chat/completions", self._live)
@@ -204,11 +190,7 @@ class BatchServer:
         route("POST", f"{account}/batchInferenceJobs/{{id:[^:/]+}}:cancel", self._fireworks_status)
         route("PUT", "/signed/{id}", self._signed_put)
         route("GET", "/signed/{id}/{kind}", self._signed_get)
-        self.runner = web.AppRunner(app)
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+        return app
 
     @web.middleware
     async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:

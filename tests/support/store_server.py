@@ -1,7 +1,7 @@
 """The emulators of GCS and Azure on loopback, each behind a proxy that refuses a share of the requests.
 
-`python -m tests.store_server PORT STORE` is the proxy: pyarrow's client may hold the interpreter's lock while it waits, so
-nothing that answers it can be in the process that asks.
+`python -m tests.support.store_server PORT STORE` is the proxy: pyarrow's client may hold the interpreter's lock while it
+waits, so nothing that answers it can be in the process that asks.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class StoreServer:
     def __enter__(self) -> Self:
         self.processes: list[subprocess.Popen[str]] = []
         emulator = self._start(*self.emulator())
-        proxy = self._start([sys.executable, "-m", "tests.store_server", str(emulator), self.store], {})
+        proxy = self._start([sys.executable, "-m", "tests.support.store_server", str(emulator), self.store], {})
         self.port = proxy
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{proxy}", timeout=30)
         self.make()
@@ -130,7 +130,7 @@ class StoreServer:
     def _start(self, command: list[str], environment: dict[str, str]) -> int:
         """Starts a server and returns the port that it prints."""
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd=Path(__file__).parents[1]
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd=Path(__file__).parents[2]
         )
         self.processes.append(process)
         assert process.stdout

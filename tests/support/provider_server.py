@@ -4,7 +4,7 @@
         server.plan["hello"] = ["500", "reset"]     # what the first requests that ask "hello" meet, one each
         server.requests                             # everything that came: text, time, path, headers, body
 
-`python -m tests.provider_server --port 0 --fault-rate 0.02` runs alone, prints its URL, and has GET /stats.
+`python -m tests.support.provider_server --port 0 --fault-rate 0.02` runs alone, prints its URL, and has GET /stats.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
+
+from tests.support.loopback import LoopbackServer
 
 # status -> the body's error, as the three wires' providers write it
 STATUSES = {"400": "bad", "401": "invalid x-api-key", "402": "pay", "404": "no such model", "413": "too large",
@@ -45,7 +47,7 @@ class Seen:
 
 
 @dataclass
-class ProviderServer:
+class ProviderServer(LoopbackServer):
     """`fault` is asked where `plan` has nothing for a text; `rpm` is a quota over any 60 s; `key` is the only good one."""
 
     plan: dict[str, list[str]] = field(default_factory=dict)
@@ -63,39 +65,11 @@ class ProviderServer:
     most_busy: int = 0
     connections: set[int] = field(default_factory=set)
 
-    def __enter__(self) -> Self:
-        self.loop = asyncio.new_event_loop()
-        ready = threading.Event()
-
-        def serve() -> None:
-            asyncio.set_event_loop(self.loop)
-            self.loop.run_until_complete(self.start())
-            ready.set()
-            self.loop.run_forever()
-
-        self.thread = threading.Thread(target=serve, name="provider-server", daemon=True)
-        self.thread.start()
-        assert ready.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(30)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(30)
-
-    async def start(self) -> None:
+    def application(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/stats", self.stats)
         app.router.add_route("*", "/{path:.*}", self.handle)
-        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", self.port, backlog=4096)
-        await site.start()
-        self.port = self.runner.addresses[0][1]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return app
 
     def texts(self) -> list[str]:
         return [seen.text for seen in self.requests]

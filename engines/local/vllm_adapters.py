@@ -1,0 +1,95 @@
+"""LoRA adapters for `engine=vllm`: finding them, their ranks, and keeping rows with and without one apart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from pathlib import Path
+
+from engines.errors import ConfigError, EngineError, invalid
+from engines.text import one_line
+
+# The ranks that vLLM has kernels for.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class AdapterGate:
+    """Keeps rows with an adapter (side True) and rows without one (side False) from being in vLLM at the same time.
+
+    On CPU, vLLM computes rows without an adapter with the weights of the last adapter, without an error
+    (vllm-project/vllm, pull request 48421). A side that gets its turn lets in all rows that wait on it, then new rows as
+    long as nobody waits on the other side.
+    """
+
+    def __init__(self) -> None:
+        self.side = False
+        self.inside = 0
+        self.waiting: dict[bool, deque[asyncio.Future[None]]] = {False: deque(), True: deque()}
+
+    async def enter(self, side: bool) -> None:
+        """Waits until a row of this side may be in vLLM. Call `leave` afterwards."""
+        if not self.inside or (side == self.side and not self.waiting[not side]):
+            self.side = side
+            self.inside += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting[side].append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn in self.waiting[side]:
+                self.waiting[side].remove(turn)
+            elif not turn.cancelled():
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        self.inside -= 1
+        if self.inside:
+            return
+        if self.waiting[not self.side]:
+            self.side = not self.side
+        for turn in self.waiting[self.side]:
+            if not turn.done():
+                turn.set_result(None)
+                self.inside += 1
+        self.waiting[self.side].clear()
+
+
+def adapter_path(adapter: str) -> Path:
+    """The directory of an adapter. An adapter on the hub is downloaded once per node.
+
+    Raises `EngineError("invalid_input")` if there is no such adapter.
+    """
+    try:
+        path = Path(adapter).expanduser()
+        here = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # the name is too long or has a NUL, or `~user` does not exist
+        raise invalid(f"there is no adapter {adapter[:200]!r}: {one_line(error)}") from None
+    if not here and (adapter.count("/") != 1 or adapter.startswith((".", "/", "~"))):
+        raise invalid(f"there is no adapter '{adapter}': it is not a directory and not a hub id")
+    if not here:
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(adapter))
+        except Exception as error:  # the hub's client raises many types
+            raise invalid(f"adapter '{adapter}' cannot be downloaded from the hub: {one_line(error)}") from None
+    if not (path / "adapter_config.json").is_file():
+        raise invalid(f"adapter '{adapter}' has no adapter_config.json")
+    return path
+
+
+def adapter_rank(adapter: str) -> int:
+    """The smallest of vLLM's ranks that holds the adapter. Raises `ConfigError` if there is none."""
+    try:
+        rank = int(json.loads((adapter_path(adapter) / "adapter_config.json").read_text())["r"])
+    except EngineError as error:
+        raise ConfigError(f"engine.adapter: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"engine.adapter: {adapter}/adapter_config.json has no rank r") from None
+    found = next((known for known in LORA_RANKS if known >= rank), None)
+    if found is None:
+        raise ConfigError(f"engine.adapter: rank {rank} is above {LORA_RANKS[-1]}, the highest rank of vLLM")
+    return found

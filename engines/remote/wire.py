@@ -1,0 +1,150 @@
+"""A wire: the request and answer format of a provider API, and what all wires share.
+
+A wire is a module that has the members of `Wire`: `openai_chat`, `anthropic_messages` and `bedrock_converse`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, Protocol
+
+from engines.errors import EngineError, invalid
+from engines.remote.provider import Provider, inline_refs
+from engines.types import Choice, Completion, Delta, FinishReason, Message, Request
+from engines.usage import Usage
+
+# How an answer ended. `server` and `bad_response` mean that the answer is broken: they become a retryable error.
+Ending = FinishReason | Literal["server", "bad_response"]
+
+
+class StreamAccumulator(Protocol):
+    """Joins the events of a streamed answer to the payload that the API gives without streaming."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the API has said why the answer ended."""
+        ...
+
+    def add(self, event: dict[str, Any]) -> Iterable[Delta]:
+        """Takes one event and gives the text in it."""
+        ...
+
+    def payload(self) -> dict[str, Any]:
+        """The answer so far, in the form of an answer that is not streamed."""
+        ...
+
+
+class Wire(Protocol):
+    """One API format. The functions have no state."""
+
+    STREAM: dict[str, Any]  # body fields that ask for a stream; empty where this wire does not stream
+    FINISH_REASONS: dict[str, Ending]  # every reason the API documents; any other one is an error
+
+    def body(self, request: Request, model: str | None, provider: Provider) -> dict[str, Any]:
+        """The body of a request. Raises `EngineError("invalid_input")` for what this API cannot take."""
+        ...
+
+    def completion(self, payload: dict[str, Any], provider: Provider) -> Completion:
+        """Reads an answer. Raises `EngineError` with the `usage` that has to be paid for a broken or filtered one."""
+        ...
+
+    def usage(self, payload: dict[str, Any]) -> Usage:
+        """The token counts of an answer; `known=False` where it has none."""
+        ...
+
+    def accumulator(self) -> StreamAccumulator | None:
+        """Joins the events of one stream; None where this wire does not stream."""
+        ...
+
+
+def finish_reason(found: Any, table: Mapping[str, Ending], provider: Provider | None) -> FinishReason:
+    """Our finish reason for the API's. The provider's own table (`provider.finish_reasons`) comes before the wire's.
+
+    Raises a retryable `EngineError` for an answer that the server broke off, for a reason in neither table, and for
+    no reason at all (named `null` in a provider's table): such an answer may be half of one.
+    """
+    name = "null" if found is None else str(found)[:100]
+    own: Mapping[str, Any] = provider.finish_reasons if provider is not None else {}
+    for key in (name, name.partition(":")[0]):  # Gemini: "content_filter: PROHIBITED_CONTENT"
+        ending: Ending | None = own.get(key) or table.get(key)
+        if ending == "server":
+            raise EngineError("server", f"the server broke off the answer ({name})", status=200, retryable=True)
+        if ending == "bad_response":
+            raise EngineError("bad_response", f"the answer is broken ({name})", status=200, retryable=True)
+        if ending is not None:
+            return ending
+    raise EngineError(
+        "bad_response",
+        f"the answer has the unknown finish reason {name!r}; engine.provider.finish_reasons can tell its meaning",
+        status=200,
+        retryable=True,
+    )
+
+
+def complete(choices: list[Choice], usage: Usage, model: Any, reasoning: str | None) -> Completion:
+    """A completion of these choices. Raises `EngineError("content_filter")` where a filter left no text in any of them.
+
+    A filtered choice beside others that are not stays, with the finish reason `content_filter`.
+    """
+    if all(c.finish_reason == "content_filter" and not c.message.get("content") for c in choices):
+        refusal = next((text for c in choices if (text := c.message.get("refusal"))), None)
+        said = f"the model refused: {str(refusal)[:500]}" if refusal else "the provider's filter removed the answer"
+        raise EngineError("content_filter", said)
+    return Completion(choices, usage, model if isinstance(model, str) else None, reasoning=reasoning)
+
+
+def check_choices(completion: Completion, n: int | None) -> Completion:
+    """Raises `EngineError("bad_response")`, with the usage, where the answer has fewer than `n` choices.
+
+    It is not retryable: a provider that ignores `n` would be paid for each try.
+    """
+    if len(completion.choices) < (n or 1):
+        error = EngineError(
+            "bad_response",
+            f"the provider gave {len(completion.choices)} choices where generation.n={n} were asked for",
+            status=200,
+        )
+        error.usage = completion.usage
+        raise error
+    return completion
+
+
+@contextlib.contextmanager
+def charging(usage: Usage) -> Iterator[None]:
+    """Gives an `EngineError` raised within the usage of the answer that it is about."""
+    try:
+        yield
+    except EngineError as error:
+        error.usage = usage
+        raise
+
+
+def with_thinking(message: Message, blocks: list[dict[str, Any]]) -> Message:
+    """The message with its `thinking_blocks`, which the next request must repeat unchanged (see `content`)."""
+    if blocks:
+        message["thinking_blocks"] = blocks  # type: ignore[typeddict-unknown-key]
+    return message
+
+
+def inlined(schema: Any) -> Any:
+    """A JSON schema without `$ref`. Raises `EngineError("invalid_input")` for one that refers to itself."""
+    try:
+        return inline_refs(schema)
+    except ValueError as error:
+        raise invalid(str(error)) from None
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a number of tokens."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def count(value: Any) -> int:
+    """A number of tokens; 0 for any other value."""
+    return int(value) if is_count(value) else 0
+
+
+def bad_response(what: str, payload: Any) -> EngineError:
+    """The retryable error of an answer with status 200 that cannot be read."""
+    return EngineError("bad_response", f"{what}: {str(payload)[:200]}", status=200, retryable=True)

@@ -1,0 +1,106 @@
+"""The messages for wrong overrides and configuration files: which key is wrong, and the nearest known key."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+from engines.config import Price
+from engines.errors import closest, nearest
+from engines.validation import TYPE_WORDS
+from pipeline.config import OPEN_KEYS, known_keys
+
+GROUPS = ("engine", "hardware", "dataset", "generation", "output", "run")
+SECTIONS = (*GROUPS, "serve")
+
+
+def key_types() -> dict[str, str]:
+    """Dotted key -> the type that its dataclass declares, as text."""
+    found = {name: str(item.type) for name, item in known_keys().items()}
+    return found | {f"engine.price.{item.name}": str(item.type) for item in fields(Price)}
+
+
+def is_open(name: str) -> bool:
+    """True for a key in a section that accepts any key, such as `engine.kwargs`."""
+    return any(name.startswith(f"{key}.") for key in OPEN_KEYS)
+
+
+def is_plain(declared: str) -> bool:
+    """True for a declared type whose values have no keys of their own."""
+    return declared.removesuffix(" | None") in TYPE_WORDS
+
+
+def no_such_key(name: str) -> str:
+    """The message for an unknown key, with the nearest key of its section, or of any section if none is given."""
+    return f"there is no key '{name}'{_hint(name)}"
+
+
+def _hint(name: str) -> str:
+    known = list(key_types())
+    section, _, rest = name.lower().partition(".")
+    if not rest:
+        return _hint_without_section(section, known)
+    mine = closest(section, SECTIONS)
+    if mine is None:
+        return nearest(section, SECTIONS)
+    keys = [key.partition(".")[2] for key in known if key.startswith(f"{mine}.")]
+    if not rest.startswith("price."):
+        rest = rest.partition(".")[0]
+    if close := closest(rest, keys):
+        return f" (did you mean '{mine}.{close}'?)"
+    return nearest(rest, [key for key in keys if key.startswith("price.") == rest.startswith("price.")])
+
+
+def _hint_without_section(name: str, known: list[str]) -> str:
+    """The hint for a section that does not exist, or for a key whose section was forgotten."""
+    close = closest(name, [*SECTIONS, *(key.partition(".")[2] for key in known)])
+    if close is None:
+        return nearest(name, SECTIONS)
+    found = [close] if close in SECTIONS else [key for key in known if key.partition(".")[2] == close]
+    return f" (did you mean {' or '.join(repr(key) for key in found)}?)"
+
+
+def hydra_message(error: BaseException, overrides: list[str]) -> str:
+    """One line for an error of Hydra or OmegaConf: the key, and what its value must be."""
+    text = str(error)
+    if getattr(error, "override", None) is not None:
+        read = str(error.override)  # type: ignore[attr-defined]
+        given = next((o for o in overrides if read.lstrip("+").startswith(f"{_name(o)}=")), read)
+        return f"cannot read '{given}': a key is made of letters, digits, '_' and '-', with dots between"
+    ambiguous = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
+    if ambiguous is not None:
+        name, text = ambiguous[1].lstrip("+"), ambiguous[2]
+        return f'{name}={text} is either a list, "{name}=[{text}]", or a text, "{name}=\'{text}\'"'
+    key, cause = re.search(r"full_key: (\S+)", text), error.__cause__
+    if key is None and cause is not None and "full_key" in str(cause):
+        return hydra_message(cause, overrides)
+    first = _first_line(error)
+    return _about_key(key[1], first, overrides) if key else first
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a message, or the first two of a message about a file, whose first line ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return first.replace("ValidationError raised while composing config: ", "")
+
+
+def _about_key(name: str, first: str, overrides: list[str]) -> str:
+    """The message for a wrong value of a key, or for a key that does not exist. `first` is what the library says."""
+    known = key_types()
+    if name not in known and not is_open(name):
+        return no_such_key(name)
+    if "interpolation" in first.lower():
+        return f"{name}: {first}"
+    declared = known.get(name, "str")
+    wanted = "keys with values, such as {a: b}" if name in OPEN_KEYS else TYPE_WORDS.get(declared.removesuffix(" | None"))
+    if wanted is None:
+        return f"{name}: {first}"
+    value = next((o.partition("=")[2] for o in reversed(overrides) if _name(o) == name), None)
+    if value is None:
+        return f"{name} must be {wanted}: {first}"
+    return f"{name} must be {wanted}{' or null' if declared.endswith(' | None') else ''}, not {value}"
+
+
+def _name(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")

@@ -1,0 +1,178 @@
+"""A third executor needs a class and a name, and nothing of the run, the output or the monitor knows of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from engines import ConfigError
+from engines.errors import Failure
+from engines.types import Choice, Completion
+from jobs.compose import compose
+from jobs.status import main as status_main
+from pipeline.dataset.plan import SplitInput
+from pipeline.dataset.reader import SplitSummary
+from pipeline.executors import registry
+from pipeline.executors.base import Execution, Executor
+from pipeline.executors.requests import read_split
+from pipeline.monitor.status import RunStatus
+from pipeline.run import STOPPED, WITH_FAILURES, Outcome, run
+from pipeline.storage.exact_json import loads
+from pipeline.storage.ledger import Record, write_segment
+from pipeline.storage.ledger_index import DedupFilter
+from pipeline.storage.ledger_snapshot import LedgerSnapshot
+from tests.support.infer import ask
+
+Write = Callable[..., Path]
+
+
+class LengthExecutor(Executor):
+    """Answers each row with the length of its question, in this process; a question of "?" fails."""
+
+    prepared = 0
+    closed = 0
+    passes: list[int] = []  # rows asked in each call
+    skip_first: Sequence[str] = ()  # questions that the first call leaves without a record
+    unfinished: str | None = None
+
+    @classmethod
+    def manifest_entries(cls, context: Any) -> dict[str, Any]:
+        return {"lengths": sum(cls.passes)}
+
+    def prepare(self) -> None:
+        type(self).prepared += 1
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+    def execute(self, inputs: SplitInput, known: LedgerSnapshot) -> Execution:
+        status, summaries, seen = RunStatus(fed=True), dict[int, SplitSummary](), DedupFilter()
+        self.context.state.enter("asking")
+        self.context.state.status = status
+        for split in inputs.splits:
+            summary = summaries[split.number] = SplitSummary()
+            for table in read_split(split, self.context.row_reader, known.index, False, summary):
+                new = seen.add(table["key"])
+                rows = [row for row, fresh in zip(table.to_pylist(), new, strict=True) if fresh]
+                records = [record for row in rows if (record := self._record(row))]
+                if records:
+                    write_segment(self.context.fs, self.context.root, "length", records)
+                status.done += sum(record.completion.error is None for record in records)
+                status.failed += sum(record.completion.error is not None for record in records)
+        self.passes.append(status.done + status.failed)
+        return Execution(status, summaries, self.unfinished)
+
+    def _record(self, row: dict[str, Any]) -> Record | None:
+        text = loads(row["request"])["messages"][0]["content"]
+        if not self.passes and text in self.skip_first:
+            return None
+        choice = Choice({"role": "assistant", "content": str(len(text))}, "stop")
+        error = Failure("bad_request", "no question") if text == "?" else None
+        completion = Completion([] if error else [choice], engine="length", error=error)
+        return Record(row["key"], row["id"], completion, 1.0)
+
+
+@pytest.fixture
+def length() -> Iterator[type[LengthExecutor]]:
+    kind = type("Length", (LengthExecutor,), {"passes": []})
+    registry.register("length", kind)
+    yield kind
+    registry.unregister("length")
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a run needs Ray but the live executor and outputs of many parts."""
+
+    def fail() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", fail)
+
+
+class Job:
+    def __init__(self, out: Path) -> None:
+        self.out, self.printed = out, ""
+
+    def __call__(self, data: Path, *overrides: str) -> Outcome:
+        console = Console(file=io.StringIO(), width=200)
+        base = ["engine=echo", f"dataset.path={data}", f"output.path={self.out}", "run.mode=length"]
+        try:
+            return run(compose([*base, *overrides]), console)
+        finally:
+            self.printed = console.file.getvalue()  # type: ignore[attr-defined]
+
+    def answers(self) -> list[str | None]:
+        answers: list[str | None] = pq.read_table(self.out / "data")["response"].to_pylist()
+        return answers
+
+
+@pytest.fixture
+def job(tmp_path: Path, length: type[LengthExecutor], no_ray: None) -> Job:
+    return Job(tmp_path / "out")
+
+
+def test_a_third_executor_makes_a_whole_output(
+    job: Job, length: type[LengthExecutor], write_jsonl: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl([ask("one", id="a"), ask("three", id="b"), "no json", ask("?", id="c"), ask("one", id="d")])
+    outcome = job(data)
+    assert outcome.exit_status == WITH_FAILURES and job.answers() == ["3", "5", None, None, "3"]
+    manifest = json.loads((job.out / "manifest.json").read_text())
+    assert manifest == json.loads(json.dumps(outcome.manifest))
+    assert manifest["rows"] == {"total": 5, "done": 3, "failed": 2, "invalid": 1, "requests": 3}
+    assert manifest["errors"] == {"invalid_input": 1, "bad_request": 1}
+    assert manifest["this_run"] == {"asked": 3, "failed": 1, "engine_deaths": 0}
+    assert manifest["lengths"] == 3 and manifest["batches"] == [] and manifest["cost_usd"] == 0.0
+    assert (length.prepared, length.closed) == (1, 1)
+    assert "of 5, 2 failed (1 unreadable)" in (job.out / "report.html").read_text()
+    errors = pq.read_table(job.out / "errors")
+    assert [error["type"] for error in errors["error"].to_pylist()] == ["invalid_input", "bad_request"]
+    assert not (job.out / "_run.json").exists()
+    assert status_main([str(job.out)]) == WITH_FAILURES
+    assert "complete, with failed rows" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_its_ledger(job: Job, length: type[LengthExecutor], write_jsonl: Write) -> None:
+    data = write_jsonl([ask("one"), ask("?")])
+    job(data)
+    assert job(data, "run.retry_failed=false").manifest["rows"]["failed"] == 1
+    assert length.passes == [2, 0] and "the output is up to date" in job.printed
+    job(data)  # asks what failed
+    assert length.passes == [2, 0, 1]
+    assert job(data, "run.resume=false").manifest["this_run"]["asked"] == 2
+
+
+def test_rows_that_an_executor_leaves_out_are_asked_in_another_pass(
+    job: Job, length: type[LengthExecutor], write_jsonl: Write
+) -> None:
+    length.skip_first = ["three"]
+    outcome = job(write_jsonl([ask("one"), ask("three"), ask("?")]))
+    assert length.passes == [2, 1] and "1 rows have no answer yet; asking them." in job.printed
+    assert job.answers() == ["3", "5", None] and outcome.manifest["this_run"]["asked"] == 3
+
+
+def test_work_that_goes_on_elsewhere_ends_the_run_without_an_output(
+    job: Job, length: type[LengthExecutor], write_jsonl: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length.unfinished = "the rows are at the post office"
+    outcome = job(write_jsonl([ask("one")]))
+    assert outcome == Outcome(STOPPED) and not (job.out / "manifest.json").exists()
+    assert status_main([str(job.out)]) == STOPPED
+    assert "the rows are at the post office" in capsys.readouterr().out
+
+
+def test_a_mode_that_nobody_registered_is_refused(write_jsonl: Write, tmp_path: Path) -> None:
+    data = write_jsonl([ask("a")])
+    config = compose([f"dataset.path={data}", f"output.path={tmp_path}/out", "engine=echo", "run.mode=bach"])
+    with pytest.raises(ConfigError, match="run.mode=bach is not known.*batch"):
+        run(config, Console(quiet=True))
+    assert "length" not in registry.EXECUTORS and sys.modules["pipeline.config"].RUN_MODES == ["live", "batch"]
