@@ -104,13 +104,7 @@ RAY = ("pipeline.executors.live", "pipeline.serve", "pipeline.monitor.metrics", 
 MOST_LINES, MOST_FUNCTION, MOST_CLASS = 450, 60, 300
 # What is longer, with its longest size today, and why.
 LONGER = {
-    "engines.local.llamacpp": (640, "temporary: its scheduler and sampler are being split off"),
-    "engines.local.llamacpp.LlamaCppEngine": (450, "temporary: the same"),
-    "engines.local.transformers": (490, "temporary: its scheduler is being split off"),
-    "engines.local.transformers.TransformersEngine": (340, "temporary: the same"),
     "engines.remote.engine.RemoteEngine": (345, "temporary: its wires become classes"),
-    "pipeline.config.Config.check": (80, "temporary: one validation of all keys takes its place"),
-    "jobs.plan._model": (65, "temporary: one table of lines"),
 }
 
 
