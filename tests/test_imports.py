@@ -104,7 +104,7 @@ RAY = ("pipeline.executors.live", "pipeline.serve", "pipeline.monitor.metrics", 
 MOST_LINES, MOST_FUNCTION, MOST_CLASS = 450, 60, 300
 # What is longer, with its longest size today, and why.
 LONGER = {
-    "engines.remote.engine.RemoteEngine": (345, "temporary: its wires become classes"),
+    "engines.remote.engine.RemoteEngine": (350, "temporary: the parts that only one wire needs leave it"),
 }
 
 

@@ -202,7 +202,7 @@ def test_prometheus_sees_rows_tokens_cost_and_waits(cluster: Standing, server: P
     data, out = write(tmp_path / "in.jsonl", 1500), tmp_path / "out"
     server.plan |= {f"question {i}": ["400"] for i in range(3)} | {f"question {i}": ["429"] for i in range(3, 9)}
     server.latency_s = 0.1
-    more = ["engine.model=measured", "engine.requests_per_minute=6000", "engine.price.input=1"]
+    more = ["engine.model=measured", "engine.requests_per_minute=6000", "engine.price.input=1", "engine.price.output=0"]
     cluster.submit("measured", *remote(server), *more, *args(data, out))
     seen: dict[str, float] = {}
 

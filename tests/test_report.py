@@ -559,6 +559,10 @@ def test_no_width_scrolls_sideways(page: Page, width: int) -> None:
         page.browser.execute_async_script("setTimeout(arguments[0], 20)")
         assert page("document.documentElement.scrollWidth") <= width
         assert page("document.getElementById('chat').scrollWidth <= document.getElementById('chat').clientWidth")
+    page.browser.execute_script(
+        "document.querySelectorAll('.figures dd').forEach(dd => { dd.textContent = '123.45 min'; })"
+    )
+    assert page("document.documentElement.scrollWidth") <= width
 
 
 def test_no_secret_is_in_the_report(report: tuple[Infer, ProviderServer]) -> None:

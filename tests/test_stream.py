@@ -86,7 +86,7 @@ def test_who_stops_reading_stops_the_engine(llama: Engine) -> None:
         items = llama.stream(to_request(ask(STORY), GenerationParams(max_tokens=400)))
         assert isinstance(await anext(items), Delta)
         await items.aclose()
-        while any(slot.running for slot in llama.slots):  # type: ignore[attr-defined]
+        while any(slot.running for slot in llama.scheduler.slots):  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(read_a_little(), PATIENCE_S))

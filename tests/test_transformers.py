@@ -354,7 +354,7 @@ def test_what_the_model_writes_as_a_tool_call_becomes_one(
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
     tools = [{"type": "function", "function": {"name": "weather"}}]
     with load(smollm2_checkpoint, chat_template="{{ tools and '' }}Hi") as engine:
-        monkeypatch.setattr(engine, "_text", lambda _: call)
+        monkeypatch.setattr("engines.local.transformers.decode_text", lambda *_: call)
         asked, plain = engine.infer([ask("?", max_tokens=1, tools=tools), ask("?", max_tokens=1)])
     assert (asked.text, asked.finish_reason) == (None, "tool_calls")
     assert asked.tool_calls is not None

@@ -12,6 +12,9 @@ GBNF (`type` is "grammar") is llama.cpp's own language: only `engine=llamacpp` t
 Of JSON Schema, llguidance does not enforce `contains`, `uniqueItems`, `not`, `if`, `dependentRequired` and
 `propertyNames`, and takes an overlapping `oneOf` for `anyOf`. An answer can violate these; engines/structured.py checks
 every answer against the whole schema.
+
+An object that lists its `properties` and does not mention others gets only these, as in OpenAI's strict mode. JSON
+Schema would allow any others, and a small model then invents properties until its token limit.
 """
 
 from __future__ import annotations
@@ -119,7 +122,46 @@ def _grammar(response_format: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _json_grammar(schema: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(json.dumps(closed_schema(schema)), overrides=_JSON_OPTIONS)
+
+
+def closed_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without unlisted properties, where this forbids no listed one."""
+    return schema if _combines_objects(schema) else _closed(schema)
+
+
+# Keywords whose values are subschemas: in a mapping by name, in a list, or one alone.
+_BY_NAME, _IN_A_LIST = ("properties", "patternProperties", "$defs", "definitions"), ("anyOf", "oneOf", "prefixItems")
+_ALONE = ("items", "additionalProperties")
+# Keywords that may add properties to those that an object lists.
+_COMBINING = ("allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef")
+
+
+def _combines_objects(schema: Any) -> bool:
+    """Whether an object may get properties from several places of the schema. Closing one place would forbid the others."""
+    if isinstance(schema, list):
+        return any(map(_combines_objects, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    mixed = "properties" in schema and any(name in schema for name in ("anyOf", "oneOf", "$ref"))
+    return mixed or any(name in schema for name in _COMBINING) or any(map(_combines_objects, schema.values()))
+
+
+def _closed(schema: Any) -> Any:
+    """The schema, with `additionalProperties: false` in each object that lists properties and does not mention others."""
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for name, value in schema.items():
+        if name in _BY_NAME and isinstance(value, Mapping):
+            found[name] = {key: _closed(each) for key, each in value.items()}
+        elif name in _IN_A_LIST and isinstance(value, list):
+            found[name] = [_closed(each) for each in value]
+        elif name in _ALONE:
+            found[name] = _closed(value)
+    if isinstance(found.get("properties"), Mapping) and not {"additionalProperties", "patternProperties"} & found.keys():
+        found["additionalProperties"] = False
+    return found
 
 
 def text_under(response_format: Mapping[str, Any], *names: str) -> str:

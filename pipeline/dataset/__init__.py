@@ -1,1 +1,1 @@
-"""From input files to parsed rows and their keys."""
+"""Reads input files into parsed rows and computes their keys."""

@@ -1,4 +1,5 @@
-"""The types of the columns that pass through, settled over the whole input so that every output file has one schema."""
+"""The types of the columns that pass through. They are determined over the whole input, so that all output files have one
+schema."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.storage.exact_json import dumps
 
-# What was seen in a JSON column, as bits.
+# The kinds of values in a JSON column, as bits.
 BOOL, SMALL_INT, INT, FLOAT, TEXT, OTHER = 1, 2, 4, 8, 16, 32
 
 _KIND = {type(None): 0, bool: BOOL, float: FLOAT, str: TEXT}
@@ -19,6 +20,7 @@ _INT64 = 1 << 63
 
 
 def kind_of(value: Any) -> int:
+    """The bit of a value's kind; 0 for null."""
     kind = _KIND.get(type(value))
     if kind is not None:
         return kind
@@ -30,7 +32,7 @@ def kind_of(value: Any) -> int:
 
 
 def type_of(kinds: int) -> pa.DataType | None:
-    """The Arrow type that holds all of these exactly; None where only JSON text does."""
+    """The Arrow type that holds values of all these kinds exactly. None if only JSON text does."""
     if kinds == 0 or kinds == TEXT:
         return pa.string()
     if kinds == BOOL:
@@ -44,7 +46,7 @@ def type_of(kinds: int) -> pa.DataType | None:
 
 @dataclass(slots=True)
 class ColumnKinds:
-    """Which kinds of values each column held, in the order the columns were first seen."""
+    """The kinds of values in each column. The columns are in the order of their first appearance."""
 
     bits: dict[str, int] = field(default_factory=dict)
 
@@ -60,14 +62,14 @@ class ColumnKinds:
 
 
 def to_array(values: Sequence[Any], type: pa.DataType | None) -> pa.Array:
-    """A column of `type`; None makes JSON text of every value that is not null."""
+    """An array of `type`. If `type` is None, every value that is not null becomes JSON text."""
     if type is None:
         return pa.array([None if value is None else dumps(value).decode() for value in values], pa.string())
     return pa.array(values, type, from_pandas=False)
 
 
 def common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
-    """A type that holds every value of both exactly, or None for JSON text."""
+    """A type that holds every value of both types exactly. None means JSON text."""
     if a is None or b is None or a == b:
         return a if a == b else None
     if pa.types.is_null(a) or pa.types.is_null(b):

@@ -1,4 +1,4 @@
-"""One input row to a conversation and its overrides, for every dataset format: pure functions, no I/O."""
+"""Converts an input row to a conversation and its overrides, for every dataset format. Pure functions without I/O."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from engines.text import one_line
 from engines.types import ROLES, Message, check_messages
 from pipeline.storage.exact_json import loads
 
-# What a column can be mapped to; every generation parameter too.
+# The roles that a column can be mapped to. Every generation parameter is a role too.
 COLUMN_ROLES = ("id", "messages", "conversations", "prompt", "turns", "system", "model", "adapter", "generation", "tools")
 _ALL_ROLES = frozenset((*COLUMN_ROLES, *GENERATION_FIELDS))
-# The column that holds the conversation, for each format; `auto` tries them in this order.
+# The role of the column that holds the conversation, for each format. `auto` tries them in this order.
 _SOURCE = {
     "messages": "messages",
     "oumi": "messages",
@@ -42,31 +42,31 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "engine", "attempts", "latency_s", "error", "choices", "logprobs",
 )
 # fmt: on
-# A table with all of these is a data/ file of ours: its `model`, `messages` … are what an earlier run wrote.
+# A table with all of these columns is a data/ file of Eagleray: an earlier run wrote its `model`, `messages` and so on.
 _OURS = frozenset(("id", "index", "response", "messages", "finish_reason", "model", "engine", "attempts", "error"))
 _ERROR_FIELDS = frozenset(("type", "message", "status", "retryable"))
 
 
 class ArrowRow(dict[str, Any]):
-    """A row of a Parquet file. Its nested values come from Arrow structs, which hold a null for every absent field."""
+    """A row of a Parquet file. Its nested values come from Arrow structs, which have a null for every absent field."""
 
 
 @dataclass(slots=True)
 class Parsed:
-    """What a row asks for. `generation`, `model` and `adapter` override the run's."""
+    """The request in a row. `generation`, `model` and `adapter` override those of the run."""
 
     messages: list[Message]
     id: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     adapter: str | None = None
-    turns: list[Any] = field(default_factory=list)  # what the user says next, each after the answer to the one before
+    turns: list[Any] = field(default_factory=list)  # the user's later messages, each sent after an answer
 
 
 class RowParser:
-    """Rows to conversations. Small and picklable: built once for each task.
+    """Parses rows into conversations. Small and picklable: built once for each task.
 
-    Raises `ConfigError` for a format, column role or template that cannot work.
+    Raises `ConfigError` for an invalid format, column role or template.
     """
 
     def __init__(self, format: str = "auto", columns: Mapping[str, str] | None = None, template: Any = None) -> None:
@@ -81,7 +81,7 @@ class RowParser:
         mapped = tuple(role for role in _CONTENT if role in self.columns)
         if mapped and template is not None:
             raise ConfigError(f"dataset.template and dataset.columns.{mapped[0]} both say where the conversation is")
-        # The columns that may hold the conversation, by role, in the order they are looked for.
+        # The roles of the columns that may hold the conversation, in the order of the search.
         self.order = (mapped or _CONTENT) if format == "auto" else (_SOURCE[format],)
         for role in mapped:
             if role not in self.order:
@@ -93,7 +93,7 @@ class RowParser:
         return RowParser, (self.format, self.columns, self.template)
 
     def parse(self, columns: dict[str, Any]) -> Parsed:
-        """The conversation in a row, which is left as it is. Raises `EngineError("invalid_input")` with the reason."""
+        """The conversation in a row. Does not change the row. Raises `EngineError("invalid_input")` with the reason."""
         for role, name in self.columns.items():
             if name not in columns:
                 raise invalid(f"there is no column '{name}' (dataset.columns.{role}) among {_names(columns)}")
@@ -119,7 +119,7 @@ class RowParser:
         return None
 
     def _messages(self, columns: Mapping[str, Any], ours: bool, parsed: Parsed) -> list[Any]:
-        # A failed row of ours from a batch file has the body it came from beside the messages; only the body has all.
+        # A failed row that we wrote for a batch file has `body` and `messages`. Only `body` has everything.
         order = ("body", *self.order) if ours and "body" in self.order else self.order
         for role in order:
             value = self._get(columns, role)
@@ -134,7 +134,7 @@ class RowParser:
             )
         if role == "body":
             return _from_body(_json(value, "body", dict), columns, parsed)
-        if role == "prompt" and not isinstance(value, list):  # preference datasets have the messages themselves there
+        if role == "prompt" and not isinstance(value, list):  # in preference datasets, `prompt` is a list of messages
             messages: list[Any] = [{"role": "user", "content": _text(value, "prompt")}]
         elif role == "turns":
             first, *parsed.turns = _json(value, "turns", list) or [None]
@@ -164,13 +164,13 @@ class RowParser:
         for role in self._fields:
             if (value := self._get(columns, role)) is not None:
                 generation[role] = value
-        # In a data/ file of ours `model` is what answered; the row's own is kept as `input_model`.
+        # In a data/ file that we wrote, `model` is the model that answered. The row's own is in `input_model`.
         model = columns.get("input_model") if ours and "model" not in self.columns else self._get(columns, "model")
         parsed.model = self._name(model, "model") or parsed.model
         parsed.adapter = self._name(self._get(columns, "adapter"), "adapter") or parsed.adapter
 
     def _name(self, value: Any, role: str) -> str | None:
-        """A model or adapter; a column that happens to have that name but holds something else is not one."""
+        """The name of a model or adapter. None if an unmapped column of that name holds something other than text."""
         if isinstance(value, str) and value:
             return value
         if value and role in self.columns:
@@ -179,12 +179,12 @@ class RowParser:
 
 
 def passthrough_names(columns: Iterable[str], parser: RowParser, scores: Collection[str] = ()) -> dict[str, str]:
-    """Input column -> its name in the output, for those that pass through.
+    """Maps each input column that passes through to its name in the output.
 
-    What `parser` reads as id and messages is in our columns of that name already. Another column with a name of ours
-    or of `scores` (columns made of answers) becomes `input_<name>`. Where the input is a data/ file of ours, our columns
-    are written anew and do not pass; of an errors/ file that is only `error`, known by its fields if `columns` maps names
-    to Arrow types.
+    The columns that `parser` reads as id and messages do not pass: our columns of these names hold their values. Any other
+    column with one of our names, or with a name in `scores` (columns made from answers), becomes `input_<name>`. If the
+    input is a data/ file that we wrote, none of our columns pass, because they are written again. In an errors/ file that
+    we wrote, only `error` does not pass. It is recognized by its fields, which needs `columns` to map names to Arrow types.
     """
     names = list(columns)
     if set(names) >= _OURS:
@@ -208,9 +208,9 @@ def passthrough_names(columns: Iterable[str], parser: RowParser, scores: Collect
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _names(columns: Mapping[str, Any], most: int = 20) -> str:
+def _names(columns: Mapping[str, Any], limit: int = 20) -> str:
     names = [str(name) for name in columns]
-    return (", ".join(names[:most]) + (", …" if len(names) > most else "")) or "none"
+    return (", ".join(names[:limit]) + (", …" if len(names) > limit else "")) or "none"
 
 
 def _kind(value: Any) -> str:
@@ -229,7 +229,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _json(value: Any, what: str, kind: type = object) -> Any:
-    """A list, object or anything: the value itself, or what it holds if it is JSON text."""
+    """The value, parsed if it is JSON text. Raises `EngineError` if the result is not of `kind`."""
     if isinstance(value, (str, bytes)):
         try:
             value = loads(value.encode() if isinstance(value, str) else value)
@@ -241,9 +241,9 @@ def _json(value: Any, what: str, kind: type = object) -> Any:
 
 
 def _arrow_value(value: Any) -> Any:
-    """A value out of Arrow as JSON has it: without the nulls that pad structs, and with JSON's types only.
+    """Converts a value from Arrow to JSON types and drops the nulls that Arrow adds to structs.
 
-    An assistant's empty `content` stays: there it says that the message is tool calls alone.
+    The null `content` of an assistant message stays: it means that the message consists of tool calls only.
     """
     if isinstance(value, dict):
         assistant = value.get("role") == "assistant"
@@ -263,7 +263,8 @@ def _arrow_value(value: Any) -> Any:
 
 
 def _from_body(body: dict[str, Any], columns: Mapping[str, Any], parsed: Parsed) -> list[Any]:
-    """A line of an OpenAI batch file. What is no generation parameter in its body (`user`, `stream`, …) is not read."""
+    """The messages of an OpenAI batch file's line. Other fields of the body than generation parameters (`user`, `stream`,
+    …) are ignored."""
     messages = _json(body.get("messages"), "body.messages")
     if messages is None:
         url = columns.get("url")
@@ -272,7 +273,7 @@ def _from_body(body: dict[str, Any], columns: Mapping[str, Any], parsed: Parsed)
     limit = body.get("max_completion_tokens")
     if limit is not None:
         generation["max_tokens"] = limit
-    if isinstance(body.get("logprobs"), bool):  # chat's form: a switch, with the number of alternatives beside it
+    if isinstance(body.get("logprobs"), bool):  # the form of chat completions: a switch, and `top_logprobs` as the number
         del generation["logprobs"]
         if body["logprobs"]:
             generation["logprobs"] = body.get("top_logprobs") or 0
@@ -283,7 +284,7 @@ def _from_body(body: dict[str, Any], columns: Mapping[str, Any], parsed: Parsed)
 
 
 def _from_oumi(messages: list[Any], drop_ids: bool) -> list[Any]:
-    """Oumi's content parts in OpenAI's form; `drop_ids`: message ids too, which no model is asked with."""
+    """Converts Oumi's content parts to OpenAI's form. `drop_ids` also drops message ids, which no model receives."""
     out = []
     for message in messages:
         if isinstance(message, dict):
@@ -295,12 +296,12 @@ def _from_oumi(messages: list[Any], drop_ids: bool) -> list[Any]:
     return out
 
 
-# The first base64 characters of an image file tell its type.
+# The first base64 characters of an image file, and its type.
 _IMAGE_TYPES = {"iVBOR": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp"}
 
 
 def _oumi_part(part: Any) -> Any:
-    """One content part, as it is where it is in OpenAI's form already."""
+    """One content part in OpenAI's form. A part that already has this form is returned unchanged."""
     if not isinstance(part, dict):
         return part
     kind, content = part.get("type"), part.get("content")
@@ -328,9 +329,9 @@ _SHAREGPT_ROLES = {
 
 
 def _from_sharegpt(turns: list[Any]) -> list[Any]:
-    """`from`/`value` turns as messages. A function call and the observation after it get ids that bind them."""
+    """Converts `from`/`value` turns to messages. A function call and the observation after it get the same id."""
     messages: list[Any] = []
-    waiting: list[str] = []  # ids of calls without their observation yet
+    waiting: list[str] = []  # ids of calls that have no observation yet
     calls = itertools.count()
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
@@ -372,14 +373,14 @@ def _function_call(value: Any, i: int, calls: Iterator[int]) -> dict[str, Any]:
 
 
 def _printed(value: Any) -> Any:
-    """Called for every value a template prints. "None" in a prompt is never what was meant."""
+    """Called for every value that a template prints. Raises `EngineError` for None: a prompt must not contain "None"."""
     if value is None:
         raise invalid("the template prints a null; write {{ column or '' }} where a value may be null")
     return value
 
 
 def _compile(template: Any) -> list[tuple[str, jinja2.Template]]:
-    """`dataset.template` as roles and the templates of their messages."""
+    """Compiles `dataset.template` to pairs of a role and the template of its message. Raises `ConfigError`."""
     if isinstance(template, str):
         template = {"user": template}
     if isinstance(template, Mapping):
@@ -391,7 +392,7 @@ def _compile(template: Any) -> list[tuple[str, jinja2.Template]]:
     if not template:
         raise ConfigError("dataset.template is empty")
     jinja = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printed)
-    # Jinja's own escapes what HTML would take for a tag.
+    # Jinja's own `tojson` escapes characters for HTML.
     jinja.filters["tojson"] = lambda v, indent=None: json.dumps(v, ensure_ascii=False, indent=indent, default=str)
     parts = []
     for role, text in ((part["role"], part["content"]) for part in template):
@@ -412,12 +413,12 @@ def _render(parts: list[tuple[str, jinja2.Template]], columns: Mapping[str, Any]
     try:
         for role, template in parts:
             text = template.render({**columns, "row": dict(columns)})
-            text.encode()  # a lone surrogate, an escape in the template, fails here and not in the middle of a run
+            text.encode()  # a lone surrogate, from an escape in the template, must fail here and not later in the run
             messages.append({"role": role, "content": text})
     except EngineError:
         raise
     except jinja2.UndefinedError as error:
         raise invalid(f"the template failed: {one_line(error)}; this row has {_names(columns)}") from None
-    except Exception as error:  # a template may raise anything; whatever it is, it is this row's
+    except Exception as error:  # a template may raise any type; the error concerns only this row
         raise invalid(f"the template failed: {type(error).__name__}: {one_line(error)}") from None
     return messages

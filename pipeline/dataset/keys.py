@@ -1,9 +1,9 @@
-"""The identity of a request: what must be equal for an answer to be the answer.
+"""The key of a request. Requests with equal keys share one answer.
 
-A key is sha256 over the canonical effective request: engine wire, model, revision, adapter, base URL, generation
-parameters, messages. Secrets, concurrency, retries and anything else that only changes how fast an answer comes are
-left out, so changing them re-asks nothing. A request whose answer is sampled (a temperature above 0 and no seed) wants
-a fresh answer for each row; its key also covers the row's own id or, where it has none, its file and row number.
+A key is the sha256 of the canonical effective request: engine wire, model, revision, adapter, base URL, generation
+parameters, messages. Secrets, concurrency, retries and other settings that only change the speed are left out, so a change
+of them does not repeat requests. A sampled request (temperature above 0 and no seed) needs its own answer for each row.
+Its key also covers the row's id or, without an id, its file and row number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEY_BYTES = 32
 
 
 class RequestHasher:
-    """Keys for the rows of one run: the part that all rows share is hashed once."""
+    """Computes the keys of one run's rows. The part that all rows share is hashed once."""
 
     def __init__(self, engine: EngineConfig, generation: GenerationParams) -> None:
         self.engine = engine
@@ -51,12 +51,12 @@ class RequestHasher:
     def _with_generation(self, generation: GenerationParams) -> hashlib._Hash:
         digest = self._shared.copy()
         given = generation.given()
-        if "response_format" in given:  # a model writes in the order of the schema's properties: it shapes the answer
+        if "response_format" in given:  # keeps the order of properties: a model writes them in the order of the schema
             given["response_format"] = dumps(given["response_format"]).decode()
         digest.update(canonical(given))
         return digest
 
 
 def is_sampled(generation: GenerationParams) -> bool:
-    """Whether two equal requests may rightly get different answers."""
+    """True if equal requests may get different answers: the temperature is above 0 and there is no seed."""
     return bool(generation.temperature) and generation.seed is None

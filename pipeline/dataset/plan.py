@@ -12,7 +12,7 @@ from pipeline.dataset.source import list_file_splits, read_file_split
 from pipeline.monitor.console import warn
 from pipeline.storage.filesystem import info_of, resolve
 
-# An input of up to this many files and bytes is read in one process: starting others takes seconds.
+# An input of up to this many files and bytes is read in one process, because starting others takes seconds.
 SMALL_FILES, SMALL_BYTES = 8, 8 << 20
 
 
@@ -21,7 +21,7 @@ class SplitInput:
     """The whole input, split into read tasks."""
 
     splits: list[ReadSplit]
-    small: bool  # so small that no other process is started to read it
+    small: bool  # the input is read in this process
 
 
 def split_input(config: Config, console: Console) -> SplitInput:

@@ -1,4 +1,4 @@
-"""Reads rows and turns each into a key and a conversation, or an error."""
+"""Reads rows and converts each to a key and a conversation, or to an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.dataset.source import FileSplit, RawRow, read_file_split
 
 @dataclass(frozen=True, slots=True)
 class ReadSplit:
-    """What one read task reads: a chunk, or its first `limit` rows."""
+    """The rows of one read task: a file split, or its first `limit` rows."""
 
     number: int
     file_split: FileSplit
@@ -24,7 +24,7 @@ class ReadSplit:
 
 @dataclass(slots=True)
 class ParsedRow:
-    """One input row, understood: either a key and its parsed conversation, or the reason why it cannot be asked."""
+    """One parsed input row. It has either a key and a conversation, or a failure that says why it cannot be asked."""
 
     row: RawRow
     id: str
@@ -35,14 +35,14 @@ class ParsedRow:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads rows the same way in the feed and in finalize; small, and sent to every task."""
+    """Reads rows. The executors and finalize use the same reader, so both see the same rows. Small: every task gets one."""
 
     parser: RowParser
     hasher: RequestHasher
     max_row_bytes: int
 
     def read(self, split: ReadSplit) -> Iterator[list[ParsedRow]]:
-        """The items of a split in order, in batches."""
+        """The rows of a split, in order and in batches."""
         left = split.limit
         for rows in read_file_split(split.file_split, max_row_bytes=self.max_row_bytes):
             if left is not None:
@@ -60,7 +60,7 @@ class RowReader:
         try:
             parsed = self.parser.parse(row.columns)
             if parsed.model and "body" in row.columns and kind_of(self.hasher.engine).holds_model:
-                # Every line of an OpenAI batch file names a model; an engine that holds one model answers as that one.
+                # Every line of an OpenAI batch file names a model. An engine with one loaded model ignores the name.
                 parsed.model = None
             key = self.hasher.key(parsed, place)
         except EngineError as error:
@@ -74,10 +74,10 @@ def _invalid_row(place: str, reason: str) -> Failure:
 
 @dataclass(slots=True)
 class SplitSummary:
-    """What reading one split found."""
+    """Counts of one split that was read."""
 
     rows: int = 0
     invalid: int = 0
-    answered: int = 0  # skipped: the ledger has them
-    kinds: ColumnKinds = field(default_factory=ColumnKinds)  # of JSON columns; Parquet has types of its own
+    answered: int = 0  # rows that were skipped, because the ledger has their answers
+    kinds: ColumnKinds = field(default_factory=ColumnKinds)  # of JSON columns; Parquet files have types
     params: set[str] = field(default_factory=set)  # generation parameters that rows set for themselves

@@ -1,4 +1,4 @@
-"""From paths to rows: files are found, cut into file splits, and read as a stream. A bad row is a row with an error."""
+"""Finds input files, divides them into file splits, and reads each as a stream. A bad row is a row with an error."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from pipeline.storage.filesystem import GLOB, resolve, split_options
 from pipeline.storage.retry import steadily, store_failed
 
 BATCH_ROWS = 2000
-# A batch ends early at this many bytes of input, so that long rows do not pile up.
+# A batch ends early at this many bytes of input, to bound the memory that long rows take.
 BATCH_BYTES = 16 << 20
-# Small, because a read that meets damage in a compressed file loses what it had.
+# Bytes of one read. Small, because a read that finds damage in a compressed file loses its data.
 BLOCK = 256 << 10
 REMOTE_BLOCK = 4 << 20
-# How much of a line that cannot be read is kept to look at.
+# Up to this many bytes of a line that cannot be parsed are kept for the error row.
 RAW_BYTES = 64 << 10
 OPEN_AT_ONCE = 16
 
@@ -48,23 +48,23 @@ _BOM = b"\xef\xbb\xbf"
 class FileSplit:
     """A unit of reading: a whole file, lines of a plain JSONL file, or row groups of a Parquet file."""
 
-    file: str  # what `resolve` takes
-    name: str  # relative to the dataset's root: part of a row's place, the same when the dataset moves
+    file: str  # a path or URI for `resolve`
+    name: str  # relative to the dataset's root; part of a row's place, and unchanged when the dataset moves
     kind: str  # "jsonl", "parquet", or "bad": a file that cannot be read
-    start: int  # byte offset, or first row group
-    stop: int  # end of it; -1: to the end of a compressed file
-    first_row: int  # of the file: physical line number (blank lines count) or row number, from 0
-    reason: str = ""  # of a bad file: what it is instead
+    start: int  # byte offset or row group, inclusive
+    stop: int  # byte offset or row group, exclusive; -1: the end of a compressed file
+    first_row: int  # number in the file, from 0: of the physical line (blank lines count) or of the row
+    reason: str = ""  # for a bad file: a description that completes "the file is …"
 
 
 @dataclass(slots=True)
 class RawRow:
-    """One row: its columns, or why there are none."""
+    """One row: its columns, or the reason why it cannot be read."""
 
     row: int
     columns: dict[str, Any] | None
     error: str | None = None
-    raw: bytes | None = None  # with an error: how the line begins
+    raw: bytes | None = None  # with an error: the beginning of the line
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -73,16 +73,16 @@ class RawRow:
 def list_file_splits(
     path: str | os.PathLike[str] | Sequence[str], *, chunk_bytes: int = 64 << 20, on_bad_input: str = "quarantine"
 ) -> list[FileSplit]:
-    """All chunks of a file, directory, glob, or list of them, in a fixed order: as listed, then sorted by path.
+    """All file splits of a file, a directory, a glob or a list of them. The order is that of the list, then by path.
 
-    A directory is searched recursively for .jsonl, .ndjson, .json, .parquet and .pq (.gz, .zst); what begins with "."
-    or "_" is passed over. Files that are named, or matched by a glob, need no such name: their content tells. A file
-    that is named twice, or that symbolic links lead to as well, is read once. Outputs of Eagleray's below a directory or
-    glob are passed over; whoever wants one names its data directory. Large plain JSONL files are read through here, to
-    count their lines, which for remote ones takes as long as their download.
+    A directory is searched recursively for .jsonl, .ndjson, .json, .parquet and .pq (also .gz, .zst). Names that begin with
+    "." or "_" are skipped. Named files and files that match a glob may have any name: their content decides. A file that
+    is named twice, or that is also reached through symbolic links, is read once. Outputs of Eagleray below a directory or
+    glob are skipped; to read one, name its data directory. Large plain JSONL files are read here to count their lines; for
+    a remote file this takes as long as its download.
 
-    Raises `ConfigError` where nothing is found, where no file can be read, and with `on_bad_input="fail"` where one
-    cannot; otherwise that file is a file split of kind "bad".
+    Raises `ConfigError` if nothing is found, if no file can be read, or with `on_bad_input="fail"` if any file cannot be
+    read. Otherwise an unreadable file becomes a file split of kind "bad".
     """
     paths = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else [os.fspath(p) for p in path]
     if not paths or not all(paths):
@@ -93,7 +93,7 @@ def list_file_splits(
         for uri, entry in _find(one).items():
             if real.setdefault(entry.real, uri) == uri:
                 files[uri] = entry.name
-    if len(set(files.values())) < len(files):  # two entries of the list have files of one name
+    if len(set(files.values())) < len(files):  # two entries of the list contain files of the same name
         common = os.path.commonprefix(list(files)).rpartition("/")[0]  # noqa: RUF071 -- URIs and paths may be mixed
         files = {uri: uri[len(common) :].lstrip("/") for uri in files}
     with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
@@ -107,13 +107,14 @@ def list_file_splits(
 
 
 def _find(path: str) -> dict[str, Entry]:
-    """URI of each file of one entry, with its name relative to its directory or glob. Raises `ConfigError` for none."""
+    """Maps the URI of each file of one entry to an `Entry` with its name relative to the directory or glob. Raises
+    `ConfigError` if there is no file."""
     fs, inner = resolve(path)
     local = isinstance(fs, pafs.LocalFileSystem)
     base, options = (inner, "") if local else split_options(path)
     try:
         kind = fs.get_file_info(inner).type
-        if kind == pafs.FileType.File:  # also one whose name has a glob's characters in it
+        if kind == pafs.FileType.File:  # its name may contain glob characters
             real = os.path.realpath(inner) if local else f"{fs.type_name}:{inner}"
             return {base + options: Entry(posixpath.basename(base), True, real)}
         if kind == pafs.FileType.Directory:
@@ -150,13 +151,14 @@ def _below(fs: pafs.FileSystem, directory: str) -> Tree:
 
 
 def _matching(fs: pafs.FileSystem, root: str, pattern: str) -> Tree:
-    """The files that a glob matches; `root` is the directory above its first special character."""
+    """The files that a glob matches. `root` is the directory above its first special character."""
     regex = re.compile(glob_translate(pattern))
     parts = _relative(pattern, root).split("/")
     below_hidden, deep = _HIDDEN.search("/".join(parts)), any("**" in part for part in parts)
 
     def wanted(name: str) -> bool:
-        """`runs/*/data` names the data directories of outputs; `**` names nothing."""
+        """True if the pattern names this directory, as `runs/*/data` names the data directories of outputs. `**` names
+        none."""
         depth = name.count("/")
         return not deep and depth < len(parts) and name.endswith(f"/{parts[depth]}")
 
@@ -165,12 +167,12 @@ def _matching(fs: pafs.FileSystem, root: str, pattern: str) -> Tree:
     tree = walk(fs, root, levels=levels, hidden=True, wanted=wanted) if there else Tree()
     found = Tree(outputs=tree.outputs)
     for entry in tree.entries:
-        # An explicit "_parts/*" asks for what is otherwise passed over.
+        # A pattern such as "_parts/*" asks for hidden names, which are skipped otherwise.
         if not regex.match(f"{root}/{entry.name}") or (_HIDDEN.search(entry.name) and not below_hidden):
             continue
         if entry.is_file:
             found.entries.append(entry)
-        elif not deep:  # "2024-*" may name directories; "**" has their files already
+        elif not deep:  # "2024-*" may match directories; the files in them are read. "**" already matches the files.
             inside = _below(fs, f"{root}/{entry.name}")
             found.entries += below(entry, inside.entries)
     return found
@@ -180,7 +182,8 @@ def _matching(fs: pafs.FileSystem, root: str, pattern: str) -> Tree:
 
 
 def _file_splits_of(uri: str, name: str, chunk_bytes: int) -> list[FileSplit]:
-    """The chunks of one file; a single one of kind "bad" where it cannot be read."""
+    """The file splits of one file. A single one of kind "bad" if the file cannot be read. Raises `ConfigError` if the store
+    failed."""
     lower = name.lower()
     reason = ""
     try:
@@ -209,7 +212,7 @@ def _file_splits_of(uri: str, name: str, chunk_bytes: int) -> list[FileSplit]:
 
 
 def _line_starts(stream: pa.NativeFile, chunk_bytes: int) -> list[tuple[int, int]]:
-    """(byte offset, line number) of a line start about every `chunk_bytes`, and of the end."""
+    """(byte offset, line number) of a line start about every `chunk_bytes`, and of the end of the file."""
     size = stream.size()
     starts = [(0, 0)]
     lines = offset = 0
@@ -243,10 +246,10 @@ def _row_groups(uri: str, name: str, file: pq.ParquetFile, chunk_bytes: int) -> 
 def read_file_split(
     file_split: FileSplit, *, max_row_bytes: int = 32 << 20, batch_rows: int = BATCH_ROWS
 ) -> Iterator[list[RawRow]]:
-    """The rows of a file split in order, in batches; memory is bounded by a batch and one line of `max_row_bytes`.
+    """The rows of a file split, in order and in batches. Memory is bounded by one batch and one line of `max_row_bytes`.
 
-    Blank lines are counted and skipped. What cannot be read is a row with an error: nothing in a file raises, only a
-    store that stays away does (`store_failed`). The batches of a Parquet file split are those of `read_table`, row for row.
+    Blank lines are counted and skipped. Unreadable content becomes a row with an error; only a store that stays
+    unavailable raises (`store_failed`). The batches of a Parquet file split match those of `read_table` row for row.
     """
     return steadily(lambda: _read_file_split(file_split, max_row_bytes, batch_rows))
 
@@ -292,9 +295,10 @@ def _read_lines(file_split: FileSplit, limit: int, batch_rows: int) -> Iterator[
 
 
 def _lines(file_split: FileSplit, limit: int) -> Iterator[tuple[list[bytes], int, bool]]:
-    """The lines that end in each block, how much of the last was passed over, and whether one has a long number.
+    """For each block: the lines that end in it, how many bytes of the last line were skipped, and True if a line may have a
+    long number.
 
-    A line over the limit is not held whole. Raises where the file ends too early or is damaged.
+    The end of a line over `limit` bytes is skipped, not kept in memory. Raises if the file ends too early or is damaged.
     """
     at, rest, block = file_split.start, b"", b"begin"
     stop = file_split.stop if file_split.stop >= 0 else sys.maxsize
@@ -320,13 +324,13 @@ def _lines(file_split: FileSplit, limit: int) -> Iterator[tuple[list[bytes], int
 
 
 def _text_of(file: pa.NativeFile, file_split: FileSplit) -> Any:
-    """The file split's text, decompressed where need be; beyond `stop` it goes on."""
+    """A stream of the file split's text, decompressed if necessary. It does not end at `stop`."""
     head = file.read(4) if file_split.stop < 0 else b""
     file.seek(file_split.start)
     stream = pa.BufferedInputStream(file, REMOTE_BLOCK)
     if _GZIP.match(head):
         return gzip.GzipFile(fileobj=stream)
-    if _ZSTD.match(head):  # not the package `zstandard`: it takes a file that breaks off for a whole one
+    if _ZSTD.match(head):  # not the package `zstandard`, which accepts a truncated file
         stream = pa.CompressedInputStream(stream, "zstd")
     return io.BufferedReader(stream, BLOCK)
 
@@ -346,22 +350,22 @@ def _parse_line(number: int, text: bytes, long_number: bool) -> RawRow:
 
 
 def parquet_schema(file_split: FileSplit) -> pa.Schema:
-    """The columns of a Parquet file split's batches. Raises what pyarrow does where the file is gone."""
+    """The schema of a Parquet file split's batches. Raises the error of pyarrow if the file is missing."""
     fs, path = resolve(file_split.file)
     with fs.open_input_file(path) as stream:
         return pq.ParquetFile(stream).schema_arrow.remove_metadata()
 
 
 def read_table(file_split: FileSplit, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """The batches of a Parquet file split with their own types, one for each batch of `read_file_split`.
+    """The batches of a Parquet file split as Arrow record batches, one for each batch of `read_file_split`.
 
-    Rows that cannot be read are one row of nulls, as they are one row with an error there.
+    Unreadable rows are one row of nulls here, and one row with an error in `read_file_split`.
     """
     return (batch for _, batch, _ in steadily(lambda: _parquet_batches(file_split, batch_rows)))
 
 
 def _parquet_batches(file_split: FileSplit, batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch, str]]:
-    """(row number, batch, ""), or (row number, one row of nulls, why the rows from there on are missing)."""
+    """(row number, batch, ""), or (row number, one row of nulls, the reason why the rows from that number are missing)."""
     row = file_split.first_row
     schema = pa.schema([])
     try:
@@ -395,10 +399,11 @@ def _one_null_row(schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _rows_of(first_row: int, batch: pa.RecordBatch) -> list[RawRow]:
-    """Rows as Python values. A row with a value that Python cannot hold (a year 10000, broken UTF-8) has an error."""
+    """Converts a batch to Python values. A row with a value that Python cannot represent (the year 10000, invalid UTF-8)
+    has an error."""
     try:
         return [RawRow(number, ArrowRow(columns)) for number, columns in enumerate(batch.to_pylist(), first_row)]
-    except Exception as error:  # pyarrow has no one error for it
+    except Exception as error:  # pyarrow raises several types here
         if batch.num_rows == 1:
             return [RawRow(first_row, None, f"{type(error).__name__}: {one_line(error)}")]
         return [row for at in range(batch.num_rows) for row in _rows_of(first_row + at, batch.slice(at, 1))]

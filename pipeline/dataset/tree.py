@@ -1,4 +1,4 @@
-"""What lies below a directory, for reading: without outputs of Eagleray's, and with symbolic links resolved."""
+"""Lists the input files below a directory. Skips outputs of Eagleray and resolves symbolic links."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipeline.storage.output_files import BATCHES, MANIFEST, MARKER, SEGMENTS, i
 class Entry:
     """A file or directory. Two entries with the same `real` are one file under two names."""
 
-    name: str  # relative to where the walk began
+    name: str  # relative to the root of the walk
     is_file: bool
-    real: str
+    real: str  # the path without symbolic links
     linked: bool = False  # reached through a symbolic link
 
 
 @dataclass(slots=True)
 class Tree:
     entries: list[Entry] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)  # directories that were passed over, relative; "" is the root
+    outputs: list[str] = field(default_factory=list)  # skipped outputs of Eagleray, relative to the root; "" is the root
 
 
 Wanted = Callable[[str], bool]
@@ -35,10 +35,11 @@ Wanted = Callable[[str], bool]
 def walk(
     fs: pafs.FileSystem, root: str, *, levels: int | None = None, hidden: bool = False, wanted: Wanted = lambda _: False
 ) -> Tree:
-    """Everything below `root`, down to so many `levels`; without, each directory once, however many links lead there.
+    """The entries below `root`, down to `levels` levels. Without `levels`, each directory is visited once, even if several
+    links lead to it.
 
-    Outputs of Eagleray's are passed over, but for those of their directories that are `wanted` by name; so is what a link
-    leads to inside one. `hidden` includes names with "." or "_" at the beginning. Raises `OSError`.
+    Outputs of Eagleray are skipped, except their directories for whose name `wanted` returns True. Links into an output are
+    skipped too. `hidden` includes names that begin with "." or "_". Raises `OSError`.
     """
     if isinstance(fs, pafs.LocalFileSystem):
         return _Disk(fs, os.path.realpath(root), levels, hidden, wanted).walk()
@@ -46,7 +47,7 @@ def walk(
 
 
 def once(entries: Iterable[Entry]) -> list[Entry]:
-    """Each file once, by name: under a name without links where it has one."""
+    """Each file once, sorted by name. A name without links is preferred."""
     found: dict[str, Entry] = {}
     for entry in sorted(entries, key=lambda entry: (entry.linked, entry.name)):
         found.setdefault(entry.real, entry)
@@ -54,13 +55,13 @@ def once(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def below(directory: Entry, entries: Iterable[Entry]) -> Iterator[Entry]:
-    """What a walk of `directory` found, with names from where that one's begins."""
+    """The entries of a walk of `directory`, with names relative to the root of the walk that found `directory`."""
     for entry in entries:
         yield replace(entry, name=f"{directory.name}/{entry.name}", linked=entry.linked or directory.linked)
 
 
 def _walk_store(fs: pafs.FileSystem, root: str, levels: int | None, wanted: Wanted) -> Tree:
-    """One listing, in which outputs are found afterwards."""
+    """A walk of a store: one listing; outputs are recognized in it afterwards."""
     listed = fs.get_file_info(pafs.FileSelector(root or "/", recursive=levels != 1, allow_not_found=True))
     infos = [(info.path.removeprefix(root).lstrip("/"), info) for info in listed]
     names = defaultdict[str, set[str]](set)
@@ -86,13 +87,13 @@ def _depth(name: str) -> int:
 
 
 class _Disk:
-    """A walk on a disk. Real directories come first, so that a link finds them done already."""
+    """A walk on a disk. Links are followed after all real directories, so that a directory is known under its real name."""
 
     def __init__(self, fs: pafs.FileSystem, root: str, levels: int | None, hidden: bool, wanted: Wanted) -> None:
         self.fs, self.root, self.levels, self.hidden, self.wanted = fs, root, levels, hidden, wanted
         self.tree = Tree()
         self.seen = {root}
-        self.known: dict[str, bool] = {}  # directory -> whether it is an output
+        self.known: dict[str, bool] = {}  # directory -> True if it is an output
         self.todo = deque([Entry("", False, root)])
         self.links = deque[Entry]()
 
@@ -138,7 +139,7 @@ class _Disk:
             self.todo.append(directory)
 
     def _lies_in_output(self, real: str) -> bool:
-        """Whether where a link leads lies in an output, other than one that holds the root itself."""
+        """True if the target of a link lies in an output that does not contain the root of the walk."""
         for place in Path(real).parents:
             if Path(self.root).is_relative_to(place):
                 return False

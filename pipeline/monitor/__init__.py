@@ -1,1 +1,1 @@
-"""The state of a run for people and tools: status, progress, metrics, traces."""
+"""Shows the state of a run to people and tools: status, progress, metrics, traces."""

@@ -7,5 +7,5 @@ from rich.text import Text
 
 
 def warn(console: Console, text: str) -> None:
-    """Prints a warning; as Text, because a row's own words may be in it and must not be obeyed as markup."""
+    """Prints a warning. As `Text`, because `text` may quote a row, which must not be interpreted as markup."""
     console.print(Text(text, "yellow"))

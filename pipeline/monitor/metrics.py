@@ -1,6 +1,7 @@
-"""What a replica tells Prometheus, through Ray: scrape the `metrics` port of every node; docs/grafana.json shows it.
+"""Prometheus metrics of a replica, exported through Ray. Scrape the `metrics` port of every node. docs/grafana.json is a
+dashboard for them.
 
-Ray puts `ray_` before each name. All bear the tags `engine` and `model`.
+Ray adds the prefix `ray_` to each name. All metrics have the tags `engine` and `model`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ HISTOGRAMS = {
 }
 MORE_TAGS = {"eagleray_rows": ("result",), "eagleray_tokens": ("kind",)}
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
-# Engines that answer sooner are not what a histogram is for, and would spend their time on it.
+# Shorter times are not recorded in histograms: recording them would take a noticeable share of such an engine's time.
 SLOW_S = 0.001
 
 
 class Metrics:
-    """One replica's."""
+    """The metrics of one replica."""
 
     def __init__(self, config: EngineConfig) -> None:
         from ray.util.metrics import Counter as RayCounter
@@ -52,12 +53,12 @@ class Metrics:
             self.found[name] = Histogram(name, about, SECONDS, TAGS)
         for metric in self.found.values():
             metric.set_default_tags(self.tags)
-        self.reported: Counter[str] = Counter()  # of what the engine counts
+        self.reported: Counter[str] = Counter()  # the engine's counts as of the last call of `record`
 
     def record(
         self, records: Sequence[Record], waits: Sequence[float], engine: Mapping[str, float], in_flight: int, at_hand: int
     ) -> None:
-        """What has happened since the last call; `engine` are the engine's own counts since its start."""
+        """Adds the events since the last call. `engine` holds the engine's own counts since its start."""
         rows_done = [record for record in records if not record.superseded]
         results = Counter(record.completion.error.type if record.completion.error else "ok" for record in rows_done)
         for result, rows in results.items():

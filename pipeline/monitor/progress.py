@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live view on a terminal, a line every so often elsewhere."""
+"""Shows the progress of a run: a live view on a terminal, or a line at regular intervals in a log."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from engines.config import EngineConfig
 from engines.text import visible
 from pipeline.monitor.status import RunStatus
 
-# What is told as the rate just now is the mean over so many seconds, looked at so often.
+# The rate shown is the mean over the last `RECENT_S` seconds. A sample is taken every `SAMPLE_S` seconds.
 RECENT_S, SAMPLE_S = 30.0, 0.5
-# Replicas with a line of their own; the others share one.
+# Up to this many replicas have their own line. The others share one.
 SHOWN = 4
-# Narrower terminals have no room for columns.
+# Terminals with fewer characters in a line have no room for columns.
 ALIGNED = 56
 SHOW_CURSOR = b"\x1b[?25h\r\n"
 
 
 def restore_terminal() -> None:
-    """Gives the cursor back, for whoever ends the process without a further word."""
+    """Shows the terminal's cursor again. For code that ends the process without closing `RunProgress`."""
     if sys.stderr.isatty():
         os.write(2, SHOW_CURSOR)
 
 
 @dataclass(slots=True)
 class Sample:
-    """How far the run was at a moment."""
+    """The progress of the run at one moment."""
 
-    at: float
+    at: float  # seconds of the monotonic clock
     rows: int = 0  # done and failed in this run
-    tokens: int = 0
-    replicas: dict[str, int] = field(default_factory=dict)  # rows that came out of each
+    tokens: int = 0  # output tokens
+    replicas: dict[str, int] = field(default_factory=dict)  # replica -> rows that it finished
 
 
 class RunProgress:
-    """Shows `Status` after `Status`."""
+    """Shows each `RunStatus` that is passed to `show`."""
 
     def __init__(
         self, console: Console, every_s: float, engine: EngineConfig | None = None, budget_usd: float | None = None
@@ -56,7 +56,7 @@ class RunProgress:
         self.priced = engine is not None and engine.price.known
         self.title = " ".join(filter(None, (engine.kind, engine.model))) if engine else ""
         self.status = RunStatus()
-        self.expected = 0  # replicas that were asked for
+        self.expected = 0  # number of requested replicas
         self.started = self.shown = time.monotonic()
         self.samples: deque[Sample] = deque([Sample(self.started)])
         self.live: Live | None = None
@@ -78,7 +78,7 @@ class RunProgress:
         if now - self.samples[-1].at >= SAMPLE_S:
             replicas = {name: heartbeat.done for name, heartbeat in status.replicas.items()}
             self.samples.append(Sample(now, status.done + status.failed, status.output_tokens, replicas))
-            # Two that are older than all that count are not needed, and neither is the time before the first answer.
+            # Drop samples older than `RECENT_S`, except the last of them, and samples from before the first answer.
             while len(self.samples) > 2 and (self.samples[1].at < now - RECENT_S or not self.samples[1].rows):
                 self.samples.popleft()
         if self.live is None and now - self.shown >= self.every_s:
@@ -97,7 +97,7 @@ class RunProgress:
         return max(1e-9, time.monotonic() - self.started)
 
     def _recent(self) -> tuple[float, float]:
-        """Rows and tokens a second, of late."""
+        """Rows and output tokens per second over the last `RECENT_S` seconds."""
         first, last = self.samples[0], self.samples[-1]
         span = last.at - first.at
         return ((last.rows - first.rows) / span, (last.tokens - first.tokens) / span) if span > 0 else (0.0, 0.0)
@@ -127,7 +127,7 @@ class RunProgress:
         yield f"{status.failed + status.invalid:,} failed"
 
     def _line(self) -> list[str]:
-        """For a log."""
+        """The cells of a line for a log."""
         rows, tokens = self._recent()
         cells = [*self._counts(), f"{rows:,.1f} rows/s", f"{tokens:,.0f} tok/s", self._left(), *self._cost()]
         if self.status.trouble:
@@ -137,7 +137,7 @@ class RunProgress:
     # -- the live view ------------------------------------------------------------------------------------------------
 
     def render(self) -> RenderableType:
-        """The view as it stands; lines are filled cell by cell, so that a narrow terminal has more of them."""
+        """The live view. Lines are filled cell by cell, so a narrow terminal shows more lines."""
         status, width = self.status, self.console.width
         rows, tokens = self._recent()
         finished = status.done + status.failed
@@ -155,7 +155,7 @@ class RunProgress:
         return Group(*body, *self._replicas())
 
     def _load(self) -> list[str]:
-        """Concurrency, limits and retries, over all replicas."""
+        """Cells with concurrency, retries and waits for limits, summed over all replicas."""
         heartbeats = [*self.status.replicas.values(), self.status.gone]
         cells = []
         if admitted := [heartbeat.admitted for heartbeat in heartbeats if heartbeat.admitted is not None]:
@@ -166,7 +166,7 @@ class RunProgress:
         return cells
 
     def _replicas(self) -> list[RenderableType]:
-        """A line for each of the busiest replicas, and one for all others."""
+        """A line for each of the busiest replicas, and one line for all others."""
         found = sorted(self.status.replicas.items(), key=lambda item: (item[1].state == "loading", -item[1].busy, item[0]))
         shown = found if len(found) <= SHOWN + 1 else found[:SHOWN]
         rows = [
@@ -196,7 +196,7 @@ class RunProgress:
 
 
 def flow(cells: Iterable[str], width: int) -> list[str]:
-    """Lines of cells with dots between, none broken."""
+    """Lines of up to `width` characters from cells with dots between them. No cell is broken."""
     lines: list[str] = []
     for cell in filter(None, cells):
         if lines and len(lines[-1]) + 3 + len(cell) <= width:

@@ -1,4 +1,4 @@
-"""How a run stands, in one small file in its output directory, for whoever looks at it from another process."""
+"""The state of a run in a small file in its output directory, for other processes such as `eagleray status`."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from pipeline.storage.output_files import STATE
 from pipeline.storage.retry import patiently
 
 EVERY_S = 10.0
-# What "lately" means for rates: the last minute.
+# Rates are computed over this many samples: the last minute.
 SAMPLES = 7
 
 
 @dataclass(slots=True)
 class RunState:
-    """What the driver tells: it sets the fields, a thread writes them down every 10 s, on object stores as well."""
+    """The state that the driver publishes. The driver sets the fields, and a thread writes them to the store every 10 s."""
 
     fs: pafs.FileSystem
     path: str
     config: dict[str, Any]
     status: RunStatus = field(default_factory=RunStatus)
-    source: Callable[[], RunStatus] | None = None  # where there is one, it is asked instead
+    source: Callable[[], RunStatus] | None = None  # if set, replaces `status`
     phase: str = "starting"
-    began: float = field(default_factory=time.time)  # `status` counts from here on; what came before is in `answered`
+    began: float = field(default_factory=time.time)  # `status` counts from this time on
     started: float = field(default_factory=time.time)
-    ended: str | None = None  # why, of a run that did not come to its end
+    ended: str | None = None  # the reason, if the run stopped before its end
     recent: deque[tuple[float, int, int, int]] = field(default_factory=lambda: deque(maxlen=SAMPLES))
 
     def enter(self, phase: str) -> None:
-        """The run has come to `phase`."""
+        """Notes that the run enters `phase`."""
         self.phase = phase
-        if phase == "asking":  # counts begin anew
+        if phase == "asking":  # the counts start again
             self.began, self.status = time.time(), RunStatus()
             self.recent = deque([(self.began, 0, 0, 0)], SAMPLES)
 
     def write(self) -> None:
-        """Writes it down. A store that is away costs this beat, never the run."""
-        with suppress(Exception):  # a counter that grew while it was copied, a store that is away: no run ends for this
+        """Writes the state. A failure only skips this write; it never stops the run."""
+        with suppress(Exception):  # such as a counter that grew while it was copied, or an unavailable store
             status, now = self.source() if self.source else self.status, time.time()
             self.recent.append((now, status.done + status.failed, status.input_tokens, status.output_tokens))
             values = {
                 "phase": self.phase, "ended": self.ended, "pid": os.getpid(), "host": socket.gethostname(),
                 "started_at": self.started, "began_at": self.began, "beat_at": now,
-                "status": {f.name: getattr(status, f.name) for f in fields(status)},  # asdict makes nonsense of a Counter
+                "status": {f.name: getattr(status, f.name) for f in fields(status)},  # `asdict` breaks a Counter
                 "recent": list(self.recent), "config": self.config,
             }  # fmt: skip
             write_atomic(self.fs, self.path, orjson.dumps(values))
@@ -66,8 +66,8 @@ class RunState:
 
 @contextmanager
 def keep_run_state(config: Config, fs: pafs.FileSystem, root: str) -> Iterator[RunState]:
-    """Keeps `_run.json` while a run goes on. A run that reaches its end removes it: then the manifest says everything.
-    One that stops leaves it with the reason; one that is killed leaves it as it was."""
+    """Keeps `_run.json` up to date during a run. A run that reaches its end removes the file, because the manifest has its
+    content then. A run that stops early writes the reason into it. A killed run leaves the last state."""
     state = RunState(fs, f"{root}/{STATE}", without_secrets(config))
     stop = threading.Event()
 
@@ -81,7 +81,7 @@ def keep_run_state(config: Config, fs: pafs.FileSystem, root: str) -> Iterator[R
     try:
         yield state
     except BaseException as error:
-        # What a bug says may hold anything; ours are written to be read.
+        # The text of an unexpected exception may contain anything, such as a row. The texts of our errors do not.
         state.ended = one_line(error) if isinstance(error, EaglerayError) else type(error).__name__
         raise
     finally:

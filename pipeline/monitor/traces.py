@@ -1,7 +1,8 @@
-"""OpenTelemetry, on by `run.traces`: a span of the run and, below it, one of each request; never a prompt or an answer.
+"""OpenTelemetry traces, enabled by `run.traces`: a span for the run and a child span for each request. Spans never contain
+a prompt or an answer.
 
-Names are those of OpenTelemetry's conventions for generative AI, and `eagleray.…` for what they do not know. Headers,
-a client's certificate and the like come from OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS, …).
+Attribute names follow OpenTelemetry's conventions for generative AI, or begin with `eagleray.` where there is none.
+Headers, client certificates and so on come from OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS, …).
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from engines.types import Completion
 if TYPE_CHECKING:
     from rich.console import Console
 
-# A burst of so many spans waits for the exporter; what is beyond is dropped, for rows do not wait for their spans.
+# Up to this many spans wait for the exporter. Further spans are dropped, because rows must not wait for their spans.
 WAITING_SPANS = 1 << 16
-# How long the end of a run waits for its span to be taken.
+# Seconds that the end of a run waits for the collector to accept its span.
 LAST_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a worker needs to put its spans below the run's."""
+    """The data that a worker needs to make its spans children of the run's span."""
 
     endpoint: str
-    parent: str  # the run's span, as W3C's `traceparent`
+    parent: str  # the run's span in the form of W3C's `traceparent`
 
 
 def variables() -> set[str]:
-    """OpenTelemetry's own variables, which workers on other nodes need, too."""
+    """The names of OpenTelemetry's variables in the environment. Workers on other nodes need them too."""
     return {name for name in os.environ if name.startswith("OTEL_")}
 
 
@@ -47,7 +48,7 @@ def _exporter(endpoint: str, **more: Any) -> Any:
     except ImportError:
         text = "run.traces needs OpenTelemetry: run pip install 'eagleray[traces]'"
         raise ConfigError(text, code=ErrorCode.PACKAGE_MISSING, key="run.traces") from None
-    # It repeats at length what is said once at the end, or not at all.
+    # Silence its long repeated messages: `run_span` prints one warning at the end.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     path = "" if urlsplit(endpoint).path.strip("/") else "/v1/traces"
     return OTLPSpanExporter(endpoint=endpoint.rstrip("/") + path, **more)
@@ -63,7 +64,7 @@ def _provider(instance: str) -> Any:
 
 @contextlib.contextmanager
 def run_span(endpoint: str | None, engine: EngineConfig, console: Console) -> Iterator[RunSpan | None]:
-    """The span of a run, in the driver; None where traces are off. Says it where nobody takes the span."""
+    """The span of a run, in the driver; None if traces are off. Prints a warning if the collector does not accept it."""
     if endpoint is None:
         yield None
         return
@@ -81,7 +82,7 @@ def run_span(endpoint: str | None, engine: EngineConfig, console: Console) -> It
 
 
 class RunSpan:
-    """The span above all others. Sent by itself, at the end: no thread works for it."""
+    """The root span. It is sent alone at the end of the run, without a thread."""
 
     def __init__(self, endpoint: str, engine: EngineConfig) -> None:
         self.exporter = _exporter(endpoint, timeout=LAST_S)
@@ -95,7 +96,7 @@ class RunSpan:
         self.trace = Trace(endpoint, carrier.get("traceparent", ""))
 
     def rows(self, rows: Mapping[str, int]) -> None:
-        """The manifest's counts."""
+        """Sets the row counts of the manifest as attributes."""
         self.span.set_attributes({f"eagleray.rows.{name}": count for name, count in rows.items()})
 
     def failed(self, kind: str) -> None:
@@ -105,10 +106,10 @@ class RunSpan:
         self.span.set_status(Status(StatusCode.ERROR))
 
     def end(self) -> bool:
-        """Whether the span was taken."""
+        """Ends and sends the span. True if the collector accepted it, or if sampling left it out."""
         from opentelemetry.sdk.trace.export import SpanExportResult
 
-        if not self.span.is_recording():  # OTEL_TRACES_SAMPLER left it out
+        if not self.span.is_recording():  # OTEL_TRACES_SAMPLER excluded it
             return True
         self.span.end()
         taken = self.exporter.export([self.span]) is SpanExportResult.SUCCESS
@@ -117,7 +118,7 @@ class RunSpan:
 
 
 class RequestSpans:
-    """One worker's spans, sent in batches by a thread of the exporter's."""
+    """The spans of one worker. A thread of the exporter sends them in batches."""
 
     def __init__(self, trace: Trace, engine: EngineConfig, worker: str) -> None:
         exporter = _exporter(trace.endpoint)
@@ -132,7 +133,7 @@ class RequestSpans:
         self.name = f"chat {engine.model}" if engine.model else "chat"
 
     def add(self, key: bytes, id: str, began_ns: int, completion: Completion) -> None:
-        """A request that has ended just now, all its tries together."""
+        """Adds a span for a request that ended now. The span covers all its tries."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         attributes: dict[str, Any] = {
@@ -155,7 +156,7 @@ class RequestSpans:
                 attributes["gen_ai.usage.reasoning.output_tokens"] = completion.usage.reasoning
             if completion.cost_usd:
                 attributes["eagleray.cost_usd"] = completion.cost_usd
-        else:  # not its message, which may quote the row
+        else:  # without the error's message, which may quote the row
             attributes["error.type"] = completion.error.type
             if completion.error.status is not None:
                 attributes["http.response.status_code"] = completion.error.status
@@ -167,7 +168,7 @@ class RequestSpans:
         span.end(time.time_ns())
 
     def close(self) -> None:
-        """Sends what waits."""
+        """Sends the waiting spans."""
         self.provider.shutdown()
 
 

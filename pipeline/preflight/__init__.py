@@ -1,1 +1,1 @@
-"""Checks before a run, and the dry run."""
+"""The checks before a run, and the dry run."""

@@ -26,16 +26,16 @@ from pipeline.storage.output_files import MANIFEST, SEGMENTS
 
 @dataclass(slots=True)
 class Findings:
-    """The problems that the configuration has by itself, without the rows."""
+    """The problems of the configuration, independent of the rows."""
 
-    wrong: list[Finding] = field(default_factory=list)  # no row could be answered
-    doubtful: list[Finding] = field(default_factory=list)  # missing on this machine, but perhaps not where replicas run
-    engine: Engine | None = None  # for checking and rendering requests; None if it would have to be loaded
+    wrong: list[Finding] = field(default_factory=list)  # problems with which no row could be answered
+    doubtful: list[Finding] = field(default_factory=list)  # missing on this machine, but maybe present where replicas run
+    engine: Engine | None = None  # checks and renders requests; None if it would have to be loaded
     check: Check | None = None
 
 
 def examine(config: Config, thorough: bool) -> Findings:
-    """Checks packages, keys, URLs and parameters; loads no model. `thorough` also imports an engine's library."""
+    """Checks packages, keys, URLs and parameters. Loads no model. `thorough` also imports the library of an engine."""
     found = Findings()
     here = found.doubtful if joins_a_cluster() else found.wrong
     for engine in (config.engine, *fallbacks(config.engine)):
@@ -54,7 +54,7 @@ def examine(config: Config, thorough: bool) -> Findings:
             if engine is config.engine:
                 found.engine = made
         except ConfigError as error:
-            if error.code not in {problem.code for problem in problems}:  # such as a missing package
+            if error.code not in {problem.code for problem in problems}:  # else already reported, such as a missing package
                 found.wrong.append(Finding.of(error))
     if config.run.mode == "batch" and not config.engine.provider.get("batch"):
         found.wrong.append(Finding.of(no_batch_api(config.engine.kind)))
@@ -63,7 +63,7 @@ def examine(config: Config, thorough: bool) -> Findings:
 
 
 def joins_a_cluster() -> bool:
-    """True if replicas may run on other machines, with packages and variables of their own."""
+    """True if replicas may run on other machines, which have their own packages and variables."""
     ray = sys.modules.get("ray")
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
 
@@ -90,8 +90,8 @@ def _request_check(config: Config, engine: Engine | None, thorough: bool) -> Che
 
 
 def output_state(fs: pafs.FileSystem, root: str, known: int, answered: int, complete: bool) -> tuple[str, bool]:
-    """The state of the output directory, and whether it makes a run impossible. It has `known` answers; `answered` of them
-    are rows of this dataset."""
+    """The state of the output directory in words, and True if it makes a run impossible. The directory has `known` answers,
+    and `answered` of this dataset's rows are among them."""
     if wrong := unwritable(fs, root):
         return wrong, True
     if held(fs, root):
@@ -107,7 +107,7 @@ def output_state(fs: pafs.FileSystem, root: str, known: int, answered: int, comp
 
 
 def unwritable(fs: pafs.FileSystem, root: str) -> str:
-    """Why nothing can be written there; empty if it can, or if only writing would tell."""
+    """The reason why the directory cannot be written. Empty if it can, or if only a write would show it."""
     if not isinstance(fs, pafs.LocalFileSystem):
         return ""
     place = next(path for path in (Path(root) / SEGMENTS, *(Path(root) / SEGMENTS).parents) if path.exists())

@@ -1,4 +1,4 @@
-"""Rows, tokens and cost of a dataset before any request is sent."""
+"""Estimates the rows, tokens and cost of a dataset before any request is sent."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from pipeline.output.cost import batch_share
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.ledger_index import Index
 
-SHOWN = 3  # requests, and examples of what is wrong
+SHOWN = 3  # number of requests, and of examples of each problem
 
-ReportLine = tuple[str, str, bool]  # title, text, whether it tells a problem
-Check = Callable[[Request], None]  # raises `EngineError` where a request cannot be asked
+ReportLine = tuple[str, str, bool]  # title, text, True for a problem
+Check = Callable[[Request], None]  # raises `EngineError` if the engine cannot take a request
 
 
 @dataclass(slots=True)
 class DatasetEstimate:
-    """What the dataset holds. Tokens are those of distinct requests: equal deterministic ones are asked once."""
+    """The content of a dataset. Tokens are those of distinct requests, because equal deterministic ones are asked once."""
 
     config: Config
-    context: int | None = None  # of the model, in tokens, where it is known
-    count: PromptRenderer | None = None  # counts as the model does; without it bytes are taken for tokens
+    context: int | None = None  # context length of the model in tokens, if known
+    count: PromptRenderer | None = None  # counts tokens as the model does; without it, tokens are estimated from bytes
     check: Check | None = None
     whole: bool = True  # all rows were read
     files: int = 0
     rows: int = 0
-    size: int = 0  # bytes of their columns as JSON, where not all were read
-    answered: int = 0  # the ledger has them
-    keys: set[bytes] = field(default_factory=set)  # 8 bytes of each distinct request's
-    prompts: array[int] = field(default_factory=lambda: array("q"))
-    output: float = 0.0  # tokens all answers may have
-    bounded: bool = True  # by max_tokens
+    size: int = 0  # bytes of the rows that were read, as JSON; counted only with a row limit
+    answered: int = 0  # rows whose answers the ledger has
+    keys: set[bytes] = field(default_factory=set)  # the first 8 bytes of each distinct request's key
+    prompts: array[int] = field(default_factory=lambda: array("q"))  # tokens of each distinct request
+    output: float = 0.0  # upper bound of the tokens of all answers, if `bounded`; otherwise an estimate
+    bounded: bool = True  # max_tokens limits every answer
     invalid: int = 0
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)  # examples of invalid rows
     refused: int = 0  # requests that the engine does not take
-    refusals: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)  # examples of refused requests
     too_long: int = 0  # prompts that do not fit the context
-    cut: int = 0  # answers that max_tokens allows and the context does not
-    long: list[str] = field(default_factory=list)  # examples of both
-    first: list[tuple[str, Request]] = field(default_factory=list)  # the first that would be asked, by id
-    models: set[str] = field(default_factory=set)  # that rows name themselves
+    cut: int = 0  # answers that the context may cut short of max_tokens
+    long: list[str] = field(default_factory=list)  # examples of `too_long` and `cut`
+    first: list[tuple[str, Request]] = field(default_factory=list)  # (id, request) of the first requests to be asked
+    models: set[str] = field(default_factory=set)  # models that rows name
 
     @property
     def duplicates(self) -> int:
@@ -62,21 +62,21 @@ class DatasetEstimate:
         return self.invalid + self.refused + self.too_long
 
     def read(
-        self, splits: list[ReadSplit], row_reader: RowReader, known: Index | None = None, most: int = sys.maxsize,
+        self, splits: list[ReadSplit], row_reader: RowReader, known: Index | None = None, max_rows: int = sys.maxsize,
         seconds: float = math.inf,
     ) -> DatasetEstimate:  # fmt: skip
-        """Reads all rows, or those that come first."""
+        """Reads all rows, or the first `max_rows` rows, for up to `seconds` seconds."""
         self.files = len({split.file_split.file for split in splits})
         until = time.monotonic() + seconds
         for items in (items for split in splits for items in row_reader.read(split)):
             keys = {id(item): item.key for item in items if item.key}
             answered = set(compress(keys, known.find(list(keys.values())) >= 0)) if known is not None else set()
             for item in items:
-                if self.rows >= most or (self.rows and self.rows % 32 == 0 and time.monotonic() > until):
+                if self.rows >= max_rows or (self.rows and self.rows % 32 == 0 and time.monotonic() > until):
                     self.whole = False
                     return self
                 self.rows += 1
-                if most < sys.maxsize:
+                if max_rows < sys.maxsize:
                     self.size += len(dumps(item.row.columns)) + 1 if item.row.columns is not None else 0
                 if id(item) in answered:
                     self.answered += 1
@@ -92,13 +92,13 @@ class DatasetEstimate:
                 params, key = params.override(parsed.generation), (item.key or b"").hex()
                 request = Request(parsed.messages, params, parsed.model, parsed.adapter, key, turns=parsed.turns)
                 turns = len(request.turns)
-                # Of a script: its last request, without what the model says before.
+                # Of a multi-turn request: its last request, with empty answers in place of the model's.
                 last: list[Message] = [*request.messages]
                 for turn in request.turns:
                     last += [answer(""), Message(role="user", content=turn)]
                 if self.count:
                     tokens = self.count.count(last, params)
-                else:  # as a remote engine reserves, before the provider has told better; images are left out
+                else:  # the first estimate of a remote engine, before it has measured usage; images are left out
                     shown = [*map(for_template, last), *(params.tools or ())]
                     tokens = round(len(dumps(shown)) / BYTES_PER_TOKEN)
         except EngineError as error:
@@ -109,7 +109,7 @@ class DatasetEstimate:
             return
         limit = params.max_tokens
         context = self.context or math.inf
-        if tokens + (limit or 1) > context:  # without max_tokens an answer gets what is left
+        if tokens + (limit or 1) > context:  # without max_tokens, an answer gets the rest of the context
             self.too_long += tokens >= context
             self.cut += tokens < context
             room = f" and {limit:,} for the answer" if limit else ""
@@ -121,8 +121,8 @@ class DatasetEstimate:
             self.models.add(request.model)
         self.prompts.append(tokens)
         remote = bool(self.config.engine.provider)
-        most = limit or (FIRST_OUTPUT if remote else DEFAULT_MAX_TOKENS)
-        self.output += (turns + (params.n or 1)) * max(0, min(most, context - tokens))
+        max_output = limit or (FIRST_OUTPUT if remote else DEFAULT_MAX_TOKENS)
+        self.output += (turns + (params.n or 1)) * max(0, min(max_output, context - tokens))
         self.bounded &= bool(limit or not remote)
         if len(self.first) < SHOWN:
             self.first.append((item.id, request))
@@ -145,14 +145,14 @@ class DatasetEstimate:
         return f"{words} {self.output:,.0f}"
 
     def lengths(self, bad: bool) -> Iterator[ReportLine]:
-        """What does not fit the context."""
+        """Lines about requests that do not fit the context."""
         if self.too_long + self.cut:
             fit = f"{self.too_long:,} prompts do not fit {self.context:,} tokens"
             yield "too long", f"{fit}; {self.cut:,} answers may be cut short by it", bad
             yield from (("", example, bad) for example in self.long)
 
     def cost(self, factor: float = 1.0) -> str:
-        """What the requests of these rows cost, in words."""
+        """The cost of these rows' requests in words. `factor` scales it from the rows that were read to all rows."""
         engine, batch = self.config.engine, self.config.run.mode == "batch"
         price, share = engine.price, batch_share(engine) if batch else 1.0
         if not engine.provider and not price.known:

@@ -1,7 +1,7 @@
-"""Checks before a run: its rows, its engine, its output directory. Nothing is sent and nothing is written.
+"""Checks the rows, the engine and the output directory before a run. Sends nothing and writes nothing.
 
-`run.dry_run=true` reads everything and shows the first requests as they would be sent. A real run checks its configuration
-and the first rows only, and ends at once if no row could be answered.
+`run.dry_run=true` reads the whole input and shows the first requests as they would be sent. A real run checks only its
+configuration and the first rows, and stops at once if no row could be answered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.storage.filesystem import exists
 from pipeline.storage.ledger_index import read_index
 from pipeline.storage.output_files import MANIFEST
 
-# A real run's look at its input: at most so many rows, and so long for listing it and for reading them.
+# A real run reads at most `FIRST_ROWS` rows ahead. Listing and reading may take up to `FIRST_S` seconds each.
 FIRST_ROWS, FIRST_S = 1000, 1.0
 
 
@@ -38,11 +38,11 @@ FIRST_ROWS, FIRST_S = 1000, 1.0
 
 
 def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, console: Console) -> Check | None:
-    """Raises `ConfigError` where no row could be answered; what is doubtful is printed."""
+    """Checks the configuration. Raises `ConfigError` if no row could be answered. Prints doubtful findings."""
     found = examine(config, thorough=False)
     if found.engine is not None:
         found.engine.close()
-    # A complete output needs no engine; one that is to be made anew does.
+    # A complete output needs no engine, unless it is to be made again.
     if found.wrong and not (config.run.resume and exists(fs, f"{root}/{MANIFEST}")):
         raise found.wrong[0].error()
     for finding in found.doubtful:
@@ -53,10 +53,10 @@ def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, consol
 def look_at_rows(
     config: Config, splits: list[ReadSplit], row_reader: RowReader, check: Check | None, console: Console
 ) -> None:
-    """Prints what the first rows tell of all."""
+    """Prints an estimate for all rows from the first ones."""
     try:
-        found = DatasetEstimate(config, check=check).read(splits, row_reader, most=FIRST_ROWS, seconds=FIRST_S)
-    except Exception:  # whoever reads it all says it, row by row; a look ahead ends no run
+        found = DatasetEstimate(config, check=check).read(splits, row_reader, max_rows=FIRST_ROWS, seconds=FIRST_S)
+    except Exception:  # the run itself will report the error for the row; reading ahead must not end a run
         return
     total = _total(splits, found)
     factor = total / found.rows if total and found.rows else 1.0
@@ -81,7 +81,7 @@ def look_at_rows(
 
 
 def _total(splits: list[ReadSplit], found: DatasetEstimate) -> int | None:
-    """How many rows there are in all; None where only reading them would tell."""
+    """The number of all rows, estimated from the size if necessary. None if only reading all of them would show it."""
     if found.whole:
         return found.rows
     if splits and all(split.limit is not None for split in splits):
@@ -98,7 +98,7 @@ def _total(splits: list[ReadSplit], found: DatasetEstimate) -> int | None:
 def dry_run(
     config: Config, fs: pafs.FileSystem, root: str, row_reader: RowReader, splits: list[ReadSplit], console: Console
 ) -> tuple[DatasetEstimate, list[str]]:
-    """Reads everything and tells what a run would do. Returns the rows, and why it could not run at all."""
+    """Reads the whole input and prints what a run would do. Returns the estimate, and why a run is impossible."""
     index = read_index(fs, root)
     seen = examine(config, thorough=True)
     wrong = [finding.text for finding in seen.wrong]
@@ -152,17 +152,17 @@ def _about(
 
 
 def show(lines: Iterable[ReportLine], console: Console) -> None:
-    """A table of titles and texts, problems in red."""
+    """Prints a table of titles and texts. Problems are red."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     for title, text, bad in lines:
-        # As Text: a row's own words may be in it and must not be obeyed as markup.
+        # As `Text`, because it may quote a row, which must not be interpreted as markup.
         table.add_row(title, Text(text, "red" if bad else ""))
     console.print(table, "", highlight=False)
 
 
 def shown_request(engine: Engine | None, renderer: PromptRenderer | None, request: Request) -> str:
-    """A request as it would be sent: the HTTP of a remote engine, the prompt of a local one. Secrets are `***`."""
+    """A request as it would be sent: the HTTP request of a remote engine, the prompt of a local one. Secrets are `***`."""
     render = engine.render_request if engine else renderer.render_request if renderer else render_messages
     try:
         with warnings.catch_warnings():

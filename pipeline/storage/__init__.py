@@ -1,1 +1,1 @@
-"""Files on any store, and the ledger in them. Knows no dataset and no engine."""
+"""Files on disks and object stores, and the ledger kept in them. Independent of datasets and engines."""

@@ -1,4 +1,5 @@
-"""Azure's blobs as a pyarrow filesystem, in which an object appears whole: pyarrow's own makes an empty one first."""
+"""Azure blobs as a pyarrow filesystem. An object appears only when it is complete; pyarrow's own Azure filesystem creates
+an empty object first."""
 
 from __future__ import annotations
 
@@ -19,16 +20,18 @@ from engines.errors import ConfigError
 from engines.text import one_line
 from pipeline.storage.retry import patiently
 
-# How long a request is tried again here, instead of by the client, which waits for 15 s at first and knows no 429.
+# How long a failed request is repeated, in seconds. The client's own retries are off: it first waits 15 s and does not
+# retry HTTP 429.
 CLIENT_S = 10.0
-BLOCK = 32 << 20  # more than that goes in several requests
+BLOCK = 32 << 20  # bytes of one request; longer data takes several
 
 T = TypeVar("T")
 
 
 @functools.lru_cache(maxsize=32)
 def open_account(host: str) -> pafs.FileSystem:
-    """The containers of `ACCOUNT.dfs.core.windows.net`, or, where `host` is empty, of the account in the environment."""
+    """The containers of `ACCOUNT.dfs.core.windows.net`, or of the account in the environment if `host` is empty. Raises
+    `ConfigError` if the account cannot be opened."""
     try:
         return pafs.PyFileSystem(Blobs(_service(host)))
     except (AzureError, ImportError, ValueError) as error:
@@ -56,24 +59,24 @@ def _service(host: str) -> BlobServiceClient:
     return BlobServiceClient(f"https://{host.replace('.dfs.', '.blob.')}", credential, retry_total=0)
 
 
-def _ask(work: Callable[[], T]) -> T:
-    """What a store says, with its errors as those of a disk."""
+def _call_store(work: Callable[[], T]) -> T:
+    """Calls the store, repeats passing failures, and raises the store's errors as `OSError`."""
 
-    def ask() -> T:
+    def attempt() -> T:
         try:
             return work()
         except ResourceNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, one_line(error)) from None
         except HttpResponseError as error:
             raise OSError(f"Azure Error HTTP {error.status_code}: {one_line(error)}") from None
-        except AzureError as error:  # it did not come to an answer
+        except AzureError as error:  # there was no HTTP response
             raise OSError(f"Azure Error {type(error).__name__}: {one_line(error)}") from None
 
-    return patiently(ask, CLIENT_S)
+    return patiently(attempt, CLIENT_S)
 
 
 class Blobs(pafs.FileSystemHandler):
-    """An account's containers; the first part of a path is the container. A directory is what has objects below it."""
+    """The containers of an account. The first part of a path is the container. A directory exists if it has objects."""
 
     def __init__(self, service: BlobServiceClient) -> None:
         self.service = service
@@ -102,11 +105,11 @@ class Blobs(pafs.FileSystemHandler):
     def _info(self, path: str) -> pafs.FileInfo:
         if "/" in path:
             try:
-                return _file(path, _ask(self._blob(path).get_blob_properties))
+                return _file(path, _call_store(self._blob(path).get_blob_properties))
             except FileNotFoundError:
                 pass
         try:
-            there = _ask(lambda: next(self._below(path, True, results_per_page=1), None))
+            there = _call_store(lambda: next(self._below(path, True, results_per_page=1), None))
         except FileNotFoundError:  # no such container
             there = None
         return pafs.FileInfo(path, pafs.FileType.Directory if there else pafs.FileType.NotFound)
@@ -114,7 +117,7 @@ class Blobs(pafs.FileSystemHandler):
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
         base = selector.base_dir.rstrip("/")
         try:
-            blobs = _ask(lambda: list(self._below(base, selector.recursive)))
+            blobs = _call_store(lambda: list(self._below(base, selector.recursive)))
         except FileNotFoundError:
             blobs = []
         if not blobs and not selector.allow_not_found:
@@ -124,7 +127,7 @@ class Blobs(pafs.FileSystemHandler):
         for blob in blobs:
             path = f"{container}/{blob.name}".rstrip("/")
             info = _file(path, blob) if "size" in blob else pafs.FileInfo(path, pafs.FileType.Directory)
-            if not (blob.name.endswith("/") and info.is_file):  # another client's marker of a directory
+            if not (blob.name.endswith("/") and info.is_file):  # such an object marks a directory for another client
                 found[path] = info
             while len(path := posixpath.dirname(path)) > len(base):
                 found.setdefault(path, pafs.FileInfo(path, pafs.FileType.Directory))
@@ -133,7 +136,7 @@ class Blobs(pafs.FileSystemHandler):
 
     def open_input_file(self, path: str) -> pa.PythonFile:
         blob = self._blob(path)
-        info = _file(path, _ask(blob.get_blob_properties))
+        info = _file(path, _call_store(blob.get_blob_properties))
         if not info.is_file:
             raise IsADirectoryError(errno.EISDIR, "is a directory", path)
         return pa.PythonFile(_Reader(blob, info.size), mode="r")
@@ -144,10 +147,10 @@ class Blobs(pafs.FileSystemHandler):
         return pa.PythonFile(_Writer(self._blob(path)), mode="w")
 
     def delete_file(self, path: str) -> None:
-        _ask(self._blob(path).delete_blob)
+        _call_store(self._blob(path).delete_blob)
 
     def create_dir(self, path: str, recursive: bool) -> None:
-        """There are none."""
+        """Does nothing: Azure blobs have no directories of their own."""
 
     def _never(self, *_: Any) -> None:
         raise NotImplementedError
@@ -156,7 +159,7 @@ class Blobs(pafs.FileSystemHandler):
 
 
 def _file(path: str, blob: Any) -> pafs.FileInfo:
-    if (blob.metadata or {}).get("hdi_isfolder") == "true":  # an account with directories
+    if (blob.metadata or {}).get("hdi_isfolder") == "true":  # an account with a hierarchical namespace
         return pafs.FileInfo(path, pafs.FileType.Directory)
     return pafs.FileInfo(path, pafs.FileType.File, size=blob.size, mtime=blob.last_modified)
 
@@ -182,7 +185,7 @@ class _Reader(io.RawIOBase):
         start, stop = self.at, min(self.at + len(buffer), self.size)
         for at in range(start, stop, BLOCK):
             length = min(BLOCK, stop - at)
-            buffer[at - start : at - start + length] = _ask(functools.partial(self._read, at, length))
+            buffer[at - start : at - start + length] = _call_store(functools.partial(self._read, at, length))
             self.at = at + length
         return self.at - start
 
@@ -191,7 +194,7 @@ class _Reader(io.RawIOBase):
 
 
 class _Writer(io.BytesIO):
-    """Whole when it is closed: one request, or blocks that are nothing until the last request makes an object of them."""
+    """Uploads the object on close: in one request, or in blocks that the last request commits as one object."""
 
     def __init__(self, blob: BlobClient) -> None:
         super().__init__()
@@ -202,9 +205,9 @@ class _Writer(io.BytesIO):
             data = self.getvalue()
             super().close()
             if len(data) <= BLOCK:
-                _ask(lambda: self.blob.upload_blob(data, overwrite=True))
+                _call_store(lambda: self.blob.upload_blob(data, overwrite=True))
                 return
             blocks = {f"{at:020}": data[at : at + BLOCK] for at in range(0, len(data), BLOCK)}
             for name, block in blocks.items():
-                _ask(functools.partial(self.blob.stage_block, name, block))
-            _ask(lambda: self.blob.commit_block_list([BlobBlock(name) for name in blocks]))
+                _call_store(functools.partial(self.blob.stage_block, name, block))
+            _call_store(lambda: self.blob.commit_block_list([BlobBlock(name) for name in blocks]))

@@ -1,4 +1,4 @@
-"""JSON that keeps every value: orjson where it is exact, the standard library for what orjson rounds or refuses."""
+"""JSON without loss of values: orjson where it is exact, the standard library for values that orjson rounds or refuses."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 import orjson
 
-# orjson writes 254 levels at most; what we add around a row needs a few of them.
+# orjson writes at most 254 levels. The structure that we add around a row needs a few of them.
 MAX_DEPTH = 200
 
-# orjson reads integers beyond 64 bits as floats; every one of them has a run of 19 digits.
+# orjson reads integers beyond 64 bits as floats. Each such integer has at least 19 consecutive digits.
 _TO_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _LONG_NUMBER = b"0" * 19
 
 
 def has_long_number(data: bytes) -> bool:
-    """Whether orjson may round an integer in `data`; costs less than a tenth of parsing it."""
+    """True if orjson may round an integer in `data`. The check takes less than a tenth of the time of parsing."""
     return _LONG_NUMBER in data.translate(_TO_ZEROS)
 
 
 def loads(data: bytes, long_number: bool = True) -> Any:
-    """JSON without loss: integers of any size, `NaN` and `Infinity` as floats; of a repeated key the last wins.
+    """Parses JSON without loss: integers of any size, and `NaN` and `Infinity` as floats. The last of repeated keys wins.
 
-    `long_number` False promises that `has_long_number` is false. Raises `ValueError` with a one-line reason.
+    Pass `long_number=False` only if `has_long_number(data)` is false. Raises `ValueError` with a one-line reason.
     """
     try:
         value = orjson.loads(data)
@@ -33,14 +33,14 @@ def loads(data: bytes, long_number: bool = True) -> Any:
             value = json.loads(data.decode())
     except (ValueError, RecursionError):
         value = _parse_slowly(data)
-    # As many brackets as levels at least; counting them is cheap, and most rows have few.
+    # A value has at least as many brackets as levels. Counting brackets is cheap and settles it for most rows.
     if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _too_deep(value):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     return value
 
 
 def _parse_slowly(data: bytes) -> Any:
-    """The standard library accepts a little more than orjson, and says what is wrong in better words."""
+    """Parses with the standard library, which accepts a little more than orjson and gives better error messages."""
     try:
         value = json.loads(data.decode())
     except UnicodeDecodeError as error:
@@ -49,7 +49,7 @@ def _parse_slowly(data: bytes) -> Any:
         raise ValueError(f"invalid JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}") from None
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError:  # Python refuses to convert very long integers, because that takes quadratic time
+    except ValueError:  # Python refuses to convert very long integers, because the conversion takes quadratic time
         raise ValueError("an integer of more than 4,300 digits") from None
     if b"\\ud" in data or b"\\uD" in data:
         _refuse_surrogates(value)
@@ -57,7 +57,7 @@ def _parse_slowly(data: bytes) -> Any:
 
 
 def _refuse_surrogates(value: Any) -> None:
-    """Half a UTF-16 pair is no character: it cannot be written as UTF-8, to a file or to a model."""
+    """Raises `ValueError` for half of a UTF-16 pair: UTF-8 cannot encode it for a file or a model."""
     parts = value.items() if isinstance(value, dict) else [("the value", value)]
     for name, part in parts:
         try:
@@ -80,7 +80,7 @@ def _too_deep(value: Any) -> bool:
 
 
 def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
-    """Compact UTF-8 JSON of any integers; see `plain` for what JSON has no form of."""
+    """Compact UTF-8 JSON with integers of any size. `plain` converts values that JSON cannot represent."""
     try:
         return orjson.dumps(value, default=plain, option=orjson.OPT_SORT_KEYS if sort_keys else None)
     except TypeError:  # an integer beyond 64 bits
@@ -89,12 +89,12 @@ def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """JSON has no bytes, exact decimals, dates or durations; all become text."""
+    """Text for a value that JSON cannot represent: bytes, an exact decimal, a date, a duration."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def canonical(value: Any) -> bytes:
-    """JSON that is equal for equal values, whatever the order of their keys."""
+    """JSON with sorted keys: equal values give equal bytes."""
     return dumps(value, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Files wherever they are: a path or URI to a pyarrow filesystem and the path inside it."""
+"""Files on any store: maps a path or URI to a pyarrow filesystem and the path inside it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from engines.errors import ConfigError
 from engines.text import one_line
 from pipeline.storage.retry import patiently
 
-# pyarrow's own clients, and ours; every other scheme goes through fsspec.
+# Schemes of pyarrow's own clients, and of our Azure client. Every other scheme goes through fsspec.
 _NATIVE = ("s3", "gs", "gcs")
 _AZURE = ("az", "abfs", "abfss")
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{2}(.*)$", re.DOTALL)
-# "?endpoint_override=…" after an s3:// path, a signature after an https:// one; a bare "?" is a glob character.
+# "?endpoint_override=…" after an s3:// path, or a signature after an https:// URL. A bare "?" is a glob character.
 _OPTIONS = re.compile(r"\?[\w-]+=[^/].*$")
 GLOB = re.compile(r"[*?\[]")
-# What `write_atomic` names a file until it is whole.
+# The name that `write_atomic` gives a file until it is complete.
 TEMPORARY = re.compile(r"\.eagleray-[0-9a-f]{32}\.tmp")
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URI and the path inside it; touches no file.
+    """The filesystem of a path or URI, and the path inside it. Reads no file.
 
-    Raises `ConfigError` for a scheme nobody knows, one whose package is missing, and credentials in a URI.
+    Raises `ConfigError` for an unknown scheme, a scheme whose package is missing, and credentials in a URI.
     """
     uri = _URI.match(path)
     scheme, rest = (uri[1].lower(), uri[2]) if uri else ("file", path)
     if scheme == "file":
         plain = Path(urllib.parse.unquote(rest)) if uri else Path(rest).expanduser()
-        return pafs.LocalFileSystem(), os.path.abspath(plain)  # absolute: a worker has another current directory
+        return pafs.LocalFileSystem(), os.path.abspath(plain)  # absolute, because a worker has another current directory
     if scheme not in (*_NATIVE, *_AZURE):
         return _through_fsspec(scheme, path)
     rest, options = split_options(rest)
@@ -56,23 +56,23 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def split_options(path: str) -> tuple[str, str]:
-    """`("s3://bucket/key", "?region=…")` of `s3://bucket/key?region=…`."""
+    """Splits `s3://bucket/key?region=…` into `("s3://bucket/key", "?region=…")`."""
     options = _OPTIONS.search(path)
     return (path[: options.start()], options[0]) if options else (path, "")
 
 
 def canonical_place(path: str) -> str:
-    """The same text for every spelling of a path, glob or URI: links are followed on disks, a URI has no options and no
-    credentials. Touches no store."""
+    """The same text for every spelling of a path, glob or URI. Links on disks are followed; options and credentials of a
+    URI are dropped. Sends no request to a store."""
     return posixpath.join(*split_glob(path)).rstrip("/") or "/"
 
 
 def split_glob(path: str) -> tuple[str, str]:
-    """The canonical place of a path or, for a glob, that of the directory that it searches; and the rest of the glob."""
+    """The canonical place of a path, or of the directory that a glob searches; and the rest of the glob."""
     uri = _URI.match(path)
     local = not uri or uri[1].lower() == "file"
     place = resolve(path)[1] if local else _canonical_uri(path)
-    # A file may have a glob's characters in its name; on a store only asking would tell.
+    # The name of a file may contain glob characters. On a store, finding out would need a request.
     glob = None if local and os.path.lexists(place) else GLOB.search(place)
     at = place.rfind("/", 0, glob.start()) if glob else len(place)
     base, rest = place[:at], place[at + 1 :]
@@ -89,16 +89,16 @@ def _canonical_uri(path: str) -> str:
 
 
 def is_within(place: str, other: str) -> bool:
-    """Whether one `canonical_place` is the other, or lies below it."""
+    """True if the canonical place `place` equals `other` or lies below it."""
     return place == other or place.startswith(f"{other.rstrip('/')}/")
 
 
 @functools.lru_cache(maxsize=32)
 def _native(bucket: str) -> pafs.FileSystem:
-    """One client per bucket: making one may ask the store for the bucket's region."""
-    if bucket.startswith("s3:"):  # small objects in one request, where it would be three
+    """One client per bucket. It is cached, because creating a client may ask the store for the bucket's region."""
+    if bucket.startswith("s3:"):  # writes a small object with one request instead of three
         bucket += ("&" if "?" in bucket else "?") + "allow_delayed_open=true"
-    elif "retry_limit_seconds=" not in bucket:  # it would be a quarter of an hour, in which a run could not stop
+    elif "retry_limit_seconds=" not in bucket:  # the default is 15 minutes, in which a run could not stop
         bucket += ("&" if "?" in bucket else "?") + "retry_limit_seconds=10"
     try:
         return pafs.FileSystem.from_uri(bucket)[0]
@@ -116,7 +116,7 @@ def _azure(scheme: str, host: str) -> pafs.FileSystem:
 
 
 def _through_fsspec(scheme: str, path: str) -> tuple[pafs.FileSystem, str]:
-    import fsspec  # only those who use such a scheme need it
+    import fsspec  # imported here, because only these schemes need it
 
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
@@ -124,31 +124,31 @@ def _through_fsspec(scheme: str, path: str) -> tuple[pafs.FileSystem, str]:
         raise ConfigError(f"{scheme}:// needs a package that is not installed: {one_line(error)}") from None
     except ValueError:
         raise ConfigError(f"nothing here reads '{scheme}://' paths: {path!r:.200}") from None
-    except Exception as error:  # each fsspec implementation has its own (no route, no credentials, …)
+    except Exception as error:  # each fsspec implementation raises its own types (no route, no credentials, …)
         raise ConfigError(f"cannot open {scheme}://: {one_line(error)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), inner
 
 
 def info_of(fs: pafs.FileSystem, path: str) -> pafs.FileInfo:
-    """What is known of a path, there or not."""
+    """The type, size and time of a path. A missing path has the type NotFound."""
     return patiently(lambda: fs.get_file_info(path))
 
 
 def exists(fs: pafs.FileSystem, path: str) -> bool:
-    """Whether a file or directory is there."""
+    """True if there is a file or directory at `path`."""
     return bool(info_of(fs, path).type != pafs.FileType.NotFound)
 
 
 def listing(fs: pafs.FileSystem, directory: str) -> list[pafs.FileInfo]:
-    """What is in a directory, not below it; nothing where there is none."""
+    """The direct children of a directory. Empty if the directory does not exist."""
     return patiently(lambda: fs.get_file_info(pafs.FileSelector(directory, allow_not_found=True)))
 
 
 def abort_uploads(path: str, ours: Callable[[str], bool]) -> None:
-    """Ends uploads that killed writers began below an s3:// path and did not finish: they are in no listing, and are paid
-    for. `ours` tells from a key, relative to `path`, whether Eagleray began it.
+    """Aborts multipart uploads below an s3:// path that killed writers left unfinished. Such uploads are in no listing, and
+    the store charges for them. `ours` says for a key, relative to `path`, if Eagleray started its upload.
 
-    Nothing elsewhere and without boto3: there a lifecycle rule of the bucket does it.
+    Does nothing on other stores or without boto3: use a lifecycle rule of the bucket there.
     """
     uri = _URI.match(path)
     if not uri or uri[1].lower() != "s3":
@@ -163,7 +163,7 @@ def abort_uploads(path: str, ours: Callable[[str], bool]) -> None:
     bucket, _, key = rest.partition("/")
     endpoint = given.get("endpoint_override")
     url = endpoint and f"{given.get('scheme', 'https')}://{endpoint}"
-    with contextlib.suppress(BotoCoreError, ClientError):  # not allowed to, say
+    with contextlib.suppress(BotoCoreError, ClientError):  # for example, no permission to list uploads
         client = boto3.client("s3", endpoint_url=url, region_name=given.get("region"))
         prefix = key.strip("/") + "/" if key.strip("/") else ""
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
@@ -174,12 +174,12 @@ def abort_uploads(path: str, ours: Callable[[str], bool]) -> None:
 
 
 def write_atomic(fs: pafs.FileSystem, path: str, data: bytes) -> None:
-    """Writes a whole file so that no reader ever sees a part of it; parents are made as needed."""
+    """Writes a file so that no reader sees a part of it. Creates missing parent directories."""
     if not isinstance(fs, pafs.LocalFileSystem):
         if isinstance(fs, pafs.PyFileSystem) and posixpath.dirname(path):
             fs.create_dir(posixpath.dirname(path), recursive=True)
 
-        def put() -> None:  # an object appears whole, when it is closed; no other name is needed before
+        def put() -> None:  # an object appears complete when the stream closes, so no temporary name is needed
             with fs.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
 
@@ -199,6 +199,6 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes) -> None:
         raise
     directory = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself must survive a power cut too
+        os.fsync(directory)  # so that the rename survives a power failure
     finally:
         os.close(directory)

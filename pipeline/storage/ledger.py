@@ -1,8 +1,8 @@
-"""The ledger: which requests are answered. Segments are its only form.
+"""The ledger records which requests are answered. It consists of segments only.
 
-A worker writes what it finished as small immutable Parquet files under `_segments/`, each under a name nobody else
-uses, complete or not there at all. Nothing is appended, nothing locked, no writer is central, and a file that is torn
-or missing costs its own rows only. Reading the ledger is reading the keys of all segments.
+A segment is a small immutable Parquet file under `_segments/`. A worker writes its finished requests as a segment with a
+unique name; the file is complete or absent. Nothing is appended, nothing is locked, and no writer is central. A damaged
+or missing segment costs only its own rows. Reading the ledger means reading the keys of all segments.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from pipeline.storage.filesystem import listing, write_atomic
 from pipeline.storage.output_files import SEGMENTS, is_segment
 from pipeline.storage.retry import patiently
 
-# So many segments become one, while they have less than so many bytes.
+# `FAN` segments are merged into one, unless together they exceed `FULL_BYTES`.
 FAN, FULL_BYTES = 64, 128 << 20
-# A merged segment holds hours of one worker, of which a part of the output wants seconds: it reads these groups only.
+# Rows in a Parquet row group. A merged segment holds hours of a worker's rows, and a part of the output needs few of them:
+# it reads only the groups with these rows.
 GROUP_ROWS = 4096
 
-# The token counts of `Usage`, in its order.
+# The token counts of `Usage`, in the order of its fields.
 TOKENS = ("input", "cached_input", "output", "cache_write", "reasoning")
 USAGE = pa.struct([(name, pa.int64()) for name in TOKENS])
 ERROR = pa.struct([("type", pa.string()), ("message", pa.string()), ("status", pa.int64()), ("retryable", pa.bool_())])
 
-# What a completion becomes, in a segment and in the final output alike.
+# The columns of a completion, in a segment and in the final output.
 COMPLETION_FIELDS = [
     ("response", pa.string()),
     ("finish_reason", pa.string()),
     ("tool_calls", pa.string()),
     ("reasoning", pa.string()),
     ("usage", USAGE),
-    ("cost_usd", pa.float64()),  # of all tries in this record; null: not known
+    ("cost_usd", pa.float64()),  # US$ of all tries in this record; null: unknown
     ("model", pa.string()),
     ("engine", pa.string()),
     ("attempts", pa.int32()),
@@ -54,15 +55,15 @@ COMPLETION_FIELDS = [
     ("dialogue", pa.string()),
     ("message_fields", pa.string()),
 ]
-# What finalize reads of a segment.
+# The columns that finalize reads from a segment.
 ANSWER_SCHEMA = pa.schema([*COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))])
-# `superseded`: a try that was paid, or may have been, while its row is asked again. It answers no row.
+# `superseded`: a try that cost money, or may have, and whose row is asked again. Such a record answers no row.
 SEGMENT_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), *ANSWER_SCHEMA, ("superseded", pa.bool_())])
 
 
 @dataclass(slots=True)
 class Record:
-    """A finished request on its way into a segment."""
+    """A finished request, before it is written to a segment."""
 
     key: bytes
     id: str
@@ -95,7 +96,7 @@ def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
 
 
 def _usage(completion: Completion) -> dict[str, int] | None:
-    """None where no try was answered, or none told its usage."""
+    """The token counts; None if no try was answered or reported its usage."""
     usage = completion.usage
     if not (usage.input or usage.output) and (completion.error or not usage.known):
         return None
@@ -107,7 +108,7 @@ def _json(value: Any) -> str | None:
 
 
 def _message_fields(completion: Completion) -> str | None:
-    """What the answer's message has beside its text and its calls, such as a provider's signed reasoning."""
+    """JSON of the message's fields other than text and tool calls, such as a provider's signed reasoning."""
     message = completion.message
     if message is None or len(message) <= 2:
         return None
@@ -115,7 +116,7 @@ def _message_fields(completion: Completion) -> str | None:
 
 
 def _choices(completion: Completion) -> str | None:
-    """All answers where more than one was asked for (`n`); the first also stands in the plain columns."""
+    """JSON of all answers if more than one was requested (`n`). The first is also in the other columns."""
     if len(completion.choices) < 2:
         return None
     return _json(
@@ -124,7 +125,7 @@ def _choices(completion: Completion) -> str | None:
 
 
 def write_segment(fs: pafs.FileSystem, root: str, writer: str, records: Sequence[Record]) -> str:
-    """Makes `records` durable as one new segment and returns its path."""
+    """Writes `records` durably as one new segment. Returns its path."""
     columns = [
         pa.array([r.key for r in records], pa.binary(32)),
         pa.array([r.id for r in records], pa.string()),
@@ -137,7 +138,7 @@ def write_segment(fs: pafs.FileSystem, root: str, writer: str, records: Sequence
 
 def _put(fs: pafs.FileSystem, root: str, writer: str, table: pa.Table) -> str:
     sink = io.BytesIO()
-    # The keys are random bytes: a dictionary or statistics for them would only cost time.
+    # The keys are random bytes, so a dictionary or statistics for them would cost time and save nothing.
     options = {"use_dictionary": ["finish_reason", "model", "engine"], "write_statistics": False}
     pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS, **options)
     path = f"{root}/{SEGMENTS}/{writer}-{uuid.uuid4().hex[:12]}.parquet"
@@ -146,10 +147,10 @@ def _put(fs: pafs.FileSystem, root: str, writer: str, table: pa.Table) -> str:
 
 
 class Compactor:
-    """Merges one writer's own segments, so that a long run leaves few: a day of `flush_s=2` would be 43,000 files.
+    """Merges the segments of one writer, so that a long run leaves few: one day with `flush_s=2` would leave 43,000 files.
 
-    As soon as there are `FAN` of one level they become one of the next, unless they have `FULL_BYTES` already. The merged
-    one is whole before the others go: a reader may see rows twice, never less than once.
+    `FAN` segments of one level become one of the next level, unless together they exceed `FULL_BYTES`. The merged segment
+    is complete before the old ones are deleted: a reader may see a row twice, but always sees it.
     """
 
     def __init__(self, fs: pafs.FileSystem, root: str, writer: str) -> None:
@@ -157,7 +158,7 @@ class Compactor:
         self.levels: list[list[str]] = []
 
     def add(self, path: str, level: int = 0) -> None:
-        """Takes note of a new segment. Raises `OSError` where merging fails, with nothing lost."""
+        """Registers a new segment and merges a full level. Raises `OSError` if merging fails; nothing is lost then."""
         if level == len(self.levels):
             self.levels.append([])
         self.levels[level].append(path)
@@ -184,7 +185,7 @@ def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
 
 
 def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table in this schema; columns, and counts of `usage`, that an earlier version did not write are null."""
+    """The table with this schema. Columns and counts of `usage` that an earlier version did not write are null."""
     for part in schema:
         if part.name not in table.column_names:
             table = table.append_column(part, pa.nulls(len(table), part.type))
@@ -201,7 +202,7 @@ def _as_usage(usage: pa.StructArray) -> pa.StructArray:
 
 
 def read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> pa.Table:
-    """The columns of `ANSWER_SCHEMA` of some rows of a segment, in the order given."""
+    """The columns of `ANSWER_SCHEMA` for the rows with these numbers in a segment, in the order of `rows`."""
     return _conformed(patiently(lambda: _read_rows(fs, path, rows)), ANSWER_SCHEMA)
 
 
@@ -213,7 +214,7 @@ def _read_rows(fs: pafs.FileSystem, path: str, rows: npt.NDArray[np.int32]) -> p
         group_of = np.searchsorted(ends, rows, side="right")
         groups = np.unique(group_of)
         read = np.array(sizes)[groups]
-        # Where each group begins, in the file and in what was read of it.
+        # For each group: its first row in the file, minus its first row among the rows that are read.
         shift = np.zeros(len(sizes), np.int64)
         shift[groups] = (ends[groups] - read) - (np.cumsum(read) - read)
         table = file.read_row_groups(groups.tolist(), columns=ANSWER_SCHEMA.names)

@@ -18,26 +18,27 @@ from pipeline.storage.retry import TRIES, patiently, store_failed
 
 # Flags of a request in the index.
 UNKNOWN, REPRICED = 1, 2
-# Prices the records of an earlier version, which wrote no cost: their tokens (input, cached input, output) and the path of
-# their segment -> US$ for each; None where the price is not known.
+# Prices records of an earlier version, which wrote no cost. Takes the token counts, of shape (records, 3): input, cached
+# input, output; and the path of the segment. Returns US$ for each record, or None if the price is unknown.
 OldCosts = Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.float64] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Unanswered:
-    """Sums over the records of requests that an index leaves out: they have no answer yet."""
+    """Sums over the records of requests that an index leaves out, because they have no answer yet."""
 
     cost_usd: float = 0.0
-    unknown: int = 0  # requests with a try of unknown cost
+    unknown: int = 0  # number of requests with a try of unknown cost
     attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Where the best record of every key lies: successes before failures, then the latest. And what all records of the
-    key took, superseded ones included.
+    """The place of the best record of every key, and the sums of tokens, cost and attempts over all records of the key,
+    superseded ones included. Successes rank before failures, then later records before earlier ones.
 
-    Arrays of one length, sorted by key (`hi`, then `lo`: the first 16 of its 32 bytes); 56 bytes a request.
+    The arrays have one element for each request, 56 bytes in all, and are sorted by key: by `hi`, then by `lo`, the first
+    16 of the key's 32 bytes.
     """
 
     hi: npt.NDArray[np.uint64]
@@ -45,9 +46,9 @@ class Index:
     segment: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
     failed: npt.NDArray[np.bool_]
-    tokens: npt.NDArray[np.uint32]  # (requests, 5): in the order of `TOKENS`
-    cost_usd: npt.NDArray[np.float64]  # of the records whose cost is known
-    flags: npt.NDArray[np.uint8]  # UNKNOWN: the cost of a record is not known; REPRICED: an `OldCosts` gave it
+    tokens: npt.NDArray[np.uint32]  # shape (requests, 5), in the order of `TOKENS`
+    cost_usd: npt.NDArray[np.float64]  # sum over the records whose cost is known
+    flags: npt.NDArray[np.uint8]  # UNKNOWN: the cost of a record is unknown; REPRICED: an `OldCosts` priced it
     attempts: npt.NDArray[np.uint16]
     paths: list[str]
     torn: list[str]  # segments that could not be read
@@ -62,7 +63,7 @@ class Index:
         if not len(self):
             return np.full(len(hi), -1, np.int64)
         at = np.minimum(np.searchsorted(self.hi, hi), len(self) - 1)
-        # Two keys that agree in 64 bits but not in 128 stand side by side; step over the first where it happens.
+        # Keys that agree in 64 bits but not in 128 are neighbours: step from one to the next.
         while True:
             step = (self.hi[at] == hi) & (self.lo[at] != lo) & (at + 1 < len(self))
             step[step] = self.hi[at[step] + 1] == hi[step]
@@ -73,7 +74,7 @@ class Index:
         return np.where(found, at, -1)
 
     def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
-        """The position of each key, or -1, and the segment and row of each that is there."""
+        """The position of each key, or -1; and the segment and row of each key that was found."""
         at = self.find(keys)
         there = at[at >= 0]
         return at, self.segment[there], self.row[there]
@@ -83,7 +84,8 @@ class Index:
         return _index_of([], [])
 
     def only(self, *, failed_too: bool) -> Index:
-        """What the feed skips: the answered requests and, if asked, also the failed ones. `spent` stays what it was."""
+        """The requests that a run skips: the answered ones, and with `failed_too` also the failed ones. `spent` returns
+        the same sums as before."""
         if failed_too or not self.failed.any():
             return self
         at = np.flatnonzero(~self.failed)
@@ -91,40 +93,40 @@ class Index:
         return replace(self, **{name: getattr(self, name)[at] for name in _COLUMNS}, unanswered=left)
 
     def spent(self) -> tuple[float, int]:
-        """US$ for everything in the ledger, as far as it is known, and the number of requests where it is not."""
+        """The known cost of all records in US$, and the number of requests with a record of unknown cost."""
         unknown = int((self.flags & UNKNOWN).astype(np.bool_).sum())
         return float(self.cost_usd.sum()) + self.unanswered.cost_usd, unknown + self.unanswered.unknown
 
 
 class KeyLookup(Protocol):
-    """Finds requests in the ledger: an `Index`, or a service that has one."""
+    """Finds requests in the ledger. An `Index` is one; so is a client of a service that holds an `Index`."""
 
     @property
     def paths(self) -> list[str]:
-        """The segments, by number."""
+        """The paths of the segments. The segment numbers are positions in this list."""
 
     def find(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int64]:
         """The position of each key, or -1."""
 
     def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
-        """The position of each key, or -1, and the segment and row of each key that was found."""
+        """The position of each key, or -1; and the segment and row of each key that was found."""
 
 
-# Positions in the index or -1; segments and rows of those that are there.
+# Positions in the index, or -1; and the segments and rows of the keys that were found.
 Located = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]
 _COLUMNS = ("hi", "lo", "segment", "row", "failed", "tokens", "cost_usd", "flags", "attempts")
 
 
 @dataclass(slots=True)
 class _Keys:
-    """What the index reads of one segment; arrays of one length."""
+    """The columns of one segment that the index needs: arrays with one element for each record."""
 
     hi: npt.NDArray[np.uint64]
     lo: npt.NDArray[np.uint64]
     rank: npt.NDArray[np.uint8]  # 0: answered, 1: failed, 2: superseded
     done_at: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.uint32]
-    cost_usd: npt.NDArray[np.float64]  # 0 where it is not known
+    cost_usd: npt.NDArray[np.float64]  # 0 if unknown
     flags: npt.NDArray[np.uint8]
     attempts: npt.NDArray[np.uint16]
 
@@ -134,7 +136,7 @@ _DTYPES = {"hi": np.uint64, "lo": np.uint64, "rank": np.uint8, "done_at": np.int
 
 
 def split_keys(keys: Sequence[bytes] | pa.Array) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The first and the second 8 bytes of 32-byte keys, as numbers that sort like them."""
+    """Bytes 0 to 7 and bytes 8 to 15 of 32-byte keys, as integers that sort like the bytes."""
     if isinstance(keys, (pa.Array, pa.ChunkedArray)):
         array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
         data = array.buffers()[1]
@@ -146,20 +148,21 @@ def split_keys(keys: Sequence[bytes] | pa.Array) -> tuple[npt.NDArray[np.uint64]
 
 
 def read_index(fs: pafs.FileSystem, root: str, old_costs: OldCosts | None = None) -> Index:
-    """Reads the keys of all segments. A segment that cannot be read is passed over and named in `torn`. Without `old_costs`
-    the cost of what an earlier version wrote is not known."""
+    """Reads the keys of all segments. A segment that cannot be read is skipped and listed in `torn`. Without `old_costs`,
+    the cost of records of an earlier version is unknown. Raises `OSError` if segments are merged during each of `TRIES`
+    tries."""
     for _ in range(TRIES):
         paths = list_segments(fs, root)
         try:
             with ThreadPoolExecutor(8) as pool:
                 return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path, old_costs), paths)))
-        except FileNotFoundError:  # merged meanwhile, into one that the next listing has
+        except FileNotFoundError:  # merged since the listing; the next listing has the merged segment
             continue
     raise OSError(f"the segments under {root} change faster than they can be read")
 
 
 def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
-    """Holds little more than its result: each column is joined, then put in order, and what it came from is gone."""
+    """Builds the index column by column and frees each input, so that memory stays close to the size of the result."""
     torn = [path for path, part in zip(paths, parts, strict=True) if part is None]
     numbers = [number for number, part in enumerate(parts) if part is not None]
     sizes = [len(part.hi) for part in parts if part is not None]
@@ -182,12 +185,13 @@ def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
 
 
 def _summed(columns: dict[str, Any]) -> tuple[dict[str, Any], Unanswered]:
-    """One row for each key, of records in order: the place of the first record, and the sums of all; keys that have only
-    superseded records apart. A record that stands there twice, since its segment was being merged, counts once."""
+    """Reduces sorted records to one row for each key: the place of its first record, and the sums over all its records.
+    Keys with superseded records only are returned as `Unanswered`. A record that occurs twice, because its segment was
+    being merged, counts once."""
     hi, lo, rank, done_at = (columns[name] for name in ("hi", "lo", "rank", "done_at"))
     first = np.ones(len(hi), np.bool_)
     first[1:] = (hi[1:] != hi[:-1]) | (lo[1:] != lo[:-1])
-    del columns["done_at"]  # when it was done has no more to say
+    del columns["done_at"]  # needed for the order only
     if not first.all():
         once = np.ones(len(hi), np.bool_)
         once[1:] = first[1:] | (rank[1:] != rank[:-1]) | (done_at[1:] != done_at[:-1])
@@ -214,7 +218,8 @@ def _sums(cost_usd: Any, flags: Any, attempts: Any, more: Unanswered = Unanswere
 def _order(
     hi: npt.NDArray[np.uint64], lo: npt.NDArray[np.uint64], rank: npt.NDArray[np.uint8], done_at: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """By key, then rank, then the latest. Nearly all keys differ in `hi`; only the rest is looked at."""
+    """The order by key, then rank, then latest first. Nearly all keys differ in `hi`; only equal ones are compared
+    further."""
     order = np.argsort(hi, kind="stable")
     equal = np.zeros(len(order) + 1, np.bool_)
     equal[1:-1] = hi[order[1:]] == hi[order[:-1]]
@@ -231,7 +236,7 @@ def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
-        if store_failed(error):  # it may be whole; asking its rows again would cost them a second time
+        if store_failed(error):  # the segment may be intact; asking its rows again would cost money twice
             raise
         return None
     try:
@@ -258,22 +263,22 @@ def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None
             np.asarray(flags, np.uint8),
             np.asarray(pc.fill_null(table["attempts"], 1)).clip(0, 65535).astype(np.uint16),
         )
-    except (pa.ArrowException, KeyError, TypeError, ValueError):  # another program's Parquet file, with other columns
+    except (pa.ArrowException, KeyError, TypeError, ValueError):  # a Parquet file of another program, with other columns
         return None
 
 
 class DedupFilter:
-    """A compact set of the keys that passed by, 8 bytes each: the hint by which duplicates are held back.
+    """A compact set of keys, 8 bytes each, that detects duplicate requests.
 
-    Two different keys may collide in 64 bits; the one held back is then found missing when the output is put
-    together, and asked in another pass. So a collision costs time, never a row.
+    Two different keys may agree in 64 bits. Then finalize finds the row that was held back without an answer, and another
+    pass asks it. A collision costs time, never a row.
     """
 
     def __init__(self) -> None:
         self._runs: list[npt.NDArray[np.uint64]] = []
 
     def add(self, keys: pa.Array) -> npt.NDArray[np.bool_]:
-        """Adds keys; tells which of them were new, the first of several equal ones counting as new."""
+        """Adds keys. Returns a mask of the new ones; of several equal new keys, only the first is marked."""
         hi, _ = split_keys(keys)
         unique, first = np.unique(hi, return_index=True)
         new = np.ones(len(unique), np.bool_)
@@ -281,10 +286,10 @@ class DedupFilter:
             new &= run[np.minimum(np.searchsorted(run, unique), len(run) - 1)] != unique
         fresh = unique[new]
         if len(fresh):
-            # Runs grow geometrically, as in an LSM tree, so that adding stays cheap and the runs stay few.
+            # Runs grow geometrically, as in an LSM tree: adding stays cheap and there are few runs.
             while self._runs and len(self._runs[-1]) <= 2 * len(fresh):
                 fresh = np.concatenate([self._runs.pop(), fresh])
-                fresh.sort(kind="stable")  # two runs in order, so merged rather than sorted
+                fresh.sort(kind="stable")  # stable sort merges two sorted runs in linear time
             self._runs.append(fresh)
         mask = np.zeros(len(hi), np.bool_)
         mask[first[new]] = True

@@ -17,10 +17,10 @@ SMALL_BYTES = 8 << 20
 
 
 class LedgerSnapshot:
-    """The answered requests of an output directory. The ledger is read once, when `index` is first used: an executor that
-    reads the ledger itself costs no reading here.
+    """The answered requests of an output directory. The ledger is read once, when `index` is first used. If an executor
+    reads the ledger itself, nothing is read here.
 
-    `failed_too` says if requests that failed count as answered. If not, they are asked again.
+    `failed_too`: failed requests count as answered. If False, they are asked again.
     """
 
     def __init__(

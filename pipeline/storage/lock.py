@@ -1,4 +1,4 @@
-"""One run at a time in one output directory."""
+"""The lock that allows one run at a time in an output directory."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pipeline.storage.filesystem import listing, write_atomic
 from pipeline.storage.output_files import LOCK, SEGMENTS, is_claim
 
 BEAT_S = 10.0
-STALE_S = 60.0  # six beats missed: whoever held it is dead
+STALE_S = 60.0  # six missed beats: the holder is dead
 CLAIM = "_lock-"
 
 
 @contextmanager
 def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
-    """Holds the output directory; raises `ConfigError` where another run holds it.
+    """Holds the output directory. Raises `ConfigError` if another run holds it.
 
-    On a disk the kernel holds the lock and lets go of it the moment the process dies. An object store has no locks:
-    there, each run has a small object that it rewrites every 10 s, and gives way where it finds another's that is younger
-    than a minute.
+    On a disk, the kernel holds the lock and releases it when the process dies. An object store has no locks: each run
+    writes a small object, a claim, and rewrites it every 10 s. A run that finds another run's claim younger than 60 s
+    stops.
     """
     text = f"another run is writing into {root}: wait for it, stop it, or choose another output.path"
     held = ConfigError(text, code=ErrorCode.OUTPUT_BUSY)
@@ -40,7 +40,7 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
         lock = FileLock(f"{root}/{SEGMENTS}/{LOCK}")
         try:
             os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
-            lock.acquire(timeout=1)  # not 0: `held` looks by holding it for a moment
+            lock.acquire(timeout=1)  # not 0, because `held` takes the lock for a moment
         except Timeout:
             raise held from None
         except OSError as error:
@@ -55,7 +55,7 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
 
 
 def held(fs: pafs.FileSystem, root: str) -> bool:
-    """Whether a run holds the output directory. Changes nothing there, and needs no right to."""
+    """True if a run holds the output directory. Changes nothing there and needs no write permission."""
     if isinstance(fs, pafs.LocalFileSystem):
         with suppress(FileNotFoundError), Path(root, SEGMENTS, LOCK).open("rb") as file:
             try:
@@ -69,9 +69,10 @@ def held(fs: pafs.FileSystem, root: str) -> bool:
 
 @contextmanager
 def _claim(fs: pafs.FileSystem, root: str, held: ConfigError) -> Iterator[None]:
-    """Of those who put a claim beside others, nobody has it: each sees at least the claims that were there before.
+    """Holds the output directory with a claim. Each run writes its claim first and lists the claims then, so of two runs
+    at least one sees the other's claim and stops.
 
-    Ages are told by the store's own clock, from its time of another's claim to that of ours.
+    The store's clock measures ages: the time of another claim is compared with the time of ours.
     """
     mine = f"{CLAIM}{uuid.uuid4().hex}.json"
     path = f"{root}/{SEGMENTS}/{mine}"
@@ -82,7 +83,7 @@ def _claim(fs: pafs.FileSystem, root: str, held: ConfigError) -> Iterator[None]:
 
     def keep() -> None:
         while not stop.wait(BEAT_S):
-            with suppress(OSError):  # a store that is away: the next beat may come through
+            with suppress(OSError):  # the store is unavailable; the next beat may succeed
                 write()
 
     try:

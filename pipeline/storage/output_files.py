@@ -1,7 +1,7 @@
-"""The files that Eagleray writes into an output directory: their names, and how each is known to be Eagleray's own.
+"""The files that Eagleray writes into an output directory: their names, and how to recognize each as Eagleray's own.
 
-A name alone is proof only where nobody else would choose it (`w1-0123456789ab.parquet` in `_segments/`). Elsewhere the
-content decides: a `manifest.json` of the user's is not ours.
+A name is proof only if no other program would choose it (`w1-0123456789ab.parquet` in `_segments/`). Otherwise the
+content decides: a user's own `manifest.json` is not ours.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from pipeline.storage.filesystem import TEMPORARY, listing
 from pipeline.storage.retry import patiently
 
-# In the output's root. `MARKER` is written first, `MANIFEST` last.
+# Files in the root of the output. `MARKER` is written first, `MANIFEST` last.
 MARKER, FILES, MANIFEST, REPORT = "_eagleray.json", "_files.json", "manifest.json", "report.html"
 STATE, BUDGET = "_run.json", "_budget.json"
-# Below it.
+# Directories below the root, and the lock file in `SEGMENTS`.
 DATA, ERRORS, SEGMENTS, BATCHES = "data", "errors", "_segments", "_batches"
 LOCK = ".lock"
 
@@ -30,7 +30,7 @@ _CLAIM = re.compile(r"_lock-[0-9a-f]{32}\.json")
 _BATCH = re.compile(r"eagleray-[0-9a-f]{8}-\d{5,}\.(json|jsonl|parquet)")
 _PART = re.compile(r"part-\d{5,}\.(parquet|jsonl)")
 
-# The keys that every version has written.
+# The JSON keys that every version has written.
 _KEYS = {
     MARKER: {"format", "eagleray", "dataset", "output"},
     FILES: {"eagleray_files"},
@@ -41,32 +41,32 @@ _KEYS = {
 _BATCH_KEYS = {"name", "model", "round", "settings", "rows", "state"}
 _SEGMENT_COLUMNS = {"key", "id", "response", "finish_reason", "error", "done_at"}
 _PART_COLUMNS = {DATA: {"id", "index", "response", "messages", "finish_reason", "error"}, ERRORS: {"error"}}
-# Segments, batches and parts that are looked into until one is found that can be read.
+# Up to this many segments and batch files are opened to find one that can be read.
 _TRIES = 3
 
 
 def is_segment(name: str) -> bool:
-    """Whether a file of this name in `_segments/` is one of the ledger's."""
+    """True if a file of this name in `_segments/` is a segment of the ledger."""
     return _SEGMENT.fullmatch(name) is not None
 
 
 def is_claim(name: str) -> bool:
-    """Whether a file of this name in `_segments/` is a run's claim to the output."""
+    """True if a file of this name in `_segments/` is a run's claim to the output."""
     return _CLAIM.fullmatch(name) is not None
 
 
 def is_batch_file(name: str) -> bool:
-    """Whether a file of this name in `_batches/` belongs to a batch."""
+    """True if a file of this name in `_batches/` belongs to a batch."""
     return _BATCH.fullmatch(name) is not None
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name was left by a writer that was killed."""
+    """True if a file of this name is the temporary file of a killed writer."""
     return TEMPORARY.fullmatch(name) is not None
 
 
 def is_own_key(key: str, parts: Collection[str]) -> bool:
-    """Whether a path below the output is one that Eagleray writes; `parts` are those of data/ and errors/."""
+    """True if Eagleray writes this path below the output. `parts` are the paths of its parts in data/ and errors/."""
     folder, _, name = key.rpartition("/")
     if not folder:
         return key in (*_KEYS, REPORT)
@@ -75,7 +75,7 @@ def is_own_key(key: str, parts: Collection[str]) -> bool:
 
 
 def read_json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file, or it holds something else."""
+    """The JSON object in a file. None if the file does not exist or holds anything else."""
 
     def read() -> bytes:
         with fs.open_input_stream(path, compression=None) as stream:
@@ -89,7 +89,7 @@ def read_json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
 
 
 def read_own(fs: pafs.FileSystem, root: str, name: str) -> dict[str, Any] | None:
-    """`MARKER`, `FILES`, `MANIFEST`, `STATE` or `BUDGET` of an output; None where it is not there or not Eagleray's."""
+    """Reads `MARKER`, `FILES`, `MANIFEST`, `STATE` or `BUDGET` of an output. None if it is absent or not Eagleray's."""
     found = read_json(fs, f"{root}/{name}")
     if found is None or not _KEYS[name] <= found.keys():
         return None
@@ -108,7 +108,7 @@ def _is_files(files: Any) -> bool:
 
 
 def is_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> bool:
-    """Whether a directory that holds `names` is an output of Eagleray's, of this version or of one before the marker."""
+    """True if the directory with these `names` is an output of Eagleray: of this version, or of one before the marker."""
     if MARKER in names and read_own(fs, root, MARKER):
         return True
     likely = SEGMENTS in names or BATCHES in names or {MANIFEST, REPORT} <= set(names)
@@ -116,7 +116,7 @@ def is_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> bool:
 
 
 def is_old_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> bool:
-    """Whether a directory without a marker, that holds `names`, was written by a version that wrote none."""
+    """True if a version that wrote no marker has written the directory with these `names`."""
     if any(name in names and read_own(fs, root, name) for name in (MANIFEST, STATE)):
         return True
     if SEGMENTS in names:
@@ -124,7 +124,7 @@ def is_old_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> boo
         segments = [name for name in found if is_segment(name)]
         if any(_is_ledger(fs, f"{root}/{SEGMENTS}/{name}") for name in segments[:_TRIES]):
             return True
-        # A run that was killed at once.
+        # A run was killed before it wrote anything else.
         if set(names) == {SEGMENTS} and found == [LOCK]:
             return True
     if BATCHES in names:
@@ -134,7 +134,8 @@ def is_old_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> boo
 
 
 def old_parts(fs: pafs.FileSystem, root: str) -> set[str]:
-    """The parts and the report of an output without marker and manifest, known by content: of a run killed near its end."""
+    """The parts and the report of an output without marker and manifest, recognized by content. A run that was killed near
+    its end leaves these."""
     found = set()
     for folder in (DATA, ERRORS):
         for name in _files(fs, f"{root}/{folder}"):

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-# What pyarrow's clients say where a store failed in passing, as against what is wrong with a file or a permission.
+# Errors of pyarrow's clients, and of our Azure client, that mean a passing failure of the store and not a wrong file or a
+# missing permission. The clients give no structured code, so the text is searched.
 _PASSING = re.compile(
     r"AWS Error (SLOW_DOWN|INTERNAL_FAILURE|NETWORK_CONNECTION|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT"
     r"|UNKNOWN \(HTTP status (429|5\d\d)\))"
@@ -19,19 +20,19 @@ _PASSING = re.compile(
     r"|Azure Error (Service(Request|Response)(Timeout)?Error|IncompleteReadError|HTTP (408|429|5\d\d))"
 )
 
-# Beyond the tries of the store's own client, which are over in seconds.
+# Retries beyond those of the store's own client, which end within seconds.
 PATIENCE_S, TRIES = 120.0, 8
 
 T = TypeVar("T")
 
 
 def store_failed(error: BaseException) -> bool:
-    """Whether an object store failed in passing (throttled, away), so that the same call may do better later."""
+    """True if an object store failed temporarily (throttled, unavailable): the same call may succeed later."""
     return isinstance(error, OSError) and bool(_PASSING.search(str(error)))
 
 
 def patiently(work: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
-    """`work()`, again and again while `store_failed`. Raises what it raised last."""
+    """Calls `work` and repeats it while `store_failed`, for up to `patience_s` seconds. Raises the last error."""
     tries = Retrying(
         stop=stop_after_delay(patience_s),
         wait=wait_random_exponential(0.5, max=15),
@@ -42,7 +43,8 @@ def patiently(work: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
 
 
 def steadily(start: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """What `start()` yields, which is the same each time; where the store fails on the way, from there on."""
+    """Yields the items of `start()`, which must be the same in each call. If the store fails in between, calls `start`
+    again and continues behind the last item. Raises after `TRIES` failures without a new item."""
     passed = failures = 0
     while True:
         try:
