@@ -74,7 +74,7 @@ def _response_format(given: Any) -> Any:
     try:
         found = json.loads(given if given.lstrip().startswith("{") else Path(given).read_bytes())
     except OSError as error:
-        raise ConfigError(f"{where} is neither a readable file ({error.strerror}) nor a schema") from None
+        raise ConfigError(f"{where} is not a file that can be read ({error.strerror}), and not a schema") from None
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from None
     if not isinstance(found, dict):

@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         wanted = {hash(id): id for id in args.id}
         chosen = np.flatnonzero(np.isin(a.table["id"][at_a], list(wanted)))
         if missing := wanted.keys() - set(a.table["id"][at_a[chosen]].tolist()):
-            raise ConfigError(f"no row in both outputs has the id {wanted[missing.pop()]!r}")
+            raise ConfigError(f"the two outputs have no common row with the id {wanted[missing.pop()]!r}")
     pairs = list(zip(a.fetch(at_a[chosen]), b.fetch(at_b[chosen]), strict=True))
     if args.json:
         summary["shown"] = [{"a": {name: x.get(name) for name in COLUMNS}, "b": {name: y.get(name) for name in COLUMNS}}

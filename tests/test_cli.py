@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engines.errors import ConfigError
+from engines.registry import load_engine
 from jobs import cli, infer
 from jobs.cli import JOBS
 from jobs.compose import compose
@@ -70,6 +72,7 @@ def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[st
         ("hardware=labtop", "there is no hardware 'labtop' (did you mean 'laptop'?)"),
         ("engine.kind=ecko", "engine.kind=ecko is not known (did you mean 'echo'?)"),
         ("engine.timeout_s=0", "engine.timeout_s must be above 0, not 0.0"),
+        ("engine.fallback=[{engine:echo,timeout_s:0}]", "engine.timeout_s must be above 0, not 0"),
         ("engine.requests_per_minute=-1", "engine.requests_per_minute must be above 0"),
         ("engine.price.input=-1", "engine.price.input must be a number of at least 0, not -1.0"),
         ("hardware.cpus=-1", "hardware.cpus must be at least 0"),
@@ -114,6 +117,21 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_a_missing_path_is_named(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert infer.main([arg for arg in GOOD if not arg.startswith(missing)]) == 2
     assert f"{missing} is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"max_concurrency": 0}, "engine.max_concurrency must be at least 1, not 0"),
+        ({"max_concurrency": "many"}, "engine.max_concurrency must be at least 1, not 'many'"),
+        ({"timeout_s": float("nan")}, "engine.timeout_s must be above 0, not nan"),
+        ({"unsupported": "dorp"}, r"engine.unsupported=dorp is not known \(did you mean 'drop'\?\)"),
+        ({"price": {"output": True}}, "engine.price.output must be a number of at least 0, not True"),
+    ],
+)
+def test_an_engine_built_in_python_is_checked_by_the_same_table(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_engine("echo", **keys)
 
 
 def test_an_unknown_job_is_refused_with_the_nearest(

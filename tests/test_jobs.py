@@ -136,7 +136,7 @@ def test_a_submitted_job_is_small_readable_and_ends_with_its_status(cluster: Sta
     assert "did you mean 'echo'?" in cluster.ray("job", "logs", "misspelt")
     cluster.submit("relative", "engine=echo", *args(data, Path("out")))
     assert cluster.ended("relative") == ("FAILED", 2)
-    assert "output.path=out would go with the job's copy" in " ".join(cluster.ray("job", "logs", "relative").split())
+    assert "would be deleted with the job's copy" in " ".join(cluster.ray("job", "logs", "relative").split())
 
 
 @pytest.mark.slow

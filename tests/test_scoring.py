@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from engines import Engine, GenerationParams, load_engine
 from engines.errors import ConfigError
 from engines.structured import schema_error
 from engines.types import Choice, answer
 from jobs.compose import compose
+from pipeline.context import resolve_context
 from pipeline.dataset.formats import Parsed
 from pipeline.dataset.keys import RequestHasher
 from pipeline.output.answer_columns import arrow_type, fitted, plan_answer_columns
@@ -230,7 +232,7 @@ def test_a_schema_may_come_from_a_file(tmp_path: Path) -> None:
 def test_what_is_wrong_with_it_is_said(overrides: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(ConfigError) as raised:
-        composed(*overrides)
+        resolve_context(composed(*overrides), Console())  # before anything starts
     assert told in str(raised.value)
 
 
