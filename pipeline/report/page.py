@@ -47,7 +47,7 @@ def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], st
     if failure is not None:
         page = str(_template("report_broken.html").render(traceback=visible(failure)))
         last = visible(failure.strip().splitlines()[-1])[:300]
-        text = f"{REPORT} could not be made, a bug in Eagleray ({last}); all else is there. The traceback is in it."
+        text = f"A bug in Eagleray prevented the report ({last}). The output is complete. {REPORT} has the traceback."
         console.print(Text(text, "yellow"))
     try:
         write_atomic(fs, f"{root}/{REPORT}", page.encode("utf-8", "backslashreplace"))

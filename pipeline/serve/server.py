@@ -215,7 +215,7 @@ def serve_engine(config: Config, console: Console) -> None:
         interrupts = stack.enter_context(note_signals())  # after the start of Ray, which sets its own handlers
         look_for_room(placed, own, console)
         if (found := serve.status()).proxies or found.applications:
-            raise ConfigError("Ray Serve runs on this cluster already: end it first, with serve shutdown")
+            raise ConfigError("Ray Serve already runs on this cluster: end it first with `serve shutdown`")
         address, port = _address(config, own), _port(config, own)
         name = f"eagleray-serve-{uuid.uuid4().hex[:8]}"
         # On this process's node and owned by it, like the rate limiter: it ends with this process, not with another node.
@@ -247,7 +247,7 @@ def serve_engine(config: Config, console: Console) -> None:
             return
         _show(config, f"http://{address}:{port}", console)
         _watch(interrupts, console)
-        console.print(f"Ending; requests under way get {config.run.drain_s:g} s.", highlight=False)
+        console.print(f"Ending. Running requests have {config.run.drain_s:g} s to finish.", highlight=False)
         with contextlib.suppress(TimeoutError):  # the timeout is 60 s for any `drain_s`
             serve.delete(NAME)  # lets requests finish; `serve.shutdown` does not
         del limits
@@ -274,7 +274,7 @@ def _address(config: Config, own: bool) -> str:
     if host not in LOOPBACK:
         return str(head)
     if head not in ("127.0.0.1", ray.util.get_node_ip_address()):
-        raise ConfigError(f"serve.host={host} would be the head node's ({head}) own, out of reach: set serve.host=0.0.0.0")
+        raise ConfigError(f"serve.host={host} is reachable only on the head node ({head}): set serve.host=0.0.0.0")
     return "127.0.0.1"
 
 
@@ -355,7 +355,8 @@ def _show(config: Config, url: str, console: Console) -> None:
     curl = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"
     console.print(curl, highlight=False, markup=False, soft_wrap=True)
     if config.serve.host not in LOOPBACK and not key:
-        console.print(Text("Whoever reaches this machine can use it: serve.api_key_env asks for a key.", "yellow"))
+        text = "Anyone who can reach this machine can use the endpoint. Set serve.api_key_env to require a key."
+        console.print(Text(text, "yellow"))
 
 
 def _watch(interrupts: list[int], console: Console) -> None:
@@ -369,7 +370,7 @@ def _watch(interrupts: list[int], console: Console) -> None:
             looked = time.monotonic()
             app = serve.status().applications.get(NAME)
             if app is None:
-                raise Stopped("Ray Serve was ended by somebody else")
+                raise Stopped("another process ended Ray Serve")
             if app.status != state and app.status in ("RUNNING", "UNHEALTHY"):
                 state = app.status
                 text = "All replicas work." if state == "RUNNING" else "A replica failed; Ray Serve starts another."
