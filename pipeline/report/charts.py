@@ -59,6 +59,7 @@ def short_seconds(value: float) -> str:
 
 
 def clock(ms: float) -> str:
+    """The date and time in UTC of a time in ms since the epoch."""
     return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -85,6 +86,8 @@ def time_ticks(high: float, limit: int = 5) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
+    """An SVG drawing under construction, with a horizontal axis from `low` to `high`."""
+
     parts: list[str]
     low: float
     high: float

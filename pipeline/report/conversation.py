@@ -10,7 +10,7 @@ from engines.text import visible
 from engines.types import answer
 from pipeline.storage.exact_json import dumps, loads
 
-# Limits in characters of one text and of a whole row. The answer is cut last, so it is taken first.
+# Limits in characters of one text and of a whole row. The answer uses the limit of the row before the other messages do.
 TEXT_CHARS, ROW_CHARS = 4_000, 12_000
 # A longer conversation is shown without its middle.
 FIRST_TURNS, LAST_TURNS = 4, 16

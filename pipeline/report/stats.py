@@ -100,6 +100,7 @@ class Timeline:
     active_intervals: Ints = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     def add(self, done_ms: Ints, latency_s: Floats, sums: Sequence[Ints]) -> None:
+        """Adds answers. `done_ms`: ms since the epoch; `sums`: an array for each of `SUMS`. All arrays have one length."""
         columns = [done_ms // self.width_ms, bin_of(latency_s) // COARSE, *sums]
         new = pa.table([pa.array(column, pa.int64()) for column in columns], schema=_CELLS)
         began = done_ms - np.ceil(latency_s * 1000).astype(np.int64)
@@ -148,9 +149,9 @@ def _merged(spans: Ints) -> Ints:
 
 
 class Example(NamedTuple):
-    """A failed row."""
+    """An example of a failed row."""
 
-    at: int  # its index
+    at: int  # index of the row
     id: str
     message: str
 
@@ -159,7 +160,7 @@ class Shown(NamedTuple):
     """A row that the report shows. Rows with the lowest `rank` come first."""
 
     rank: float
-    at: int  # its index
+    at: int  # index of the row
     row: dict[str, Any]
 
 
@@ -169,6 +170,8 @@ Show = Callable[[int], dict[str, Any]]
 
 @dataclass(slots=True)
 class Stats:
+    """The statistics of a part of the output, or of the whole output."""
+
     answers: int = 0  # a sum over jobs: an answer that serves rows of two jobs counts twice
     latency: Histogram = field(default_factory=Histogram)
     input: Histogram = field(default_factory=Histogram)
@@ -215,7 +218,7 @@ class Stats:
             for shown, limit, some, ranks in wanted:
                 best = np.argsort(ranks, kind="stable")[:limit]
                 found = [(float(ranks[n]), int(some[n])) for n in best if len(shown) < limit or ranks[n] < shown[-1].rank]
-                shown[:] = _least([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], limit)
+                shown[:] = _lowest([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], limit)
             for row, error in zip(rows[failed].tolist(), completions["error"].drop_null().to_pylist(), strict=True):
                 examples = self.examples.setdefault(error["type"], [])
                 if len(examples) < EXAMPLES:  # parts are added in order, so these are the first examples
@@ -229,10 +232,10 @@ class Stats:
             self.output.merge(other.output)
             self.timeline.merge(other.timeline)
             for type, found in other.examples.items():
-                self.examples[type] = _least([*self.examples.get(type, ()), *found], EXAMPLES)
-            self.sample = _least([*self.sample, *other.sample], SAMPLED)
-            self.failed = _least([*self.failed, *other.failed], FAILED)
-            self.slowest = _least([*self.slowest, *other.slowest], SLOWEST)
+                self.examples[type] = _lowest([*self.examples.get(type, ()), *found], EXAMPLES)
+            self.sample = _lowest([*self.sample, *other.sample], SAMPLED)
+            self.failed = _lowest([*self.failed, *other.failed], FAILED)
+            self.slowest = _lowest([*self.slowest, *other.slowest], SLOWEST)
         self.broken = self.broken or other.broken
 
     @contextlib.contextmanager
@@ -244,5 +247,5 @@ class Stats:
             self.broken = self.broken or traceback.format_exc()
 
 
-def _least(items: Iterable[T], limit: int) -> list[T]:
+def _lowest(items: Iterable[T], limit: int) -> list[T]:
     return sorted(items, key=lambda item: item[:2])[:limit]  # type: ignore[index]

@@ -135,6 +135,7 @@ class Chunks:
 
 
 def event(value: dict[str, Any]) -> bytes:
+    """A server-sent event with a JSON value."""
     return b"data: " + dumps(value) + b"\n\n"
 
 

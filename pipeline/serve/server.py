@@ -62,8 +62,8 @@ class ReplicaConfig:
 
 
 class SecretsBroker:
-    """An actor that gives replicas their secrets, which must not be in Ray's metadata. Replicas report to it if their
-    engine has loaded."""
+    """An actor that gives replicas their secrets, which must not be in Ray's metadata. Replicas report to it that their
+    engine has loaded, or why it cannot be loaded."""
 
     def __init__(self) -> None:
         self.secrets = Secrets({})
