@@ -27,7 +27,7 @@ class Kept(RunProgress):
 
     def show(self, status: RunStatus, expected: int = 0) -> None:
         super().show(status, expected)
-        if self.settled >= AT * ROWS and not SVG_OF:
+        if self.resolved >= AT * ROWS and not SVG_OF:
             picture = Console(record=True, width=88, file=io.StringIO(), force_terminal=True)
             picture.print(self.render())
             SVG_OF.append(picture.export_svg(title="eagleray infer"))

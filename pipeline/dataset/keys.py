@@ -16,8 +16,6 @@ from engines.params import GenerationParams
 from pipeline.dataset.formats import Parsed
 from pipeline.storage.exact_json import canonical, dumps
 
-KEY_BYTES = 32
-
 
 class RequestHasher:
     """Computes the keys of one run's rows. The part that all rows share is hashed once."""

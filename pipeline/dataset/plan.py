@@ -25,7 +25,7 @@ class SplitInput:
 
 
 def split_input(config: Config, console: Console) -> SplitInput:
-    """Lists the input and measures it."""
+    """Lists the input and measures its size. Raises `ConfigError` if nothing can be read."""
     splits = list_splits(config, console)
     few = list(dict.fromkeys(split.file_split.file for split in splits))[: SMALL_FILES + 1]
     small = len(few) <= SMALL_FILES and sum(info_of(*resolve(name)).size for name in few) <= SMALL_BYTES

@@ -15,20 +15,20 @@ from pipeline.storage.ledger import TOKENS, Record
 
 TAGS = ("engine", "model")
 COUNTERS = {
-    "eagleray_rows": "rows that are done, by result: ok, or the type of the error",
-    "eagleray_tokens": "tokens, by kind: input, cached_input and cache_write (of the input), output, reasoning (of it)",
-    "eagleray_cost_usd": "US$ for the rows, as far as it is known",
-    "eagleray_retries": "tries beyond each row's first",
-    "eagleray_throttled": "answers of a provider that said: too many requests",
-    "eagleray_limiter_wait_seconds": "time that requests waited for the cluster's limits",
+    "eagleray_rows": "finished rows by result: ok, or the type of the error",
+    "eagleray_tokens": "tokens by kind: input; cached_input and cache_write, parts of it; output; reasoning, a part of it",
+    "eagleray_cost_usd": "known cost of the rows in US$",
+    "eagleray_retries": "tries of a row after its first",
+    "eagleray_throttled": "responses of a provider with the status 429, too many requests",
+    "eagleray_limiter_wait_seconds": "seconds that requests waited for the cluster's rate limits",
 }
 GAUGES = {
     "eagleray_rows_in_flight": "rows in the engine",
-    "eagleray_rows_at_hand": "rows that wait in the replica",
+    "eagleray_rows_at_hand": "rows that wait in the replica for the engine",
 }
 HISTOGRAMS = {
-    "eagleray_latency_seconds": "how long the engine took for a row",
-    "eagleray_queue_wait_seconds": "how long a row waited in the replica before it",
+    "eagleray_latency_seconds": "seconds that the engine took for a row",
+    "eagleray_queue_wait_seconds": "seconds that a row waited in the replica for the engine",
 }
 MORE_TAGS = {"eagleray_rows": ("result",), "eagleray_tokens": ("kind",)}
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]

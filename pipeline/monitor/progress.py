@@ -88,7 +88,8 @@ class RunProgress:
     # -- figures ------------------------------------------------------------------------------------------------------
 
     @property
-    def settled(self) -> int:
+    def resolved(self) -> int:
+        """Rows that need no more work: answered, failed, invalid and duplicates."""
         status = self.status
         return status.answered + status.invalid + status.duplicates + status.done + status.failed
 
@@ -103,7 +104,7 @@ class RunProgress:
         return ((last.rows - first.rows) / span, (last.tokens - first.tokens) / span) if span > 0 else (0.0, 0.0)
 
     def _left(self) -> str:
-        rate, left = self._recent()[0], self.status.read - self.settled
+        rate, left = self._recent()[0], self.status.read - self.resolved
         if not self.status.fed:
             return "still reading"
         return f"{_duration(left / rate)} left" if rate and left > 0 else ""
@@ -117,13 +118,13 @@ class RunProgress:
         unknown = f" and the unknown cost of {status.cost_unknown:,} rows" if status.cost_unknown else ""
         yield f"${status.cost_usd:.4g}{unknown} so far"
         if status.fed and priced > 0:
-            yield f"${status.cost_usd / priced * (finished + max(0, status.read - self.settled)):.4g} projected"
+            yield f"${status.cost_usd / priced * (finished + max(0, status.read - self.resolved)):.4g} projected"
         if self.budget_usd is not None:
             yield f"${status.spent:.4g} of ${self.budget_usd:g} spent or in flight"
 
     def _counts(self) -> Iterable[str]:
         status = self.status
-        yield f"{self.settled:,} of {status.read:,}{'' if status.fed else '+'} rows"
+        yield f"{self.resolved:,} of {status.read:,}{'' if status.fed else '+'} rows"
         yield f"{status.failed + status.invalid:,} failed"
 
     def _line(self) -> list[str]:
@@ -141,10 +142,10 @@ class RunProgress:
         status, width = self.status, self.console.width
         rows, tokens = self._recent()
         finished = status.done + status.failed
-        share = f"{self.settled / status.read:.0%}" if status.read else ""
+        share = f"{self.resolved / status.read:.0%}" if status.read else ""
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            ProgressBar(max(1, status.read), self.settled, width=max(10, min(width - 8, 60)), pulse=not status.read), share
+            ProgressBar(max(1, status.read), self.resolved, width=max(10, min(width - 8, 60)), pulse=not status.read), share
         )
         progress = [*self._counts(), f"{status.in_flight:,} in flight", self._left(), f"{_duration(self.elapsed)} so far"]
         speed = [f"{rows:,.1f} rows/s", f"{tokens:,.0f} tok/s", f"{finished / self.elapsed:,.1f} rows/s overall"]

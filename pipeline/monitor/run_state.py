@@ -71,13 +71,13 @@ def keep_run_state(config: Config, fs: pafs.FileSystem, root: str) -> Iterator[R
     state = RunState(fs, f"{root}/{STATE}", without_secrets(config))
     stop = threading.Event()
 
-    def keep() -> None:
+    def keep_writing() -> None:
         state.write()
         while not stop.wait(EVERY_S):
             state.write()
 
-    keeper = threading.Thread(target=keep, name="state", daemon=True)
-    keeper.start()
+    thread = threading.Thread(target=keep_writing, name="state", daemon=True)
+    thread.start()
     try:
         yield state
     except BaseException as error:
@@ -86,7 +86,7 @@ def keep_run_state(config: Config, fs: pafs.FileSystem, root: str) -> Iterator[R
         raise
     finally:
         stop.set()
-        keeper.join()
+        thread.join()
         if state.ended is not None:
             state.write()
         else:

@@ -1,4 +1,4 @@
-"""`output.columns`: what stands in an answer's JSON as columns of the output, typed by the schema it was asked with."""
+"""`output.columns`: properties of JSON answers as output columns. The schema of the request gives their types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIMPLE = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(),
 
 @dataclass(frozen=True, slots=True)
 class AnswerColumn:
-    """One column out of the answers; `type` None stands for JSON text."""
+    """An output column with one property of the answers. `type` None means JSON text."""
 
     name: str
     path: tuple[str, ...]
@@ -28,7 +28,7 @@ class AnswerColumn:
 
 
 def plan_answer_columns(wanted: Any, response_format: Mapping[str, Any] | None) -> list[AnswerColumn]:
-    """What `output.columns` asks for. Raises `ConfigError`."""
+    """The columns of `output.columns`. Raises `ConfigError` if it does not fit `response_format`."""
     if wanted is None:
         return []
     if response_format is None or response_format["type"] != "json_schema":
@@ -39,7 +39,7 @@ def plan_answer_columns(wanted: Any, response_format: Mapping[str, Any] | None) 
         raise ConfigError(f"generation.{error}") from None
     try:
         schema = inline_refs(schema)
-    except ValueError:  # one that refers to itself: such columns are JSON text
+    except ValueError:  # a recursive schema: its columns become JSON text
         pass
     if wanted == "schema" or wanted is True:
         paths = {name: name for name in _properties(schema)}
@@ -78,7 +78,7 @@ def _properties(schema: Any) -> Mapping[str, Any]:
 
 
 def _plain(schema: Any) -> Any:
-    """Without what says no more than that it may be null, and without a wrapping in which there is but one thing."""
+    """The schema without a "null" alternative, and without an `anyOf`, `oneOf` or `allOf` that has only one member."""
     while isinstance(schema, Mapping):
         name = next((name for name in ("anyOf", "oneOf", "allOf") if name in schema), None)
         if name is None or not isinstance(schema[name], list):
@@ -91,7 +91,7 @@ def _plain(schema: Any) -> Any:
 
 
 def arrow_type(schema: Any) -> pa.DataType | None:
-    """The type that holds every value of a JSON schema exactly (null where there is none); None where only text does."""
+    """The Arrow type that holds every value of a JSON schema exactly. None if only JSON text does."""
     schema = _plain(schema)
     if not isinstance(schema, Mapping) or "$ref" in schema:
         return None
@@ -118,14 +118,15 @@ def arrow_type(schema: Any) -> pa.DataType | None:
 
 
 def answer_arrays(answer_columns: Sequence[AnswerColumn], texts: Sequence[str | None]) -> dict[str, pa.Array]:
-    """The columns out of answers; null where there is no answer (None), or none of that type at that place."""
+    """The arrays of the columns. A value is null if there is no answer (None), or if the answer has no value of the type at
+    the column's path."""
     values: list[list[Any]] = [[] for _ in answer_columns]
     for text in texts:
         answer: Any = None
         if text is not None:
             try:
                 answer = loads(text.encode())
-            except ValueError:  # of a row with a format of its own, say
+            except ValueError:  # for example, the row sets its own response format
                 pass
         for answer_column, column in zip(answer_columns, values, strict=True):
             value = answer
@@ -139,7 +140,7 @@ def answer_arrays(answer_columns: Sequence[AnswerColumn], texts: Sequence[str | 
 
 
 def fitted(value: Any, type: pa.DataType | None) -> Any:
-    """The value as `type` holds it; None where it does not."""
+    """The value converted to `type`. None if the value does not fit."""
     if value is None:
         return None
     if type is None:
@@ -159,5 +160,5 @@ def fitted(value: Any, type: pa.DataType | None) -> Any:
             return float(value)
         except OverflowError:
             return None
-    whole = int(value) if isinstance(value, int) or value.is_integer() else None  # JSON Schema takes 3.0 for an integer
+    whole = int(value) if isinstance(value, int) or value.is_integer() else None  # in JSON Schema, 3.0 is an integer
     return whole if whole is not None and -(1 << 63) <= whole < 1 << 63 else None

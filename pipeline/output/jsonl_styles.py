@@ -1,4 +1,4 @@
-"""Shapes a JSONL output line can take; `eagleray` is the row as it is."""
+"""The styles of JSONL output lines. `eagleray` is the row unchanged."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ OutputRow = Mapping[str, Any]
 
 
 def eagleray(row: OutputRow) -> OutputRow:
+    """The row unchanged."""
     return row
 
 
 def openai_batch(row: OutputRow) -> OutputRow:
-    """A line of an OpenAI batch output file, as `vllm run-batch` writes it too."""
+    """A line of an OpenAI batch output file. `vllm run-batch` writes the same form."""
     error = row["error"]
     if error is not None:
         failure: dict[str, Any] = {"error": {"message": error["message"], "type": error["type"], "code": error["status"]}}
@@ -51,7 +52,7 @@ def openai_batch(row: OutputRow) -> OutputRow:
 
 
 def oumi(row: OutputRow) -> OutputRow:
-    """An Oumi conversation; what is not its messages goes into its metadata."""
+    """An Oumi conversation. All columns other than its messages go into its metadata."""
     rest = {name: value for name, value in row.items() if name not in ("id", "messages", "conversation_id", "metadata")}
     own = row.get("metadata")
     metadata = {**(own if isinstance(own, Mapping) else {}), "eagleray": rest}

@@ -48,11 +48,11 @@ def examine(config: Config, thorough: bool) -> Findings:
         if any(not problem.local for problem in problems):
             continue
         try:
-            made = unloaded_engine(_without_secrets(config, engine))
-            if made is not None:
-                made.check(config.params())
+            built = unloaded_engine(_without_secrets(config, engine))
+            if built is not None:
+                built.check(config.params())
             if engine is config.engine:
-                found.engine = made
+                found.engine = built
         except ConfigError as error:
             if error.code not in {problem.code for problem in problems}:  # else already reported, such as a missing package
                 found.wrong.append(Finding.of(error))

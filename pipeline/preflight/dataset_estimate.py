@@ -158,7 +158,7 @@ class DatasetEstimate:
         if not engine.provider and not price.known:
             return "none: the engine runs here"
         if not price.known:
-            return "not known: engine.price.input and engine.price.output tell it"
+            return "not known: set engine.price.input and engine.price.output"
         dollars = price.of(sum(self.prompts), 0, self.output) * factor * share
         words = "at most" if self.bounded and factor == 1 else "about"
         by = (f"the list price of {price.as_of}" if price.as_of else "engine.price") + " for batches" * batch

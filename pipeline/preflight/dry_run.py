@@ -39,15 +39,15 @@ FIRST_ROWS, FIRST_S = 1000, 1.0
 
 def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, console: Console) -> Check | None:
     """Checks the configuration. Raises `ConfigError` if no row could be answered. Prints doubtful findings."""
-    found = examine(config, thorough=False)
-    if found.engine is not None:
-        found.engine.close()
+    findings = examine(config, thorough=False)
+    if findings.engine is not None:
+        findings.engine.close()
     # A complete output needs no engine, unless it is to be made again.
-    if found.wrong and not (config.run.resume and exists(fs, f"{root}/{MANIFEST}")):
-        raise found.wrong[0].error()
-    for finding in found.doubtful:
+    if findings.wrong and not (config.run.resume and exists(fs, f"{root}/{MANIFEST}")):
+        raise findings.wrong[0].error()
+    for finding in findings.doubtful:
         console.print(Text(f"On this machine: {finding.text}", "yellow"))
-    return found.check
+    return findings.check
 
 
 def look_at_rows(
@@ -55,40 +55,40 @@ def look_at_rows(
 ) -> None:
     """Prints an estimate for all rows from the first ones."""
     try:
-        found = DatasetEstimate(config, check=check).read(splits, row_reader, max_rows=FIRST_ROWS, seconds=FIRST_S)
+        estimate = DatasetEstimate(config, check=check).read(splits, row_reader, max_rows=FIRST_ROWS, seconds=FIRST_S)
     except Exception:  # the run itself will report the error for the row; reading ahead must not end a run
         return
-    total = _total(splits, found)
-    factor = total / found.rows if total and found.rows else 1.0
-    rows = f"{found.rows:,} rows in {found.files:,} files"
-    if not found.whole:
-        rows = f"About {total:,} rows, by the first {found.rows:,}" if total else f"The first {found.rows:,} rows"
-    tokens = sum(found.prompts) * factor
-    words = "at most" if found.bounded and found.whole else "about"
-    cost = f"; cost: {found.cost(factor)}" if config.engine.provider or config.engine.price.known else ""
+    total = _total(splits, estimate)
+    factor = total / estimate.rows if total and estimate.rows else 1.0
+    rows = f"{estimate.rows:,} rows in {estimate.files:,} files"
+    if not estimate.whole:
+        rows = f"About {total:,} rows, by the first {estimate.rows:,}" if total else f"The first {estimate.rows:,} rows"
+    tokens = sum(estimate.prompts) * factor
+    words = "at most" if estimate.bounded and estimate.whole else "about"
+    cost = f"; cost: {estimate.cost(factor)}" if config.engine.provider or config.engine.price.known else ""
     console.print(
-        f"{rows}: about {tokens:,.0f} tokens in, {words} {found.output * factor:,.0f} out{cost}.",
+        f"{rows}: about {tokens:,.0f} tokens in, {words} {estimate.output * factor:,.0f} out{cost}.",
         highlight=False, markup=False,
     )  # fmt: skip
-    for number, what, examples in (
-        (found.invalid, "cannot be read", found.reasons),
-        (found.refused, "are not for this engine", found.refusals),
+    for count, what, examples in (
+        (estimate.invalid, "cannot be read", estimate.reasons),
+        (estimate.refused, "are not for this engine", estimate.refusals),
     ):
-        if number:
-            of = "them" if found.whole else f"the first {found.rows:,} rows"
-            text = f"{number:,} of {of} {what} and become error rows, such as {examples[0]}"
+        if count:
+            of = "them" if estimate.whole else f"the first {estimate.rows:,} rows"
+            text = f"{count:,} of {of} {what} and become error rows, such as {examples[0]}"
             console.print(Text(text[:400], "yellow"))
 
 
-def _total(splits: list[ReadSplit], found: DatasetEstimate) -> int | None:
+def _total(splits: list[ReadSplit], estimate: DatasetEstimate) -> int | None:
     """The number of all rows, estimated from the size if necessary. None if only reading all of them would show it."""
-    if found.whole:
-        return found.rows
+    if estimate.whole:
+        return estimate.rows
     if splits and all(split.limit is not None for split in splits):
         return sum(split.limit or 0 for split in splits)
-    if found.size and all(split.file_split.kind == "jsonl" and split.file_split.stop >= 0 for split in splits):
+    if estimate.size and all(split.file_split.kind == "jsonl" and split.file_split.stop >= 0 for split in splits):
         size = sum(split.file_split.stop - split.file_split.start for split in splits)
-        return max(found.rows, round(size / (found.size / found.rows)))
+        return max(estimate.rows, round(size / (estimate.size / estimate.rows)))
     return None
 
 
@@ -100,50 +100,50 @@ def dry_run(
 ) -> tuple[DatasetEstimate, list[str]]:
     """Reads the whole input and prints what a run would do. Returns the estimate, and why a run is impossible."""
     index = read_index(fs, root)
-    seen = examine(config, thorough=True)
-    wrong = [finding.text for finding in seen.wrong]
+    findings = examine(config, thorough=True)
+    wrong = [finding.text for finding in findings.wrong]
     context, renderer = model_on_this_machine(config.engine)
     known = index.only(failed_too=not config.run.retry_failed)
-    found = DatasetEstimate(config, context, renderer, seen.check).read(splits, row_reader, known)
-    if found.invalid and config.dataset.on_bad_input == "fail":
-        wrong.append(f"{found.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
+    estimate = DatasetEstimate(config, context, renderer, findings.check).read(splits, row_reader, known)
+    if estimate.invalid and config.dataset.on_bad_input == "fail":
+        wrong.append(f"{estimate.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
     complete = unchanged(config, fs, root, splits, index) is not None
-    state, unusable = output_state(fs, root, len(index), found.answered, complete)
+    state, unusable = output_state(fs, root, len(index), estimate.answered, complete)
     if unusable:
         wrong.append(state)
-    doubtful = [finding.text for finding in seen.doubtful]
-    show(_about(config, found, doubtful, wrong, state, unusable), console)
-    if found.first:
-        console.print(Text(f"The first {len(found.first)} requests, as they would be sent:", "bold"))
-    for id, request in found.first:
+    doubtful = [finding.text for finding in findings.doubtful]
+    show(_about(config, estimate, doubtful, wrong, state, unusable), console)
+    if estimate.first:
+        console.print(Text(f"The first {len(estimate.first)} requests, as they would be sent:", "bold"))
+    for id, request in estimate.first:
         console.print(Text(f"\n{visible(id)}", "bold cyan"))
-        console.print(Text(shown_request(seen.engine, renderer, request)), soft_wrap=True)
-    if seen.engine is not None:
-        seen.engine.close()
-    return found, wrong
+        console.print(Text(shown_request(findings.engine, renderer, request)), soft_wrap=True)
+    if findings.engine is not None:
+        findings.engine.close()
+    return estimate, wrong
 
 
 def _about(
-    config: Config, found: DatasetEstimate, doubtful: list[str], wrong: list[str], state: str, unusable: bool
+    config: Config, estimate: DatasetEstimate, doubtful: list[str], wrong: list[str], state: str, unusable: bool
 ) -> Iterable[ReportLine]:
     yield (
         "dataset",
-        f"{found.rows:,} rows in {found.files:,} files: {len(found.keys):,} requests to ask, "
-        f"{found.duplicates:,} duplicates, {found.answered:,} already answered, {found.invalid:,} cannot be read.",
+        f"{estimate.rows:,} rows in {estimate.files:,} files: {len(estimate.keys):,} requests to ask, "
+        f"{estimate.duplicates:,} duplicates, {estimate.answered:,} already answered, {estimate.invalid:,} cannot be read.",
         False,
     )
-    yield from (("", reason, True) for reason in found.reasons)
-    yield "tokens in", f"{sum(found.prompts):,} ({found.way})", False
-    yield "tokens out", found.answers, False
-    yield "cost", found.cost(), False
+    yield from (("", reason, True) for reason in estimate.reasons)
+    yield "tokens in", f"{sum(estimate.prompts):,} ({estimate.way})", False
+    yield "tokens out", estimate.answers, False
+    yield "cost", estimate.cost(), False
     if config.run.budget_usd is not None:
         yield "budget", f"${config.run.budget_usd:g} for all runs into this output", False
     engine = config.engine
     yield "engine", " ".join(filter(None, (engine.kind, engine.model, engine.adapter))), False
-    if found.refused:
-        yield "refused", f"{found.refused:,} requests are not for this engine", True
-        yield from (("", example, True) for example in found.refusals)
-    yield from found.lengths(bool(found.too_long))
+    if estimate.refused:
+        yield "refused", f"{estimate.refused:,} requests are not for this engine", True
+        yield from (("", example, True) for example in estimate.refusals)
+    yield from estimate.lengths(bool(estimate.too_long))
     yield "output", state, unusable
     for text in doubtful:
         yield "here", f"{text} (the replicas' machines may have it)", True

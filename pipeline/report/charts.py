@@ -1,4 +1,4 @@
-"""Charts as inline SVG: shapes with classes, coloured by the page's style sheet, so that they follow light and dark."""
+"""Charts as inline SVG. The page's style sheet colours their shapes by class, in light and in dark mode."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from markupsafe import Markup
 
 from pipeline.report.stats import COARSE, SUMS, Floats, Histogram, Timeline, lower_edge, quantile_of
 
-# The size of a drawing, about as many pixels as it gets on a page or a phone, so that its text keeps its size.
+# The size of a drawing in user units. It is close to its size in pixels on a page, so that text is not scaled.
 WIDTH, HEIGHT = 360, 168
 LEFT, RIGHT, TOP, BOTTOM = 48, 6, 12, 22
 BARS = 30
 COLUMNS = 72
-# More pauses than these are drawn as time in which nothing happened.
-MOST_STRETCHES = 8
+# At most this many active intervals are drawn apart. The shortest pauses beyond them are drawn as idle time.
+MAX_INTERVALS = 8
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def number(value: float) -> str:
-    """Three digits or so: 0.42, 12.3, 1,234, 5.6 M."""
+    """About three significant digits: 0.42, 12.3, 1,234, 5.6 M."""
     for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -36,12 +36,12 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """For an axis, which has room for six characters: 12k, not 12,000."""
+    """A number for an axis label of at most six characters: 12k, not 12,000."""
     return f"{value / 1000:.3g}k" if 10_000 <= abs(value) < 1e6 else number(value)
 
 
 def seconds(value: float) -> str:
-    """12 ms, 3.4 s, 5 min 20 s, 2 h 5 min, 3 d 4 h."""
+    """A duration with its unit: 12 ms, 3.4 s, 5 min 20 s, 2 h 5 min, 3 d 4 h."""
     if value < 0.9995:
         return f"{value * 1000:.3g} ms" if value else "0 s"
     if value < 59.95:
@@ -54,41 +54,44 @@ def seconds(value: float) -> str:
 
 
 def short_seconds(value: float) -> str:
-    """For an axis: 200 s, not 3 min 20 s."""
+    """A duration for an axis label: 200 s, not 3 min 20 s."""
     return f"{short(value)} s" if value >= 1 else seconds(value)
 
 
 def clock(ms: float) -> str:
+    """The date and time in UTC of a time in ms since the epoch."""
     return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between the ends."""
+def ticks(low: float, high: float, limit: int) -> list[float]:
+    """About `limit` round numbers from `low` to `high`."""
     if high <= low:
         return [low]
-    raw = (high - low) / most
+    raw = (high - low) / limit
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * by for by in (1, 2, 5, 10) if size * by >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def time_ticks(high: float, most: int = 5) -> list[float]:
-    """Times from zero as a clock divides them."""
+def time_ticks(high: float, limit: int = 5) -> list[float]:
+    """About `limit` times in seconds from zero to `high`, at round steps of a clock."""
     if high < 4:
-        return ticks(0, high, most)
+        return ticks(0, high, limit)
     steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200)
-    days = 86400 * math.ceil(high / 86400 / most)
-    step = next((step for step in steps if high / step <= most), days)
+    days = 86400 * math.ceil(high / 86400 / limit)
+    step = next((step for step in steps if high / step <= limit), days)
     return [float(n * step) for n in range(int(high / step) + 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
+    """An SVG drawing under construction, with a horizontal axis from `low` to `high`."""
+
     parts: list[str]
     low: float
     high: float
-    top: float  # the value at the upper edge
+    top: float  # the value at the upper end of the vertical axis
     left: float = LEFT
 
     def y(self, value: float) -> float:
@@ -117,7 +120,7 @@ class Drawing:
             self.parts.append(f'<rect class="{kind}" x="{left}" y="{y1}" width="{width:.1f}" height="{y0 - y1:.1f}"/>')
 
     def hover(self, start: float, end: float, text: str) -> None:
-        """What a pointer over this part of the axis is told."""
+        """Adds a tooltip over this part of the horizontal axis."""
         left, right = self.x(start), self.x(end)
         size = f'x="{left}" y="{TOP}" width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
         self.parts.append(f'<rect class="hover" {size}><title>{text}</title></rect>')
@@ -134,12 +137,12 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class TimeColumn:
-    """A bucket of time, or the part of it in which something was in flight."""
+    """A bucket of time, or the part of a bucket in which a request was in flight."""
 
     at: float  # seconds on the axis
     seconds: float
     start_ms: int
-    rate_s: float  # what rates go by: of a bucket hardly touched, they would say nothing
+    rate_s: float  # divisor of rates: `seconds`, but at least a quarter of a bucket, as a short part gives no useful rate
     answered: int
     failed: int
     input: int
@@ -162,24 +165,26 @@ class TimeColumn:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The timeline as columns on one axis of seconds, which leaves pauses out."""
+    """The timeline as columns on one axis of seconds. The axis leaves pauses out."""
 
     columns: list[TimeColumn]
-    breaks: list[tuple[float, float, float]]  # from and to on the axis, and how long the pause was
+    breaks: list[tuple[float, float, float]]  # start and end on the axis, and the length of the pause in seconds
     end: float
 
 
 def series_of(timeline: Timeline) -> Series:
     """Widens the timeline's buckets until they are few enough to draw."""
     active_intervals = timeline.active_intervals
-    while len(active_intervals) > MOST_STRETCHES:  # the shortest pauses are drawn
+    while len(active_intervals) > MAX_INTERVALS:  # draw the shortest pause as idle time
         active_intervals = _merged(active_intervals, np.argmin(active_intervals[1:, 0] - active_intervals[:-1, 1]))
     rows = sum(pc.sum(timeline.cells[name]).as_py() for name in ("answered", "failed"))
-    most = len(active_intervals) + max(12, min(COLUMNS, rows // 2))
-    while sum(end // timeline.width_ms - start // timeline.width_ms + 1 for start, end in active_intervals.tolist()) > most:
+    limit = len(active_intervals) + max(12, min(COLUMNS, rows // 2))
+    while (
+        sum(end // timeline.width_ms - start // timeline.width_ms + 1 for start, end in active_intervals.tolist()) > limit
+    ):
         timeline.widen()
     width = timeline.width_ms
-    # A bucket's rows belong to one column: a pause within a bucket is drawn too.
+    # The rows of a bucket belong to one column, so a pause within a bucket is drawn as idle time.
     active_intervals = _merged(
         active_intervals, np.flatnonzero(active_intervals[1:, 0] // width == active_intervals[:-1, 1] // width)
     )
@@ -208,7 +213,7 @@ def series_of(timeline: Timeline) -> Series:
 
 
 def _merged(active_intervals: np.ndarray, pauses: Any) -> np.ndarray:
-    """The stretches without these of the pauses between them."""
+    """The active intervals without the pauses of these numbers: the intervals on both sides become one."""
     return np.delete(active_intervals.ravel(), np.concatenate([2 * np.atleast_1d(pauses) + at for at in (1, 2)])).reshape(
         -1, 2
     )
@@ -253,13 +258,13 @@ def latency_over_time(series: Series) -> Markup:
     top = max(column.p95 for column in series.columns) * 1.08
     drawing = _over_time(series, top, short_seconds)
     full = [c for c in series.columns if c.rows]
-    # A line ends where nothing came back, and at a pause.
+    # The line is interrupted by columns without rows and by pauses.
     ends = [n for n in range(1, len(full)) if full[n].at - full[n - 1].end >= 1e-6]
     for start, end in pairwise([0, *ends, len(full)]):
         run = full[start:end]
         middles = [drawing.x((c.at + c.end) / 2) for c in run]
         p50, p95 = [drawing.y(c.p50) for c in run], [drawing.y(c.p95) for c in run]
-        if len(run) == 1:  # a line needs two ends
+        if len(run) == 1:  # a line needs two points
             middles, p50, p95 = [drawing.x(run[0].at), drawing.x(run[0].end)], p50 * 2, p95 * 2
         upper = " ".join(f"{x},{y}" for x, y in zip(middles, p95, strict=True))
         lower = [f"{x},{y}" for x, y in zip(middles, p50, strict=True)]
@@ -275,9 +280,9 @@ def latency_over_time(series: Series) -> Markup:
 
 
 def histogram(found: Histogram, label: str, whole: bool) -> Markup:
-    """The shape of a distribution, its axis logarithmic where it is long; `whole` for whole numbers."""
+    """A histogram. Its axis is logarithmic if the values span a wide range. `whole`: the values are integers."""
     least, most = found.least, found.most
-    bars = min(BARS, max(10, round(3 * math.sqrt(len(found)))))  # of few values, more would show the gaps
+    bars = min(BARS, max(10, round(3 * math.sqrt(len(found)))))  # with more bars, few values would leave gaps
     long = most > 20 * max(found.quantile(0.05), 1.0 if whole else 1e-4)
     forth, back = _SCALES[(1 + whole) * long]
     ends = np.array([least, most + 1]) if whole else np.array([least * 0.98, most * 1.02])
@@ -288,7 +293,7 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
         edges = np.arange(ends[0], ends[1] + step, step)
     else:
         ends = np.maximum(ends, 0 if whole else 1e-5)
-        if ends[0] == ends[1]:  # all alike, and too soon to be told apart
+        if ends[0] == ends[1]:  # all values are equal, and below the lower end of the axis
             ends[1] *= 2
         low, high = forth(ends).tolist()
         edges = back(np.linspace(low, high, bars + 1))
@@ -299,7 +304,7 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
     drawing = Drawing([], float(places[0]), float(places[-1]), float(heights.max()) * 1.3, RIGHT)
     marks = _log_ticks(edges[0], edges[-1]) if long else ticks(edges[0], edges[-1], 5)
     shown = short if whole else seconds
-    middle = 0.5 if whole else 0.0  # a whole number is as wide as one
+    middle = 0.5 if whole else 0.0  # an integer n is drawn from n to n + 1
     for value in marks:
         if (not whole or value == round(value)) and edges[0] <= value < edges[-1]:
             drawing.mark_x(float(forth(value + middle)), shown(value))
@@ -321,13 +326,13 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
 
 
 def figures(found: Histogram, whole: bool) -> list[tuple[str, str]]:
-    """What stands under a histogram."""
+    """(name, text) of the figures under a histogram."""
     shown = number if whole else seconds
     values = {"min": found.least, **{name: found.quantile(q) for name, q in QUANTILES.items()}, "max": found.most}
     return [(name, shown(round(value) if whole else value)) for name, value in values.items()]
 
 
-# The axis's own scale, there and back: as it is, logarithmic, and so for whole numbers, of which 0 is one.
+# The scale of an axis and its inverse: linear; logarithmic; logarithmic for integers, which include 0.
 _SCALES: list[tuple[Callable[[Any], Any], Callable[[Any], Any]]] = [
     (np.asarray, np.asarray),
     (np.log, np.exp),
@@ -349,10 +354,10 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _rebinned(found: Histogram, edges: Floats, whole: bool) -> Floats:
-    """The counts between other edges; what is in a bin is taken as spread evenly over it, or over its whole numbers."""
+    """The counts between other edges. Assumes that the values of a bin are spread evenly over it, or over its integers."""
     bins = np.flatnonzero(found.counts)
     low, high = lower_edge(bins), lower_edge(bins + 1)
-    if whole:  # each number is as wide as one
+    if whole:  # an integer n covers the range from n to n + 1
         low, high = np.ceil(low), np.maximum(np.ceil(high), np.ceil(low) + 1)
     low = np.maximum(low, found.least)
     high = np.minimum(high, found.most + 1 if whole else np.nextafter(found.most, np.inf))

@@ -1,4 +1,4 @@
-"""A row as the report shows it: who said what, cut to a bounded size, nothing in it but plain text."""
+"""Prepares a row for the report: its turns as plain text, cut to a bounded size."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from engines.text import visible
 from engines.types import answer
 from pipeline.storage.exact_json import dumps, loads
 
-# Characters of one text, and of a whole row; the answer is taken first.
+# Limits in characters of one text and of a whole row. The answer uses the limit of the row before the other messages do.
 TEXT_CHARS, ROW_CHARS = 4_000, 12_000
-# A longer conversation loses its middle.
+# A longer conversation is shown without its middle.
 FIRST_TURNS, LAST_TURNS = 4, 16
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[;,]")
 
@@ -20,14 +20,14 @@ Turn = dict[str, Any]
 
 
 class _Cutter:
-    """Cuts texts so that together they stay within a row's share."""
+    """Cuts texts so that all texts of a row together stay within `ROW_CHARS`."""
 
     def __init__(self) -> None:
         self.left = ROW_CHARS
 
-    def __call__(self, text: Any, most: int = TEXT_CHARS) -> str:
+    def __call__(self, text: Any, limit: int = TEXT_CHARS) -> str:
         text = text if isinstance(text, str) else _json(text)
-        take = min(most, self.left)
+        take = min(limit, self.left)
         self.left -= min(len(text), take)
         more = f" … and {len(text) - take:,} more characters" if len(text) > take else ""
         return visible(text[:take]) + more
@@ -36,8 +36,8 @@ class _Cutter:
 def shown_row(
     id: str, index: int, messages: bytes | None, raw: bytes | None, columns: Any, completion: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a page needs to draw one row. `completion` holds the columns of ours; `columns` those of the input, for a row
-    whose conversation could not be made out."""
+    """The data that the page needs to draw one row. `completion` has our columns. `columns` are those of the input, for a
+    row without a readable conversation."""
     cut = _Cutter()
     error, usage = completion["error"], completion["usage"]
     row = {
@@ -52,10 +52,10 @@ def shown_row(
     }
     answers = [] if error else list(_answers(completion, cut))
     if messages is not None:
-        asked = loads(messages)
-        if (skipped := len(asked) - FIRST_TURNS - LAST_TURNS) > 0:
-            del asked[FIRST_TURNS:-LAST_TURNS]
-        turns = [_turn(message, cut) for message in asked]
+        conversation = loads(messages)
+        if (skipped := len(conversation) - FIRST_TURNS - LAST_TURNS) > 0:
+            del conversation[FIRST_TURNS:-LAST_TURNS]
+        turns = [_turn(message, cut) for message in conversation]
         if skipped > 0:
             note = {"kind": "note", "text": f"{skipped:,} messages are left out here"}
             turns.insert(FIRST_TURNS, {"role": "note", "parts": [note]})
@@ -66,7 +66,7 @@ def shown_row(
 
 
 def _answers(completion: Mapping[str, Any], cut: _Cutter) -> Iterator[Turn]:
-    """The answer, or each of several (`n`)."""
+    """A turn for the answer, or for each of several answers (`n`)."""
     choices = loads(completion["choices"].encode()) if completion["choices"] else [None]
     for number, choice in enumerate(choices, 1):
         if choice:
@@ -97,12 +97,12 @@ def _part(part: Any, cut: _Cutter) -> dict[str, str]:
         return {"kind": "text", "text": cut(part.get("text"))}
     if kind == "image_url":
         url = part.get("image_url")
-        return {"kind": "image", "text": cut(_whose(url.get("url") if isinstance(url, dict) else url), 200)}
+        return {"kind": "image", "text": cut(_image_label(url.get("url") if isinstance(url, dict) else url), 200)}
     return {"kind": "other", "text": cut(kind, 100)}
 
 
-def _whose(url: Any) -> str:
-    """What an image is, for its placeholder: never its bytes, and of a URL nothing that may be a signature."""
+def _image_label(url: Any) -> str:
+    """The text of an image's placeholder: type and size of a data URL, or a URL without its query (maybe a signature)."""
     text = str(url)
     if match := _DATA_URL.match(text):
         size = (len(text) - match.end()) * 3 // 4

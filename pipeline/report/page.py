@@ -1,7 +1,8 @@
-"""report.html: the run at a glance, in one file that loads nothing.
+"""Writes report.html: an overview of the run in one file that loads nothing.
 
-What models and datasets say is shown as text only: Jinja escapes it, the conversations travel as JSON that cannot end its
-script element and become text nodes, and the page's own policy lets no other script or style in.
+Text from models and datasets is shown as text only. Jinja escapes it. Conversations are embedded as JSON that cannot close
+its script element, and the script inserts them as text nodes. The page's content security policy allows no other script
+or style.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pipeline.report.stats import Stats
 from pipeline.storage.filesystem import write_atomic
 from pipeline.storage.output_files import REPORT
 
-# Of the conversations, as they stand in the file.
+# Limit of the embedded conversations in bytes.
 SAMPLE_BYTES = 1_200_000
 FILES_SHOWN, BATCHES_SHOWN = 10, 20
 
 
 def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], stats: Stats, console: Console) -> None:
-    """Writes the report. The rows are worth more than it: where it fails, that is said, there too, and the run goes on."""
+    """Writes the report. A failure does not stop the run: it is printed, and the file shows the traceback instead."""
     failure = stats.broken
     if failure is None:
         try:
@@ -46,7 +47,7 @@ def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], st
     if failure is not None:
         page = str(_template("report_broken.html").render(traceback=visible(failure)))
         last = visible(failure.strip().splitlines()[-1])[:300]
-        text = f"{REPORT} could not be made, a bug in Eagleray ({last}); all else is there. The traceback is in it."
+        text = f"A bug in Eagleray prevented the report ({last}). The output is complete. {REPORT} has the traceback."
         console.print(Text(text, "yellow"))
     try:
         write_atomic(fs, f"{root}/{REPORT}", page.encode("utf-8", "backslashreplace"))
@@ -55,7 +56,7 @@ def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], st
 
 
 def render(manifest: Mapping[str, Any], stats: Stats) -> str:
-    """The page."""
+    """The page as HTML."""
     style, script = _asset("report.css"), _asset("report.js")
     series = charts.series_of(stats.timeline) if stats.timeline.seconds else None
     sums = {name: pc.sum(stats.timeline.cells[name]).as_py() for name in ("answered", "failed", "output")}
@@ -115,7 +116,7 @@ def _digest(text: str) -> str:
 
 
 def _given(value: Any) -> Any:
-    """The keys that are set to something."""
+    """The value without keys that are None or empty."""
     if not isinstance(value, dict):
         return value
     found = {name: _given(item) for name, item in value.items()}
@@ -123,7 +124,7 @@ def _given(value: Any) -> Any:
 
 
 def _dollars(value: float | None) -> str:
-    if value is None:  # a rate that nobody told
+    if value is None:  # an unknown price
         return "–"
     if value >= 1 or round(value, 2) == value:
         return f"${value:,.2f}"

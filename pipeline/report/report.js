@@ -1,5 +1,5 @@
 "use strict";
-// Everything that was said is set as text, never as HTML.
+// Text from rows and answers is always inserted as text, never as HTML.
 const $ = (id) => document.getElementById(id);
 const make = (tag, kind, text) => {
   const node = document.createElement(tag);
@@ -36,7 +36,7 @@ if ($("rows")) {
     if (part.kind === "call") {
       const box = make("div", "call");
       let text = part.text;
-      try { text = JSON.stringify(JSON.parse(text), null, 2); } catch { /* cut, or no JSON: as it is */ }
+      try { text = JSON.stringify(JSON.parse(text), null, 2); } catch { /* truncated or invalid JSON is shown unchanged */ }
       box.append(make("div", "who", "tool call"), make("b", "", part.name), make("pre", "", text));
       return box;
     }

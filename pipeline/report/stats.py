@@ -1,6 +1,6 @@
-"""What the report tells, as small sums that merge: made where finalize reads the segments, a part of the output at a time.
+"""The statistics of the report. They are small sums that can be merged. Finalize adds one part of the output at a time.
 
-Answers are counted once, however many rows of a job they serve. Nothing here grows with the number of rows.
+An answer that serves several rows of a job is counted once. The memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Bins of a histogram: so many to a factor of two (2.2% wide), from 0.1 ms to 97 days, or 8 million tokens.
+# The bins of a histogram: `PER_OCTAVE` bins for a factor of two (each 2.2% wide), from 0.1 ms to 97 days, or to 8 million
+# tokens.
 PER_OCTAVE, LOW, OCTAVES = 32, 2.0**-13, 36
-BINS = 1 + PER_OCTAVE * OCTAVES  # the first is for what is below
-# Of the timeline: buckets of time start at a quarter second and double while there are too many.
+BINS = 1 + PER_OCTAVE * OCTAVES  # the first bin holds smaller values
+# The buckets of the timeline start at 250 ms. Their width doubles while there are more than `MOST_BUCKETS`.
 FIRST_WIDTH_MS, MOST_BUCKETS = 250, 240
-# Its latencies are binned more coarsely.
+# In the timeline, this many bins of latency are combined into one.
 COARSE = 8
-# Nothing in flight for longer than this is a pause, not slowness: another day's run, say. Limits are by the minute.
+# A longer time without any request in flight is a pause, such as between two runs. It is longer than waits for limits per
+# minute, which are no pauses.
 PAUSE_MS = 60_000
-# Rows shown, of each kind.
+# The number of rows shown, of each kind.
 SAMPLED, FAILED, SLOWEST, EXAMPLES = 40, 15, 10, 4
 
 
@@ -40,13 +42,13 @@ def bin_of(values: Floats) -> Ints:
 
 
 def lower_edge(bins: Any) -> Any:
-    """Where a bin begins; the first one at zero."""
+    """The lower edge of a bin. The first bin begins at zero."""
     return np.where(np.asarray(bins) <= 0, 0.0, LOW * 2.0 ** ((np.asarray(bins) - 1) / PER_OCTAVE))
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts in bins of equal ratio, with the exact ends and sum."""
+    """Counts in bins of equal ratio, with the exact minimum, maximum and sum."""
 
     counts: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
     least: float = np.inf
@@ -68,14 +70,14 @@ class Histogram:
         return int(self.counts.sum())
 
     def quantile(self, q: float) -> float:
-        """Within a bin's width of the exact one; 0 where nothing was counted."""
+        """A quantile, accurate to the width of a bin. 0 if nothing was counted."""
         if not len(self):
             return 0.0
         return float(np.clip(quantile_of(self.counts, np.arange(BINS), q), self.least, self.most))
 
 
 def quantile_of(counts: Ints, bins: Ints, q: float, size: int = 1) -> float:
-    """A quantile, the values of a bin taken as spread evenly over it; `size` of the finest bins make one of `bins`."""
+    """A quantile. Assumes that the values of a bin are spread evenly. Each of `bins` consists of `size` finest bins."""
     total = np.cumsum(counts)
     rank = q * (total[-1] - 1)
     at = int(np.searchsorted(total, rank, side="right"))
@@ -90,14 +92,15 @@ _CELLS = pa.schema([(name, pa.int64()) for name in ("bucket", "latency", *SUMS)]
 
 @dataclass(slots=True)
 class Timeline:
-    """What came back when: sums for each bucket of time and, within it, bin of latency."""
+    """Answers over time: sums for each bucket of time and, within a bucket, for each bin of latency."""
 
     width_ms: int = FIRST_WIDTH_MS
     cells: pa.Table = field(default_factory=_CELLS.empty_table)
-    # When something was in flight, from and to, in ms since the epoch; apart by more than a pause.
+    # The intervals in which a request was in flight: (start, end) in ms since the epoch, with more than `PAUSE_MS` between.
     active_intervals: Ints = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     def add(self, done_ms: Ints, latency_s: Floats, sums: Sequence[Ints]) -> None:
+        """Adds answers. `done_ms`: ms since the epoch; `sums`: an array for each of `SUMS`. All arrays have one length."""
         columns = [done_ms // self.width_ms, bin_of(latency_s) // COARSE, *sums]
         new = pa.table([pa.array(column, pa.int64()) for column in columns], schema=_CELLS)
         began = done_ms - np.ceil(latency_s * 1000).astype(np.int64)
@@ -121,7 +124,7 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """How long anything was in flight, pauses left out."""
+        """The total length of the active intervals in seconds, without pauses."""
         return float((self.active_intervals[:, 1] - self.active_intervals[:, 0]).sum()) / 1000
 
 
@@ -135,7 +138,7 @@ def _summed(cells: pa.Table) -> pa.Table:
 
 
 def _merged(spans: Ints) -> Ints:
-    """The union of spans, with whatever lies less than a pause apart made one."""
+    """The union of spans. Spans that are at most `PAUSE_MS` apart become one."""
     if not len(spans):
         return spans
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
@@ -146,40 +149,43 @@ def _merged(spans: Ints) -> Ints:
 
 
 class Example(NamedTuple):
-    """A failed row."""
+    """An example of a failed row."""
 
-    at: int  # its index
+    at: int  # index of the row
     id: str
     message: str
 
 
 class Shown(NamedTuple):
-    """A row to be shown, the one with the least `rank` first."""
+    """A row that the report shows. Rows with the lowest `rank` come first."""
 
     rank: float
-    at: int  # its index
+    at: int  # index of the row
     row: dict[str, Any]
 
 
-# Makes a row of a part fit to be shown.
+# Prepares the row of this number in a part for the report.
 Show = Callable[[int], dict[str, Any]]
 
 
 @dataclass(slots=True)
 class Stats:
-    answers: int = 0  # a sum over jobs: one that serves rows of two jobs counts twice
+    """The statistics of a part of the output, or of the whole output."""
+
+    answers: int = 0  # a sum over jobs: an answer that serves rows of two jobs counts twice
     latency: Histogram = field(default_factory=Histogram)
     input: Histogram = field(default_factory=Histogram)
     output: Histogram = field(default_factory=Histogram)
     timeline: Timeline = field(default_factory=Timeline)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     sample: list[Shown] = field(default_factory=list)  # spread evenly over the input
-    failed: list[Shown] = field(default_factory=list)  # likewise
+    failed: list[Shown] = field(default_factory=list)  # spread evenly over the failed rows
     slowest: list[Shown] = field(default_factory=list)
-    broken: str | None = None  # the traceback of a bug in here
+    broken: str | None = None  # the traceback of a bug in this class
 
     def add(self, at: Ints, index: int, completions: pa.Table, done_at: Any, ids: Sequence[str], show: Show) -> None:
-        """Rows of a part: the position of each one's answer in the ledger's index (-1: never asked), and what it was."""
+        """Adds the rows of a part. `at` is the position of each row's answer in the ledger's index, or -1 if the row was
+        never asked. `index` is the number of the first row. `show` prepares a row for the report."""
         with self._contained():
             failed = np.asarray(completions["error"].is_valid())
             latency = np.asarray(completions["latency_s"].fill_null(0), np.float64)
@@ -195,26 +201,27 @@ class Stats:
             self.input.add(tokens[0][good].astype(np.float64))
             self.output.add(tokens[1][good].astype(np.float64))
             self.latency.add(latency[good & (latency > 0)])
-            timed = first & (latency > 0)  # what came in a provider's batch has no latency, and no pace
+            timed = first & (latency > 0)  # answers of a provider's batch have no latency
             if timed.any():
                 sums = (~failed).astype(np.int64), failed.astype(np.int64), *tokens
                 self.timeline.add(done_ms[timed], latency[timed], [column[timed] for column in sums])
 
             rows = np.arange(len(at))
-            # Steps of the golden ratio: the k least are spread evenly, whatever k and however the rows are cut into parts.
+            # Multiples of the golden ratio: the k lowest ranks are spread evenly over the input, for any k and any division
+            # into parts.
             spread = ((index + rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.float64)
             wanted = (
                 (self.sample, SAMPLED, rows, spread),
                 (self.failed, FAILED, rows[failed], spread[failed]),
                 (self.slowest, SLOWEST, rows[timed], -latency[timed]),
             )
-            for shown, most, some, ranks in wanted:
-                best = np.argsort(ranks, kind="stable")[:most]
-                found = [(float(ranks[n]), int(some[n])) for n in best if len(shown) < most or ranks[n] < shown[-1].rank]
-                shown[:] = _least([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], most)
+            for shown, limit, some, ranks in wanted:
+                best = np.argsort(ranks, kind="stable")[:limit]
+                found = [(float(ranks[n]), int(some[n])) for n in best if len(shown) < limit or ranks[n] < shown[-1].rank]
+                shown[:] = _lowest([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], limit)
             for row, error in zip(rows[failed].tolist(), completions["error"].drop_null().to_pylist(), strict=True):
                 examples = self.examples.setdefault(error["type"], [])
-                if len(examples) < EXAMPLES:  # parts are added in their order
+                if len(examples) < EXAMPLES:  # parts are added in order, so these are the first examples
                     examples.append(Example(index + row, ids[row], error["message"] or ""))
 
     def merge(self, other: Stats) -> None:
@@ -225,20 +232,20 @@ class Stats:
             self.output.merge(other.output)
             self.timeline.merge(other.timeline)
             for type, found in other.examples.items():
-                self.examples[type] = _least([*self.examples.get(type, ()), *found], EXAMPLES)
-            self.sample = _least([*self.sample, *other.sample], SAMPLED)
-            self.failed = _least([*self.failed, *other.failed], FAILED)
-            self.slowest = _least([*self.slowest, *other.slowest], SLOWEST)
+                self.examples[type] = _lowest([*self.examples.get(type, ()), *found], EXAMPLES)
+            self.sample = _lowest([*self.sample, *other.sample], SAMPLED)
+            self.failed = _lowest([*self.failed, *other.failed], FAILED)
+            self.slowest = _lowest([*self.slowest, *other.slowest], SLOWEST)
         self.broken = self.broken or other.broken
 
     @contextlib.contextmanager
     def _contained(self) -> Iterator[None]:
-        """A bug here costs the report, which will say so, and not the run."""
+        """Keeps the traceback of a bug, so that the bug costs the report and not the run."""
         try:
             yield
         except Exception:
             self.broken = self.broken or traceback.format_exc()
 
 
-def _least(items: Iterable[T], most: int) -> list[T]:
-    return sorted(items, key=lambda item: item[:2])[:most]  # type: ignore[index]
+def _lowest(items: Iterable[T], limit: int) -> list[T]:
+    return sorted(items, key=lambda item: item[:2])[:limit]  # type: ignore[index]

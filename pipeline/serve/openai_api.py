@@ -1,6 +1,7 @@
-"""OpenAI's chat completions from the server's side: a body to a request, a completion or its pieces to what goes back.
+"""The server's side of OpenAI's chat completions: converts a body to a request, and a completion or its deltas to a
+response.
 
-Pure functions; `engines.remote.openai_chat` is the same wire from the client's side.
+Pure functions. `engines.remote.openai_chat` is the client's side of the same wire.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engines.usage import Usage
 from pipeline.dataset.formats import RowParser
 from pipeline.storage.exact_json import dumps
 
-# As many as OpenAI gives: each is a sequence of its own in the engine.
+# The limit of OpenAI. Each choice is a separate sequence in the engine.
 MOST_CHOICES = 128
 
 _STATUSES = {"invalid_input": 400, "context_length": 400, "content_filter": 400, "bad_request": 400, "auth": 401,
@@ -26,12 +27,12 @@ _STATUSES = {"invalid_input": 400, "context_length": 400, "content_filter": 400,
              "connection": 502, "bad_response": 502}  # fmt: skip
 _CODES = {"context_length": "context_length_exceeded", "not_found": "model_not_found", "auth": "invalid_api_key"}
 
-_PARSER = RowParser("openai_batch")  # whose lines hold the same bodies
+_PARSER = RowParser("openai_batch")  # the lines of OpenAI batch files contain the same bodies
 
 
 @dataclass(slots=True)
 class ChatRequest:
-    """What a body asks for."""
+    """The request in a body, and the form of its response."""
 
     request: Request
     model: str
@@ -42,9 +43,10 @@ class ChatRequest:
 
 
 def parse_chat_request(body: Any, served: str, base: GenerationParams) -> ChatRequest:
-    """A body, checked. Raises `EngineError` for what is wrong with it.
+    """Checks and parses a body. Raises `EngineError` for an invalid one.
 
-    Whoever asks did not start this: nothing in a body may choose what is paid for, read a file here, or load weights.
+    Clients are not trusted like the person who started the server: a body must not choose another paid model, read a local
+    file, or load weights.
     """
     if not isinstance(body, dict):
         raise invalid("the body must be a JSON object")
@@ -69,7 +71,7 @@ def parse_chat_request(body: Any, served: str, base: GenerationParams) -> ChatRe
 
 
 def whole(request: ChatRequest, completion: Completion) -> dict[str, Any]:
-    """The answer as one object."""
+    """The answer as one JSON object."""
     choices = []
     for at, choice in enumerate(completion.choices):
         message = {**choice.message, "refusal": None}
@@ -97,21 +99,21 @@ def _logprobs(choice: Choice) -> dict[str, Any] | None:
 
 
 class Chunks:
-    """The answer as a stream of events."""
+    """Converts an answer to a stream of server-sent events."""
 
     def __init__(self, request: ChatRequest) -> None:
         self.request = request
         self.opened: set[int] = set()
 
     def piece(self, delta: Delta) -> bytes:
-        """The event of some text."""
+        """The event for one delta."""
         found = {"content": delta.text} if delta.text else {}
         if delta.reasoning:
             found["reasoning_content"] = delta.reasoning
         return self._chunk(delta.index, found)
 
     def end(self, completion: Completion) -> Iterator[bytes]:
-        """The events after the last text: an error, or what belongs to whole choices, and the usage."""
+        """The events after the last delta: an error; or tool calls, log probabilities, finish reasons and the usage."""
         if completion.error is not None:
             yield event(error_body(completion.error))
             return
@@ -133,18 +135,19 @@ class Chunks:
 
 
 def event(value: dict[str, Any]) -> bytes:
+    """A server-sent event with a JSON value."""
     return b"data: " + dumps(value) + b"\n\n"
 
 
 def status_of(failure: Failure) -> int:
-    """The HTTP status of a failed request: what a provider behind the engine said, or ours."""
+    """The HTTP status of a failed request: that of the provider behind the engine, or one that fits the error's type."""
     if failure.status is not None and failure.status >= 400:
         return failure.status
     return _STATUSES.get(failure.type, 500)
 
 
 def error_body(failure: Failure) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
+    """The body of an error response in OpenAI's form."""
     status = status_of(failure)
     kind = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"

@@ -38,13 +38,14 @@ from pipeline.storage.exact_json import dumps, loads
 
 NAME = "eagleray"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Requests in one replica until the first one has loaded and tells how many its engine wants.
+# Requests per replica until the first replica has loaded and reports the concurrency of its engine.
 FIRST_CONCURRENCY = 64
-# Replicas are added when those there are have so large a share of the requests they can hold.
+# Ray Serve adds replicas when the requests reach this share of the replicas' concurrency.
 FULL = 0.7
-# How often Ray Serve asks a replica whether it is well. One that says no three times goes; meanwhile its requests fail.
+# Seconds between Ray Serve's health checks of a replica. A replica is replaced after three failed checks; until then its
+# requests fail.
 HEALTH_S = 1.0
-# How often the driver looks: sooner than a replica can start, or a failure may come and go unseen.
+# Seconds between the driver's looks at the state. Shorter than the start of a replica, so that no failure is missed.
 LOOK_S = 0.5
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class ReplicaConfig:
 
 
 class SecretsBroker:
-    """The actor where replicas get what may not stand in Ray's metadata, and say how their loading went."""
+    """An actor that gives replicas their secrets, which must not be in Ray's metadata. Replicas report to it that their
+    engine has loaded, or why it cannot be loaded."""
 
     def __init__(self) -> None:
         self.secrets = Secrets({})
@@ -81,12 +83,12 @@ class SecretsBroker:
         self.refusal = error
 
     def news(self) -> tuple[int | None, ConfigError | None]:
-        """What an engine holds at once, and why none can be loaded: as far as known."""
+        """The concurrency of an engine, and the error with which loading failed. None if not known yet."""
         return self.concurrency, self.refusal
 
 
 class ServeReplica:
-    """One engine, and the HTTP API in front of it."""
+    """One engine with the HTTP API in front of it."""
 
     def __init__(self, config: ReplicaConfig) -> None:
         import ray
@@ -109,7 +111,7 @@ class ServeReplica:
         ray.get(broker.loaded.remote(self.engine.concurrency))
 
     def check_health(self) -> None:
-        """Asked by Ray Serve, which replaces this replica when it raises."""
+        """Called by Ray Serve, which replaces the replica if this raises."""
         if self.broken is not None:
             raise RuntimeError(self.broken)
 
@@ -122,7 +124,7 @@ class ServeReplica:
             return await self._respond(http)
         except EngineError as error:
             return self._failed(Failure.of(error))
-        except Exception as error:  # a bug, ours or a library's: it ends this request and no other
+        except Exception as error:  # a bug, ours or of a library, fails only this request
             logger.exception("a bug")
             return self._failed(Failure("server", f"a bug: {type(error).__name__}: {one_line(error)}"))
 
@@ -155,23 +157,23 @@ class ServeReplica:
             body = loads(content)
         except ValueError as error:
             raise invalid(f"the body: {error}") from None
-        what = parse_chat_request(body, self.served, self.config.generation)
-        if not what.stream:
-            completion = await self.engine.generate(what.request)
-            return self._failed(completion.error) if completion.error else _json(whole(what, completion))
-        items = self.engine.stream(what.request)
-        first = await anext(items)  # what fails before there is any text has a status of its own
+        chat = parse_chat_request(body, self.served, self.config.generation)
+        if not chat.stream:
+            completion = await self.engine.generate(chat.request)
+            return self._failed(completion.error) if completion.error else _json(whole(chat, completion))
+        items = self.engine.stream(chat.request)
+        first = await anext(items)  # a failure before any text has its own HTTP status
         if isinstance(first, Completion) and first.error is not None:
             await items.aclose()
             return self._failed(first.error)
-        return StreamingResponse(self._events(what, first, items), media_type="text/event-stream")
+        return StreamingResponse(self._events(chat, first, items), media_type="text/event-stream")
 
     async def _events(
-        self, what: ChatRequest, item: Delta | Completion, items: AsyncGenerator[Delta | Completion, None]
+        self, chat: ChatRequest, item: Delta | Completion, items: AsyncGenerator[Delta | Completion, None]
     ) -> AsyncIterator[bytes]:
-        chunks = Chunks(what)
+        chunks = Chunks(chat)
         try:
-            async with contextlib.aclosing(items):  # who hangs up stops the engine
+            async with contextlib.aclosing(items):  # when a client disconnects, the engine stops generating
                 while isinstance(item, Delta):
                     yield chunks.piece(item)
                     item = await anext(items)
@@ -197,7 +199,7 @@ def _json(value: dict[str, Any], status: int = 200) -> Response:
 
 
 def serve_engine(config: Config, console: Console) -> None:
-    """Serves until Ctrl-C or SIGTERM. Raises `ConfigError` or `Stopped` where it cannot."""
+    """Serves until Ctrl-C or SIGTERM. Raises `ConfigError` or `Stopped` if it cannot serve."""
     import ray
     from ray import serve
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -207,23 +209,23 @@ def serve_engine(config: Config, console: Console) -> None:
     secrets = _secrets(config)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
-        # Ray prints notices there, from a thread of its own: at the end, that its controller died of what ends it.
+        # A thread of Ray prints notices to stdout, such as the death of its controller at a normal end.
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
         own = stack.enter_context(running_ray())
-        interrupts = stack.enter_context(note_signals())  # after Ray, which sets handlers of its own
+        interrupts = stack.enter_context(note_signals())  # after the start of Ray, which sets its own handlers
         look_for_room(placed, own, console)
         if (found := serve.status()).proxies or found.applications:
-            raise ConfigError("Ray Serve runs on this cluster already: end it first, with serve shutdown")
+            raise ConfigError("Ray Serve already runs on this cluster: end it first with `serve shutdown`")
         address, port = _address(config, own), _port(config, own)
         name = f"eagleray-serve-{uuid.uuid4().hex[:8]}"
-        # Beside this process and owned by it, as the limits are: it goes when this goes, and not with another node.
+        # On this process's node and owned by it, like the rate limiter: it ends with this process, not with another node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
         broker = ray.remote(SecretsBroker).options(**options).remote()
         ray.get(broker.open.remote(secrets))
         limits = rate_limit_actor(config.engine) if config.engine.provider else None
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        stack.callback(serve.shutdown)  # comes before the end of the pool, whose deployment it ends
+        stack.callback(serve.shutdown)  # runs before the pool ends, and ends the deployment that the pool waits for
         loopback = address == "127.0.0.1"
         try:
             serve.start("HeadOnly" if loopback else "EveryNode", {"host": config.serve.host, "port": port})
@@ -245,14 +247,14 @@ def serve_engine(config: Config, console: Console) -> None:
             return
         _show(config, f"http://{address}:{port}", console)
         _watch(interrupts, console)
-        console.print(f"Ending; requests under way get {config.run.drain_s:g} s.", highlight=False)
-        with contextlib.suppress(TimeoutError):  # a minute, whatever `drain_s` is
-            serve.delete(NAME)  # lets them finish, which shutdown does not
+        console.print(f"Ending. Running requests have {config.run.drain_s:g} s to finish.", highlight=False)
+        with contextlib.suppress(TimeoutError):  # the timeout is 60 s for any `drain_s`
+            serve.delete(NAME)  # lets requests finish; `serve.shutdown` does not
         del limits
 
 
 def _secrets(config: Config) -> Secrets:
-    """What the replicas need of this process's environment. Raises `ConfigError` where the endpoint's key is not there."""
+    """The environment variables that replicas need. Raises `ConfigError` if the endpoint's key is missing."""
     variable = config.serve.api_key_env
     if variable and not os.environ.get(variable, "").strip():
         text = f"serve.api_key_env={variable}: there is no such environment variable, or it is empty"
@@ -262,7 +264,7 @@ def _secrets(config: Config) -> Secrets:
 
 
 def _address(config: Config, own: bool) -> str:
-    """Where this machine's clients find the endpoint. Raises `ConfigError` where none could."""
+    """The host at which clients on this machine reach the endpoint. Raises `ConfigError` if they cannot."""
     import ray
 
     host = config.serve.host
@@ -272,12 +274,12 @@ def _address(config: Config, own: bool) -> str:
     if host not in LOOPBACK:
         return str(head)
     if head not in ("127.0.0.1", ray.util.get_node_ip_address()):
-        raise ConfigError(f"serve.host={host} would be the head node's ({head}) own, out of reach: set serve.host=0.0.0.0")
+        raise ConfigError(f"serve.host={host} is reachable only on the head node ({head}): set serve.host=0.0.0.0")
     return "127.0.0.1"
 
 
 def _port(config: Config, own: bool) -> int:
-    """Raises `ConfigError` where the port is taken, as far as this machine tells."""
+    """The port to listen at; a free one for port 0. Raises `ConfigError` if this machine cannot listen at it."""
     host, port = config.serve.host, config.serve.port
     if port and not own:
         return port
@@ -289,7 +291,7 @@ def _port(config: Config, own: bool) -> int:
 
 
 def _deploy(config: Config, placed: Placement, broker: str, concurrency: int) -> None:
-    """Brings the deployment to this; of one that runs only the limits may differ, which leaves its replicas alone."""
+    """Creates or updates the deployment. An update changes only its concurrency, which does not restart replicas."""
     from ray import serve
 
     replica = ReplicaConfig(
@@ -307,7 +309,7 @@ def _deploy(config: Config, placed: Placement, broker: str, concurrency: int) ->
         scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": target}}
     deployment = serve.deployment(ServeReplica).options(
         name="engine",
-        version="1",  # of the code: another one, which is the default, would start all replicas anew
+        version="1",  # of the code; the default is a new version each time, which would restart all replicas
         _internal=True,
         max_ongoing_requests=concurrency,
         max_constructor_retry_count=3,
@@ -321,7 +323,7 @@ def _deploy(config: Config, placed: Placement, broker: str, concurrency: int) ->
 
 
 def _wait(deployed: Future[None], broker: Any, interrupts: list[int], placed: Placement, console: Console) -> bool:
-    """Waits for a deployment; False where Ctrl-C came first. Raises `ConfigError` or `Stopped` where no engine loads."""
+    """Waits for a deployment. False if Ctrl-C came first. Raises `ConfigError` or `Stopped` if no engine can be loaded."""
     import ray
 
     began, warned = time.monotonic(), False
@@ -353,11 +355,12 @@ def _show(config: Config, url: str, console: Console) -> None:
     curl = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"
     console.print(curl, highlight=False, markup=False, soft_wrap=True)
     if config.serve.host not in LOOPBACK and not key:
-        console.print(Text("Whoever reaches this machine can use it: serve.api_key_env asks for a key.", "yellow"))
+        text = "Anyone who can reach this machine can use the endpoint. Set serve.api_key_env to require a key."
+        console.print(Text(text, "yellow"))
 
 
 def _watch(interrupts: list[int], console: Console) -> None:
-    """Until Ctrl-C; says when replicas die and when they are back."""
+    """Waits until Ctrl-C. Prints when a replica fails and when all work again. Raises `Stopped` if Ray Serve was ended."""
     from ray import serve
 
     state, looked = "RUNNING", time.monotonic()
@@ -367,7 +370,7 @@ def _watch(interrupts: list[int], console: Console) -> None:
             looked = time.monotonic()
             app = serve.status().applications.get(NAME)
             if app is None:
-                raise Stopped("Ray Serve was ended by somebody else")
+                raise Stopped("another process ended Ray Serve")
             if app.status != state and app.status in ("RUNNING", "UNHEALTHY"):
                 state = app.status
                 text = "All replicas work." if state == "RUNNING" else "A replica failed; Ray Serve starts another."

@@ -1,4 +1,4 @@
-"""JSON without loss of values: orjson where it is exact, the standard library for values that orjson rounds or refuses."""
+"""JSON without loss of values. Uses orjson, and the standard library for values that orjson rounds or refuses."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def list_segments(fs: pafs.FileSystem, root: str) -> list[str]:
 
 
 def read_segment(fs: pafs.FileSystem, path: str) -> pa.Table:
-    """One whole segment."""
+    """One segment with all columns of `SEGMENT_SCHEMA`."""
     return _conformed(patiently(lambda: read_columns(fs, path)), SEGMENT_SCHEMA)
 
 

@@ -1,4 +1,4 @@
-"""The index of the ledger: where the best record of each key is."""
+"""The index of the ledger: the place of the best record of each key."""
 
 from __future__ import annotations
 

@@ -35,14 +35,14 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
     stops.
     """
     text = f"another run is writing into {root}: wait for it, stop it, or choose another output.path"
-    held = ConfigError(text, code=ErrorCode.OUTPUT_BUSY)
+    busy = ConfigError(text, code=ErrorCode.OUTPUT_BUSY)
     if isinstance(fs, pafs.LocalFileSystem):
         lock = FileLock(f"{root}/{SEGMENTS}/{LOCK}")
         try:
             os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
             lock.acquire(timeout=1)  # not 0, because `held` takes the lock for a moment
         except Timeout:
-            raise held from None
+            raise busy from None
         except OSError as error:
             raise ConfigError(f"output.path: cannot write into {root}: {error.strerror or error}") from None
         try:
@@ -50,7 +50,7 @@ def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
         finally:
             lock.release()
         return
-    with _claim(fs, root, held):
+    with _claim(fs, root, busy):
         yield
 
 
@@ -68,20 +68,20 @@ def held(fs: pafs.FileSystem, root: str) -> bool:
 
 
 @contextmanager
-def _claim(fs: pafs.FileSystem, root: str, held: ConfigError) -> Iterator[None]:
+def _claim(fs: pafs.FileSystem, root: str, busy: ConfigError) -> Iterator[None]:
     """Holds the output directory with a claim. Each run writes its claim first and lists the claims then, so of two runs
     at least one sees the other's claim and stops.
 
     The store's clock measures ages: the time of another claim is compared with the time of ours.
     """
-    mine = f"{CLAIM}{uuid.uuid4().hex}.json"
-    path = f"{root}/{SEGMENTS}/{mine}"
+    own_name = f"{CLAIM}{uuid.uuid4().hex}.json"
+    path = f"{root}/{SEGMENTS}/{own_name}"
     stop = threading.Event()
 
     def write() -> None:
         write_atomic(fs, path, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
 
-    def keep() -> None:
+    def keep_claim() -> None:
         while not stop.wait(BEAT_S):
             with suppress(OSError):  # the store is unavailable; the next beat may succeed
                 write()
@@ -91,18 +91,18 @@ def _claim(fs: pafs.FileSystem, root: str, held: ConfigError) -> Iterator[None]:
         claims = {info.base_name: info for info in listing(fs, f"{root}/{SEGMENTS}") if is_claim(info.base_name)}
     except OSError as error:
         raise ConfigError(f"output.path: cannot write into {root}: {one_line(error)}") from None
-    now = claims[mine].mtime_ns or 0
-    keeper = threading.Thread(target=keep, name="lock", daemon=True)
-    keeper.start()
+    now = claims[own_name].mtime_ns or 0
+    thread = threading.Thread(target=keep_claim, name="lock", daemon=True)
+    thread.start()
     try:
         for name, claim in claims.items():
-            if name != mine and now - (claim.mtime_ns or 0) < STALE_S * 1e9:
-                raise held
+            if name != own_name and now - (claim.mtime_ns or 0) < STALE_S * 1e9:
+                raise busy
         yield
     finally:
         stop.set()
-        keeper.join()
+        thread.join()
         with suppress(OSError):
             for name, claim in claims.items():
-                if name == mine or now - (claim.mtime_ns or 0) >= STALE_S * 1e9:
+                if name == own_name or now - (claim.mtime_ns or 0) >= STALE_S * 1e9:
                     fs.delete_file(claim.path)
