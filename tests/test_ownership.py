@@ -23,24 +23,11 @@ from pipeline.output.ownership import NEW, OLD, OWN, Ownership, check_inputs, sa
 from pipeline.storage.filesystem import canonical_place, resolve
 from pipeline.storage.output_files import MARKER
 from tests.support.infer import Infer, ask
+from tests.support.outputs import snapshot
 from tests.support.s3_server import S3Server
 
 Write = Callable[..., Path]
 OLD_OUTPUTS = Path(__file__).parent / "data" / "output_v0"
-
-
-def snapshot(root: Path) -> dict[str, Any]:
-    """Every file and link below a directory, with its bytes or target."""
-    found: dict[str, Any] = {}
-    for folder, folders, files in os.walk(root):
-        for name in [*files, *folders]:
-            path = Path(folder, name)
-            key = str(path.relative_to(root))
-            if path.is_symlink():
-                found[key] = str(path.readlink())
-            elif path.is_file():
-                found[key] = path.read_bytes()
-    return found
 
 
 def untouched(before: dict[str, Any], root: Path) -> None:

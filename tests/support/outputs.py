@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,17 @@ def durable(out: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return len(read_index(*resolve(str(out))))
     return 0
+
+
+def snapshot(root: Path) -> dict[str, Any]:
+    """Every file and link below a directory, with its bytes or target."""
+    found: dict[str, Any] = {}
+    for folder, folders, files in os.walk(root):
+        for name in [*files, *folders]:
+            path = Path(folder, name)
+            key = str(path.relative_to(root))
+            if path.is_symlink():
+                found[key] = str(path.readlink())
+            elif path.is_file():
+                found[key] = path.read_bytes()
+    return found
