@@ -33,6 +33,7 @@ from pipeline.storage.filesystem import resolve
 from pipeline.storage.output_files import BUDGET
 from tests.support.batch_server import BatchServer
 from tests.support.infer import Infer, ask
+from tests.support.marks import slow
 from tests.support.processes import until
 from tests.support.provider_server import ProviderServer, by_hash
 
@@ -61,7 +62,7 @@ def remote(server: ProviderServer, *more: str) -> list[str]:
     return ["engine.model=m", f"engine.base_url={server.url}", "engine.max_concurrency=16", *PRICED, *more]
 
 
-@pytest.mark.parametrize("bound", [["generation.max_tokens=80"], []])
+@pytest.mark.parametrize("bound", [["generation.max_tokens=80"], slow([])])
 def test_the_bill_never_passes_the_budget_with_several_workers_and_retries(
     infer: Infer, write_jsonl: Write, server: ProviderServer, bound: list[str]
 ) -> None:
@@ -88,6 +89,7 @@ def test_the_bill_never_passes_the_budget_with_several_workers_and_retries(
     assert len(server.requests) == rows + sum(server.faults.values())
 
 
+@pytest.mark.slow
 def test_what_was_in_flight_when_a_run_was_killed_counts_as_spent(tmp_path: Path, write_jsonl: Write) -> None:
     data, out = write_jsonl([ask(TEXT.format(i)) for i in range(400)]), tmp_path / "out"
     with ProviderServer(latency_s=0.3) as server:

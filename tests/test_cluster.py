@@ -48,6 +48,7 @@ def test_a_cluster_that_is_up_is_joined_and_one_or_two_logical_cpus_are_enough(c
         assert check(out, 1100)["this_run"]["asked"] == 100
 
 
+@pytest.mark.slow
 def test_a_cluster_that_wants_a_token_says_so_in_one_line(tmp_path: Path) -> None:
     data = write(tmp_path / "in.jsonl", 1)
     with standing_cluster(1) as env:
@@ -96,6 +97,7 @@ def test_a_node_that_is_lost_costs_no_row_and_convicts_none(raylets: Raylets, tm
 # -- the dispatcher ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dispatcher_that_is_killed_costs_no_row_and_nothing_durable_is_asked_again(tmp_path: Path) -> None:
     rows = 4000
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
@@ -143,6 +145,7 @@ def test_answers_are_readable_while_others_are_still_on_their_way_and_ctrl_c_lea
     assert durable(out) == len(set(answers))
 
 
+@pytest.mark.slow
 def test_a_run_that_started_its_own_ray_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     data, out = write(tmp_path / "in.jsonl", 2000), tmp_path / "out"
     with folder() as scratch:

@@ -185,6 +185,7 @@ def test_the_table_of_engines_says_what_each_engine_itself_says() -> None:
 # -- adding one ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_engine_added_as_the_page_says_runs(tmp_path: Path) -> None:
     found = blocks(ADDING)
     module = next(b.text for b in found if b.language == "python")

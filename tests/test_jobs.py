@@ -198,6 +198,7 @@ def scraped(cluster: Standing) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_prometheus_sees_rows_tokens_cost_and_waits(cluster: Standing, server: ProviderServer, tmp_path: Path) -> None:
     data, out = write(tmp_path / "in.jsonl", 1500), tmp_path / "out"
     server.plan |= {f"question {i}": ["400"] for i in range(3)} | {f"question {i}": ["429"] for i in range(3, 9)}

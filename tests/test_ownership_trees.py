@@ -31,6 +31,7 @@ from pipeline.run import run
 from pipeline.storage.output_files import MARKER
 from tests.support.infer import ask
 from tests.support.length_executor import LengthExecutor
+from tests.support.marks import slow
 from tests.support.outputs import snapshot
 
 TREES = int(os.environ.get("EAGLERAY_TREES", "60"))
@@ -154,7 +155,9 @@ infer(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
 """
 
 
-@pytest.mark.parametrize("more", [(), ("run.resume=false",), ("output.format=jsonl",)], ids=["resume", "anew", "jsonl"])
+@pytest.mark.parametrize(
+    "more", [(), slow(("run.resume=false",)), slow(("output.format=jsonl",))], ids=["resume", "anew", "jsonl"]
+)
 def test_a_run_that_is_killed_at_any_write_keeps_the_users_files_and_can_be_finished(
     tmp_path: Path, more: tuple[str, ...]
 ) -> None:

@@ -38,6 +38,7 @@ def test_uploads_are_left_alone_without_a_store(tmp_path: Path) -> None:
     abort_uploads(str(tmp_path), lambda _: True)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_many_objects_is_listed_in_pages(s3: S3Server) -> None:
     client = s3.client()
     for i in range(1500):

@@ -86,6 +86,7 @@ def test_a_run_on_a_failing_store_equals_one_on_a_disk_byte_for_byte(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", KILLED_RUNS, indirect=True)
 def test_a_killed_run_goes_on_from_the_store_and_leaves_nothing_half_done(
     store: Store, tmp_path: Path, write_jsonl: Write
