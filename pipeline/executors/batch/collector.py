@@ -113,7 +113,7 @@ class BatchCollector:
         used, answered = Usage(known=isinstance(outcome, EngineError)), None
         try:
             generation = self.session.generation.override(loads((own or "{}").encode()))
-            completion = engine.read(outcome, generation.n)
+            completion = engine.read(outcome, generation.n, batch.model)
             used, answered = completion.usage, completion.model
             if wrong := first_schema_error(completion, generation, batch.tries - 1):
                 raise wrong
