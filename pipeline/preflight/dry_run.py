@@ -1,7 +1,7 @@
 """Checks the rows, the engine and the output directory before a run. Sends nothing and writes nothing.
 
-`run.dry_run=true` reads the whole input and shows the first requests as they would be sent. A real run checks only its
-configuration and the first rows, and stops at once if no row could be answered.
+`run.dry_run=true` reads the whole input and shows the first requests as they would be sent. A real run checks its
+configuration and stops at once if it is wrong. Then it reads the first rows and prints an estimate from them.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _choices(completion: Completion) -> str | None:
 
 def _error(completion: Completion) -> dict[str, Any] | None:
     error = completion.error
-    return error and {name: getattr(error, name) for name in ERROR.names}
+    return None if error is None else {name: getattr(error, name) for name in ERROR.names}
 
 
 # The columns of a completion, in a segment and in the final output: the type, and the value of a completion.
