@@ -1,4 +1,4 @@
-"""The parts of a run, resolved once from its configuration."""
+"""What a run resolves once from its configuration: filesystem, row reader, placement, ownership, Ray cluster and more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost of answers in the ledger, in US dollars."""
+"""The batch price of estimates, and the cost of ledger records of earlier versions, which have none."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def batch_share(engine: EngineConfig) -> float:
 
 
 def old_costs(engine: EngineConfig) -> OldCosts:
-    """Prices, by today's `engine.price`, records of versions that wrote no cost. The name of a segment tells if its answers
-    came from provider batches."""
+    """Computes the cost of records of earlier versions, which wrote none, from today's `engine.price`.
+
+    The name of a segment tells if its answers came from provider batches.
+    """
 
     def costs(tokens: npt.NDArray[np.int64], path: str) -> npt.NDArray[np.float64] | None:
         if engine.provider and not engine.price.known:

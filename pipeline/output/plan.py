@@ -1,4 +1,4 @@
-"""The plan of the output: which part files it has, and which columns."""
+"""The plan of the output: its part files and its columns. `pipeline/dataset/plan.py` plans the input."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from pipeline.storage.retry import TRIES, patiently, store_failed
 
 # Flags of a request in the index.
 UNKNOWN, REPRICED = 1, 2
-# Prices records of an earlier version, which wrote no cost. Takes the token counts, of shape (records, 3): input, cached
-# input, output; and the path of the segment. Returns US$ for each record, or None if the price is unknown.
+# Computes the cost of records of an earlier version, which wrote none. Takes the token counts, of shape (records, 3):
+# input, cached input, output; and the path of the segment. Returns US$ for each record, or None if the price is unknown.
 OldCosts = Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.float64] | None]
 
 
