@@ -10,7 +10,7 @@ from engines.remote.provider import Provider
 from pipeline.storage.ledger_index import OldCosts
 
 # Names of segments with answers from provider batches begin with this word.
-WRITER = "batch"
+BATCH_SEGMENT_PREFIX = "batch"
 
 
 def batch_share(engine: EngineConfig) -> float:
@@ -27,7 +27,7 @@ def old_costs(engine: EngineConfig) -> OldCosts:
     def costs(tokens: npt.NDArray[np.int64], path: str) -> npt.NDArray[np.float64] | None:
         if engine.provider and not engine.price.known:
             return None
-        share = batch_share(engine) if path.rsplit("/", 1)[1].startswith(f"{WRITER}-") else 1.0
+        share = batch_share(engine) if path.rsplit("/", 1)[1].startswith(f"{BATCH_SEGMENT_PREFIX}-") else 1.0
         rates = np.array([engine.price.of(*one) for one in ((1, 0, 0), (1, 1, 0), (0, 0, 1))])
         read, cached, written = tokens.T
         return share * (np.stack([read - cached, cached, written], axis=1) @ rates)

@@ -103,7 +103,7 @@ def dry_run(
     findings = examine(config, thorough=True)
     wrong = [finding.text for finding in findings.wrong]
     context, renderer = model_on_this_machine(config.engine)
-    known = index.only(failed_too=not config.run.retry_failed)
+    known = index.only(failed_count_as_answered=not config.run.retry_failed)
     estimate = DatasetEstimate(config, context, renderer, findings.check).read(splits, row_reader, known)
     if estimate.invalid and config.dataset.on_bad_input == "fail":
         wrong.append(f"{estimate.reasons[0]} (dataset.on_bad_input=quarantine would go on)")

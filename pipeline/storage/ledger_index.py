@@ -83,10 +83,12 @@ class Index:
     def empty(cls) -> Index:
         return _index_of([], [])
 
-    def only(self, *, failed_too: bool) -> Index:
-        """The requests that a run skips: the answered ones, and with `failed_too` also the failed ones. `spent` returns
-        the same sums as before."""
-        if failed_too or not self.failed.any():
+    def only(self, *, failed_count_as_answered: bool) -> Index:
+        """The requests that a run skips: the answered ones and, with `failed_count_as_answered`, the failed ones.
+
+        `spent` returns the same sums as before.
+        """
+        if failed_count_as_answered or not self.failed.any():
             return self
         at = np.flatnonzero(~self.failed)
         left = _sums(self.cost_usd[self.failed], self.flags[self.failed], self.attempts[self.failed], self.unanswered)
