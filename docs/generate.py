@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from engines.config import Capabilities, config_from_keys  # noqa: E402
 from engines.params import GENERATION_FIELDS, GenerationParams  # noqa: E402
 from engines.registry import HTTP_ENGINES, REGISTRY  # noqa: E402
-from engines.remote.batch.factory import WIRES  # noqa: E402
+from engines.remote.batch.factory import BATCH_APIS  # noqa: E402
 from engines.remote.provider import Provider  # noqa: E402
 from jobs.compose import GROUPS, conf_dir, options  # noqa: E402
 from jobs.guide import anchor  # noqa: E402
@@ -185,7 +185,7 @@ def batches() -> str:
         if not declared:
             without.append(f"`{kind}`")
             continue
-        wire = WIRES[declared["wire"]]
+        wire = BATCH_APIS[declared["wire"]]
         rows, size = declared.get("rows", wire.max_rows), declared.get("bytes", wire.max_bytes)
         lines.append(f"| `{kind}` | {declared['wire']} | {rows:,} | {size:,} | {declared.get('price', 1.0)} |")
     return "\n".join([*lines, "", f"Engines without a batch API: {', '.join(without)}."])

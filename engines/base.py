@@ -37,6 +37,7 @@ class Engine(ABC):
 
     kind: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
+    runs_here: ClassVar[bool] = True  # False: a provider runs the model, and its tokens cost what its price list says
     config: EngineConfig
 
     @abstractmethod
@@ -183,7 +184,7 @@ class Engine(ABC):
         """
         if not usage.input and not usage.output and usage.known:
             return 0.0
-        if not self.config.provider:  # a rate that is not set is free
+        if self.runs_here:  # a rate that is not set is free
             return self.config.price.of(usage.input, usage.cached_input, usage.output, usage.cache_write)
         if (asked, answered) not in self._prices:
             self._prices[asked, answered] = price_of(self.config, asked, answered)

@@ -10,6 +10,7 @@ from engines.config import Capabilities
 from engines.params import GenerationParams
 from engines.remote.controls import CombinedControls, RemoteControls
 from engines.types import Completion, Request
+from engines.usage import Usage
 
 
 class FallbackEngine(Engine):
@@ -25,6 +26,9 @@ class FallbackEngine(Engine):
         self.kind = self.first.kind  # type: ignore[misc]
         controls = CombinedControls([engine.remote for engine in self.engines])
         self.controls = controls if controls.all else None
+
+    def cost(self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False) -> float | None:
+        return self.first.cost(usage, asked, answered, batch=batch)
 
     @property
     def remote(self) -> RemoteControls | None:

@@ -1,4 +1,4 @@
-"""Shared by engines that load a model: checks of keywords, messages for templates, tool calls and stop texts in answers."""
+"""Text functions: keywords, messages for templates, tool calls and stop texts in answers; one-line texts for messages."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 DEFAULT_MAX_TOKENS = 1024
 # Bytes of a request's body for each token of input, before the provider has told better.
 BYTES_PER_TOKEN = 4.0
-# What an answer is reserved with where the request does not bound it and none has come yet; tokens.
+# Output tokens to reserve for a request without `max_tokens`, until the first answer shows a typical length.
 FIRST_OUTPUT = 512.0
 # How often an answer that is not in the shape asked for is asked for again, where the caller does not say.
 DEFAULT_SCHEMA_RETRIES = 2

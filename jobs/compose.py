@@ -29,7 +29,10 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
 
 def compose(overrides: list[str], config_dir: str | None = None) -> Config:
-    """The configuration of these Hydra overrides. Raises `ConfigError`: one line, with the nearest known name."""
+    """The configuration of these Hydra overrides. Raises `ConfigError`: one line, with the nearest known name.
+
+    Afterwards, `Config.check` knows all values of `run.mode`.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -60,6 +63,9 @@ def compose(overrides: list[str], config_dir: str | None = None) -> Config:
     assert isinstance(config, Config)
     config.generation["response_format"] = _response_format(config.generation.get("response_format"))
     with_lists(config.engine, Path(config_dir) / "price" if config_dir else None)
+    # It fills the list of `run.mode`. Imported last, because it imports pyarrow, which a wrong override need not wait for.
+    import pipeline.executors.registry  # noqa: F401
+
     return config
 
 

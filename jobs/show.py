@@ -30,11 +30,11 @@ from jobs.reading import (
     say,
     steady,
 )
-from pipeline.storage.ledger import COMPLETION_FIELDS
+from pipeline.storage.ledger import COMPLETION_COLUMNS
 
 LIMIT = 5
 ROLES = {"system": "magenta", "developer": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
-OURS = {"id", "index", "messages", "key", "done_at", *(name for name, _ in COMPLETION_FIELDS)}
+OURS = {"id", "index", "messages", "key", "done_at", *COMPLETION_COLUMNS}
 # Maximum number of ids in memory, among which the nearest one is found.
 IDS = 10_000
 

@@ -30,8 +30,8 @@ from engines.validation import (
     one_of,
 )
 
-# The values of `run.mode`: `pipeline.executors.registry.register` adds to them.
-RUN_MODES = ["live", "batch"]
+# The values of `run.mode`. `pipeline/executors/registry.py` adds the name of each executor when it is imported.
+RUN_MODES: list[str] = []
 # Ray sets this environment variable for processes that `ray job submit` starts.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 

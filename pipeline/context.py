@@ -1,4 +1,4 @@
-"""The parts of a run, resolved once from its configuration."""
+"""What a run resolves once from its configuration: filesystem, row reader, placement, ownership, Ray cluster and more."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunContext:
     root: str  # of the output, on `fs`
     row_reader: RowReader
     placement: Placement
-    output: Ownership
+    ownership: Ownership
     step: str  # of `eagleray batch`: submit or fetch; empty for a whole run
     stack: contextlib.ExitStack  # closes, at the end of the run, what was opened during it
     interrupts: list[int]  # signals so far
@@ -53,10 +53,12 @@ class RunContext:
     def trace(self) -> Trace | None:
         return self.span.trace if self.span else None
 
-    def snapshot(self, *, failed_too: bool) -> LedgerSnapshot:
-        """The ledger as it is now. `failed_too`: failed requests count as answered."""
+    def snapshot(self, *, failed_count_as_answered: bool) -> LedgerSnapshot:
+        """The ledger as it is now. If failed requests do not count as answered, they are sent again."""
         costs = old_costs(self.config.engine)
-        return LedgerSnapshot(self.fs, self.root, costs, self.cluster.read_ledger, failed_too=failed_too)
+        return LedgerSnapshot(
+            self.fs, self.root, costs, self.cluster.read_ledger, failed_count_as_answered=failed_count_as_answered
+        )
 
 
 def resolve_context(config: Config, console: Console, step: str = "") -> RunContext:
@@ -68,7 +70,7 @@ def resolve_context(config: Config, console: Console, step: str = "") -> RunCont
     plan_answer_columns(config.output.columns, params.response_format)  # raises before anything starts
     parser = RowParser(dataset.format, dataset.columns, dataset.template)
     row_reader = RowReader(parser, RequestHasher(config.engine, params), dataset.max_row_bytes)
-    output = Ownership.look(config, fs, root)
+    ownership = Ownership.look(config, fs, root)
     stack, interrupts = contextlib.ExitStack(), list[int]()
     cluster = RayCluster(str(config.output.path), config.engine, stack, interrupts)
-    return RunContext(config, console, params, fs, root, row_reader, placed, output, step, stack, interrupts, cluster)
+    return RunContext(config, console, params, fs, root, row_reader, placed, ownership, step, stack, interrupts, cluster)

@@ -39,7 +39,7 @@ class Passes:
         """Runs the executors in turn. Each takes the rows that the ones before it left."""
         for number, executor in enumerate(executors):
             if number:
-                known = executor.context.snapshot(failed_too=True)
+                known = executor.context.snapshot(failed_count_as_answered=True)
             execution = executor.execute(inputs, known)
             self.totals.done += execution.status.done
             self.totals.failed += execution.status.failed
@@ -53,13 +53,13 @@ class Passes:
 def run_passes(context: RunContext, executors: Sequence[Executor], inputs: SplitInput) -> Passes:
     """Passes until every row has a record and is written. Later passes need the last executor only."""
     passes, missing = Passes(), sys.maxsize
-    known = context.snapshot(failed_too=not context.config.run.retry_failed)
+    known = context.snapshot(failed_count_as_answered=not context.config.run.retry_failed)
     for number in range(MAX_PASSES):
         passes.execute(executors[-1:] if number else executors, inputs, known)
         if passes.unfinished is not None:
             return passes
         # Replaces the snapshot before it, whose memory is free now.
-        known = context.snapshot(failed_too=True)
+        known = context.snapshot(failed_count_as_answered=True)
         passes.index = known.index
         if not passes.totals.done + passes.totals.failed:
             passes.current = unchanged(context.config, context.fs, context.root, inputs.splits, passes.index)

@@ -66,14 +66,14 @@ def _lock(context: RunContext) -> None:
     """Makes the output this run's own, until the end of the run."""
     config, stack = context.config, context.stack
     context.span = stack.enter_context(run_span(config.run.traces, config.engine, context.console))
-    context.output.begin()
+    context.ownership.begin()
     stack.enter_context(run_lock(context.fs, context.root))
     # Again, because another run may have ended between the first look and the lock.
-    context.output = Ownership.look(config, context.fs, context.root)
-    context.output.settle()
+    context.ownership = Ownership.look(config, context.fs, context.root)
+    context.ownership.settle()
     if not config.run.resume:
         registry.clear(context)
-        context.output.clear()
+        context.ownership.clear()
     context.state = stack.enter_context(keep_run_state(config, context.fs, context.root))
 
 
@@ -102,11 +102,11 @@ def _commit(context: RunContext, inputs: SplitInput, passes: Passes) -> Outcome:
     manifest = make_manifest(context, inputs.splits, passes.summaries, written, passes.index, passes.totals, more)
     if context.span is not None:
         context.span.rows(manifest["rows"])
-    context.output.drop_stale(written.files)
-    abort_uploads(context.output_path, context.output.is_own)
+    context.ownership.drop_stale(written.files)
+    abort_uploads(context.output_path, context.ownership.is_own)
     write_report(fs, root, manifest, written.stats, context.console)
     write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
-    context.output.commit(written.files)
+    context.ownership.commit(written.files)
     return Outcome(_exit_status(manifest), manifest)
 
 

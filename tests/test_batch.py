@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engines import ConfigError, EngineError, load_engine
+from engines.config import packaged
 from jobs.batch import main as batch_main
 from jobs.compose import compose
 from pipeline.errors import Stopped
@@ -461,6 +462,18 @@ def test_a_batch_of_a_program_has_one_model(server: BatchServer) -> None:
         pytest.raises(ConfigError, match="one model at a time, not m-1, m-2"),
     ):
         engine.infer_batch([ask("a"), ask("b", model="m-2")])
+
+
+def test_a_batch_of_a_program_keeps_to_the_declared_limit(server: BatchServer) -> None:
+    keys = CASES["openai"].keys(server)
+    section = packaged("openai")["provider"]
+    provider = {**section, "batch": {**section["batch"], "rows": 2}}
+    with (
+        load_engine("openai", **keys, provider=provider) as engine,
+        pytest.raises(ConfigError, match="holds at most 2 requests .* not 3"),
+    ):
+        engine.infer_batch(conversations(3))
+    assert server.submitted == []
 
 
 def test_engines_without_a_batch_api_name_those_that_have_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

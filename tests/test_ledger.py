@@ -57,7 +57,7 @@ def test_a_success_beats_a_failure_and_the_latest_beats_the_earlier(tmp_path: Pa
     assert list(index.failed[at[:3]]) == [False, False, True]
     segment = read_segment(fs, index.paths[index.segment[at[0]]])
     assert segment["response"][index.row[at[0]]].as_py() == "new"
-    assert list(index.only(failed_too=False).find([key(1), key(3)]) >= 0) == [True, False]
+    assert list(index.only(failed_count_as_answered=False).find([key(1), key(3)]) >= 0) == [True, False]
     assert index.tokens[at[0]].tolist() == [20, 6, 10, 0, 0]  # of both its records: both may have been paid
 
 

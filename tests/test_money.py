@@ -285,7 +285,7 @@ def test_the_index_adds_all_records_of_a_request(tmp_path: Path) -> None:
     assert index.tokens[one].tolist() == [20, 4, 10, 6, 2] and len(TOKENS) == 5
     assert (index.cost_usd[two], index.flags[two]) == (1.0, UNKNOWN)
     assert index.spent() == (0.75 + 1.0 + 0.5 + 2.0, 1)
-    left = index.only(failed_too=False)
+    left = index.only(failed_count_as_answered=False)
     assert left.find([bytes([4]) * 32])[0] == -1 and left.spent() == index.spent()
 
 

@@ -205,12 +205,12 @@ def test_the_output_directory_is_told_in_all_its_states(dry: Dry, infer: Infer, 
     assert "is new" in dry(data, *base)[1]
     infer(data)
     before = {path: path.stat().st_mtime_ns for path in dry.out.rglob("*")}
-    assert "is complete: it holds just this" in dry(data, *base)[1]
-    assert "holds 2 answers of another configuration" in dry(data, *base, "engine.model=x")[1]
+    assert "is complete: it has the answers of exactly this input" in dry(data, *base)[1]
+    assert "has 2 answers of another configuration" in dry(data, *base, "engine.model=x")[1]
     more = write_jsonl([ask("a"), ask("b"), ask("c")])
-    assert "goes on: 2 rows are answered already" in dry(more, *base)[1]
+    assert "can be continued: 2 rows are already answered" in dry(more, *base)[1]
     (dry.out / "manifest.json").rename(dry.out / "m")
-    assert "holds 2 answers of none of these requests" in dry(data, *base, "engine.model=x")[1]
+    assert "has 2 answers of other requests" in dry(data, *base, "engine.model=x")[1]
     (dry.out / "m").rename(dry.out / "manifest.json")
     with run_lock(pafs.LocalFileSystem(), str(dry.out)):
         status, text = dry(data, *base)

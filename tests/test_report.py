@@ -29,7 +29,7 @@ from pipeline.report.conversation import ROW_CHARS, shown_row
 from pipeline.report.page import SAMPLE_BYTES, write_report
 from pipeline.report.stats import MOST_BUCKETS, PAUSE_MS, SAMPLED, Stats
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import COMPLETION_FIELDS, completion_columns
+from pipeline.storage.ledger import COMPLETION_COLUMNS, completion_columns
 from tests.support.infer import Infer, ask
 from tests.support.provider_server import ProviderServer
 
@@ -160,7 +160,7 @@ def completions(rows: list[tuple[float, float, int, bool]]) -> tuple[pa.Table, p
         else Completion(latency_s=latency, usage=Usage(tokens * 2, 0, tokens))
         for at, (_, latency, tokens, failed) in enumerate(rows)
     ]
-    table = pa.Table.from_arrays(completion_columns(found), names=[name for name, _ in COMPLETION_FIELDS])
+    table = pa.Table.from_arrays(completion_columns(found), names=list(COMPLETION_COLUMNS))
     done = pa.chunked_array([pa.array([int(row[0] * 1000) for row in rows], pa.timestamp("ms", tz="UTC"))])
     return pa.table({name: pa.chunked_array([table[name].combine_chunks()]) for name in table.column_names}), done
 

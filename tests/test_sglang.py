@@ -16,6 +16,7 @@ import pytest
 from engines import ConfigError, Engine, Request, load_engine
 from engines.config import EngineConfig
 from engines.params import GenerationParams
+from engines.usage import Usage
 from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import placement
 from tests.support.processes import gone, until
@@ -55,6 +56,7 @@ def test_keywords_become_flags_and_rows_are_asked_greedily_and_bounded(start: Ca
         assert found["flags"]["tensor_parallel_size"] == "2"
         assert found["flags"]["json_model_override_args"] == '{"rope_theta": 1000}'
         assert not found["flags"]["enable_lora"]
+        assert engine.cost(Usage(10, 0, 5), None) == 0.0  # it runs here, so it is free without a price
         assert found["body"]["temperature"] == 0
         assert found["body"]["max_tokens"] == 1024
         assert told(engine, generation={"temperature": 0.5, "max_tokens": 3})["body"]["max_tokens"] == 3

@@ -31,7 +31,8 @@ from engines.errors import ConfigError
 from engines.params import GenerationParams
 from engines.registry import HTTP_ENGINES
 from engines.remote import anthropic_messages, bedrock_converse, openai_chat
-from engines.remote.provider import ENDINGS, Provider, endpoints, inline_refs
+from engines.remote.batch.factory import BATCH_APIS
+from engines.remote.provider import BATCH_WIRES, ENDINGS, Provider, endpoints, inline_refs
 from engines.remote.wire import StreamAccumulator, Wire
 from engines.types import Request, to_request
 from jobs.compose import compose
@@ -729,11 +730,33 @@ def test_a_provider_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("section", "said"),
     [({"wire": "chats"}, "did you mean 'chat'"), ({"unsuported": ["n"]}, "did you mean 'unsupported'"),
-     ({"rename": {"max_token": "x"}}, "did you mean 'max_tokens'"), ({"models": [{"unsupported": []}]}, "needs a 'match'")],
+     ({"rename": {"max_token": "x"}}, "did you mean 'max_tokens'"), ({"models": [{"unsupported": []}]}, "needs a 'match'"),
+     ({"batch": {"rows": 5}}, "batch needs a wire: one of openai, anthropic"),
+     ({"batch": {"wire": "opnai"}}, "batch.wire=opnai is not known .did you mean 'openai'"),
+     ({"models": [{"match": "a", "batch": {"rows": 5}}]}, "not 'rows'; set engine.provider.batch.rows")],
 )  # fmt: skip
 def test_a_mistake_in_a_provider_is_said_with_the_nearest_name(section: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_engine("acme", model="m", base_url="localhost:1", provider=section)
+
+
+@pytest.mark.parametrize("name", ["wire", "auth", "headers", "environment", "kwargs", "idempotency_header"])
+def test_a_key_without_effect_in_a_rule_for_models_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' is for all models; set engine.provider.{name}"):
+        load_engine("acme", model="m", base_url="localhost:1", provider={"models": [{"match": "x", name: "a"}]})
+
+
+def test_a_rule_for_models_tells_their_finish_reasons() -> None:
+    section = {"auth": "optional", "models": [{"match": "^odd", "finish_reasons": {"fin": "stop"}}]}
+    payload = {"choices": [{"message": {"content": "a"}, "finish_reason": "fin"}]}
+    with load_engine("acme", model="m", base_url="localhost:1", provider=section) as engine:
+        assert engine.read(payload, 1, "odd-1").finish_reason == "stop"  # type: ignore[attr-defined]
+        with pytest.raises(EngineError, match="unknown finish reason"):
+            engine.read(payload, 1)  # type: ignore[attr-defined]
+
+
+def test_batch_wires_have_their_apis() -> None:
+    assert tuple(BATCH_APIS) == BATCH_WIRES
 
 
 def test_packaged_files_hold_known_keys_only() -> None:

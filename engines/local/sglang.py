@@ -41,6 +41,7 @@ class SGLangOfflineEngine(RemoteEngine):
     """
 
     kind = "sglang_offline"
+    runs_here = True
     dead: str | None = None  # why the server ended; None while it runs
 
     def _load(self) -> None:

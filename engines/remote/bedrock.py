@@ -63,7 +63,8 @@ class BedrockEngine(RemoteEngine):
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         loop = asyncio.get_running_loop()
         payload = await loop.run_in_executor(self.threads, self._converse, content)
-        completion = check_choices(bedrock_converse.completion(payload, self.provider), request.generation.n)
+        provider, _ = self.for_model(request.model)
+        completion = check_choices(bedrock_converse.completion(payload, provider), request.generation.n)
         completion.model = content["modelId"]
         return completion
 

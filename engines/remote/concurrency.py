@@ -1,6 +1,6 @@
 """How many requests are in flight and which endpoint gets them: AIMD slots, endpoint health, retry budget.
 
-All classes may be used from several threads and event loops at once: they belong to one engine, which may be.
+One engine owns these objects. An engine may be used from several threads and event loops at once, so all classes allow it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The content of a message as typed blocks. Every wire builds its requests from these.
 
 Content comes in OpenAI's form (text, image_url, input_audio, file) or in Anthropic's (document, thinking, …). A block
-keeps the `part` it was read from: a wire whose own form that is sends the part unchanged.
+keeps the `part` it was read from. If the part already has the form of the wire, the wire sends it unchanged.
 """
 
 from __future__ import annotations

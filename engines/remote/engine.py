@@ -52,6 +52,7 @@ class RemoteEngine(Batches, ModelEngine):
     """A provider's API. `config.provider` says how it differs from other providers with the same wire format."""
 
     kind = "openai_compatible"
+    runs_here = False
 
     def _load(self) -> None:
         config = self.config
@@ -104,8 +105,8 @@ class RemoteEngine(Batches, ModelEngine):
         # Twice: rows that wait for a retry or for a limit hold no slot.
         return 2 * self.max_concurrency
 
-    def for_model(self, request: Request) -> tuple[Provider, Capabilities]:
-        model = request.model or self.config.model
+    def for_model(self, model: str | None) -> tuple[Provider, Capabilities]:
+        model = model or self.config.model
         if model not in self.models:
             provider = self.provider.for_model(model)
             if not self.config.prompt_caching:
@@ -114,7 +115,7 @@ class RemoteEngine(Batches, ModelEngine):
         return self.models[model]
 
     def capabilities_for(self, request: Request) -> Capabilities:
-        return self.for_model(request)[1]
+        return self.for_model(request.model)[1]
 
     # -- what the pipeline asks and sets: `RemoteControls` ------------------------------------------------------------
 
@@ -176,7 +177,7 @@ class RemoteEngine(Batches, ModelEngine):
         """The JSON that is sent for a request. Raises `EngineError("invalid_input")`."""
         if request.turns:  # `generate` sends one request for each turn; only a batch comes here with all of them
             raise invalid("a row's turns are asked one after the other, which no batch API can do (run.mode=live does)")
-        provider, _ = self.for_model(request)
+        provider, _ = self.for_model(request.model)
         if provider.defaults:
             given = request.generation.given()
             absent = {name: value for name, value in provider.defaults.items() if name not in given}
@@ -373,14 +374,17 @@ class RemoteEngine(Batches, ModelEngine):
             if payload.get("usage"):
                 broken_off.usage = self.wire.usage(payload)
             raise self._clean(broken_off)
-        return self.read(payload, request.generation.n)
+        return self.read(payload, request.generation.n, request.model)
 
-    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None) -> Completion:
-        """The completion in the body of an answer, of `n` choices. Raises `EngineError` for a bad one, or the one given."""
+    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None, model: str | None = None) -> Completion:
+        """The completion in the body of an answer of `model` (None: the engine's own) with `n` choices.
+
+        Raises `EngineError` for a bad answer, or the error that is given as the answer.
+        """
         if isinstance(answer, EngineError):
             raise self._clean(answer)
         try:
-            completion = check_choices(self.wire.completion(answer, self.provider), n)
+            completion = check_choices(self.wire.completion(answer, self.for_model(model)[0]), n)
         except EngineError as error:
             raise self._clean(error) from None
         return completion

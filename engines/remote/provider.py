@@ -29,7 +29,12 @@ from engines.validation import check_keys, check_value, one_of
 # wire: openai, anthropic, together or fireworks; rows and bytes: the most in one batch, where less than the provider takes;
 # queued_tokens: the most in all batches at once; price: the share of the live price, as it was on price_as_of. A rule of
 # `models` may have a `batch` with another price.
-BATCH_KEYS = ("wire", "rows", "bytes", "queued_tokens", "price", "price_as_of")
+BATCH_PRICE = ("price", "price_as_of")
+BATCH_KEYS = ("wire", "rows", "bytes", "queued_tokens", *BATCH_PRICE)
+
+BATCH_WIRES = ("openai", "anthropic", "together", "fireworks")
+# Keys of a whole provider: one engine has one connection, so a rule of `models` cannot change them for some models.
+NOT_BY_MODEL = ("wire", "auth", "headers", "environment", "kwargs", "idempotency_header", "prices", "models")
 
 # What a finish reason can mean. `server` and `bad_response`: the answer is broken and is asked again.
 ENDINGS = ("stop", "length", "tool_calls", "content_filter", "server", "bad_response")
@@ -74,10 +79,13 @@ class Provider:
         check_value("engine.provider.wire", provider.wire, one_of(WIRE_PATHS))
         check_value("engine.provider.reasoning_history", provider.reasoning_history, one_of(REASONING_HISTORIES))
         check_keys(provider.batch, BATCH_KEYS, "engine.provider.batch")
+        if provider.batch:
+            _check_batch_wire(provider.batch)
         for rule in provider.models:
             if not isinstance(rule, Mapping) or "match" not in rule:
                 raise ConfigError("engine.provider.models: each needs a 'match', a regular expression of model names")
             _checked({name: value for name, value in rule.items() if name != "match"}, "engine.provider.models")
+            _check_effective(rule)
         return provider
 
     def for_model(self, model: str | None) -> Provider:
@@ -122,6 +130,23 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if meaning not in ENDINGS:
             raise ConfigError(f"{where}.finish_reasons.{reason}: {no_such('meaning', str(meaning), ENDINGS)}")
     return dict(values)
+
+
+def _check_batch_wire(batch: Mapping[str, Any]) -> None:
+    if "wire" not in batch:
+        raise ConfigError(f"engine.provider.batch needs a wire: one of {', '.join(BATCH_WIRES)}")
+    check_value("engine.provider.batch.wire", batch["wire"], one_of(BATCH_WIRES))
+
+
+def _check_effective(rule: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a key of a `models` rule that would have no effect there."""
+    for name in NOT_BY_MODEL:
+        if name in rule:
+            raise ConfigError(f"engine.provider.models: '{name}' is for all models; set engine.provider.{name}")
+    for name in rule.get("batch") or ():
+        if name not in BATCH_PRICE:
+            text = f"engine.provider.models: batch can have {' and '.join(BATCH_PRICE)} here, not '{name}'"
+            raise ConfigError(f"{text}; set engine.provider.batch.{name}")
 
 
 def put(body: dict[str, Any], path: str, value: Any) -> None:

@@ -21,8 +21,8 @@ from engines.remote.event_loops import PerLoop
 
 DIMENSIONS = ("requests", "input_tokens", "output_tokens")
 
-# A request that is sent up to this many seconds late does not lower the rate. The rate is reduced by what that can add to a
-# minute, and by as much again for the way from a grant to the server.
+# A request that is sent up to this many seconds late does not lower the rate. To stay below the limit, the rate is reduced
+# twice by this slack: once for late requests, once for the delay between grant and arrival.
 SLACK_S = 0.5
 # How long requests may be sent without asking if nothing is limited. A pause reaches every worker within this time.
 FREE_S = 0.5

@@ -1,4 +1,4 @@
-"""A streamed answer: server-sent events, whose text goes on as it comes and which a wire joins to the whole answer."""
+"""Parses the events of a streamed answer. Text is passed on at once; the wire's accumulator builds the whole answer."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def check_choices(completion: Completion, n: int | None) -> Completion:
 
 @contextlib.contextmanager
 def charging(usage: Usage) -> Iterator[None]:
-    """Gives an `EngineError` raised within the usage of the answer that it is about."""
+    """Sets `usage` on any `EngineError` that is raised inside this block."""
     try:
         yield
     except EngineError as error:

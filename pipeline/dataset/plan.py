@@ -1,4 +1,4 @@
-"""Splits the input into read tasks."""
+"""The plan of the input: the splits that read tasks read. `pipeline/output/plan.py` plans the output."""
 
 from __future__ import annotations
 

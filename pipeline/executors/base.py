@@ -29,9 +29,18 @@ class Execution:
 class Executor(ABC):
     """Reads the rows of a run and makes a record of each durable in the ledger.
 
-    An executor owns its waiting, its reasons to stop and its cancellation. It raises `Stopped` to end the run early,
-    `Interrupted` after a signal, and `ConfigError`. While it works it keeps `context.state` up to date. It may leave rows
-    without a record: the run makes another pass for them.
+    The duties of `execute`:
+
+    1. Read each split with `read_split` (`requests.py`). It fills the `SplitSummary` of the split, which `Execution`
+       returns. Pass on `dataset.on_bad_input`.
+    2. Drop rows whose key was seen in another split or earlier in this one, with `DedupFilter`.
+    3. Call `context.state.enter("asking")` and then set `context.state.status`. Keep the status up to date, and set
+       `RunStatus.fed` when all rows are read.
+    4. Keep the spending within `run.budget_usd` (`CostBudget`).
+    5. Raise the `Stopped` that `stop_reason` returns, and `Interrupted` after `context.interrupts` got a signal. What is
+       answered by then must be durable. A wrong configuration raises `ConfigError`.
+
+    It may leave rows without a record: the run makes another pass for them.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -53,7 +62,8 @@ class Executor(ABC):
         return {}
 
     def prepare(self) -> None:
-        """Starts what takes long to start. Called while the input is being listed, before `execute` of the first pass."""
+        """Starts what takes long to start, while the input is being listed. Called once, for the first executor of a run;
+        an executor that follows another one starts in `execute`."""
 
     @abstractmethod
     def execute(self, inputs: SplitInput, known: LedgerSnapshot) -> Execution:

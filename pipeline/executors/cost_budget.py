@@ -33,7 +33,7 @@ from pipeline.storage.output_files import BUDGET
 LEARNT, FIRST_FACTOR, FIRST_SHARE = 20, 1.5, 0.1
 # Estimates are this factor above the highest value seen so far.
 MARGIN = 1.1
-# The file gets this share of the budget more than is in flight, so that it is written less often.
+# `_budget.json` records this share of the budget in advance, so it is written less often.
 STEP = 0.02
 
 

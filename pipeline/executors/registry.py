@@ -10,11 +10,13 @@ from pipeline.executors.base import Executor
 from pipeline.executors.batch.executor import BatchExecutor
 from pipeline.executors.live.executor import LiveExecutor
 
+# To add a kind of executor, add it here: `run.mode` then accepts its name.
 EXECUTORS: dict[str, type[Executor]] = {"live": LiveExecutor, "batch": BatchExecutor}
+RUN_MODES[:] = EXECUTORS
 
 
 def register(mode: str, kind: type[Executor]) -> None:
-    """Adds a kind of executor: `run.mode` accepts its name from now on."""
+    """Adds a kind of executor that is not in this package, such as one of a test."""
     EXECUTORS[mode] = kind
     RUN_MODES.append(mode)
 

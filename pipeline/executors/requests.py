@@ -1,4 +1,4 @@
-"""From parsed rows to pending requests, which executors take."""
+"""Reads the rows that still need an answer (`read_split`), and makes engine requests of them (`request_of`)."""
 
 from __future__ import annotations
 

@@ -9,14 +9,17 @@ from pipeline.config import RunConfig
 from pipeline.errors import Stopped
 from pipeline.monitor.status import RunStatus
 
-# The provider may refuse a key that worked, because money ran out: so many refusals in a row end the run.
+# The provider may refuse a key that worked, because money ran out. This number of refusals in succession ends the run.
 REFUSALS_TO_STOP = 20
 # `max_error_rate` holds from this number of rows on.
 RATE_NEEDS_ROWS = 100
 
 
 def stop_reason(run: RunConfig, status: RunStatus, refused: int = 0) -> Stopped | None:
-    """The reason to stop early, or None. `refused` rows in a row failed because the provider refused the key."""
+    """The reason to stop early, or None.
+
+    `refused`: the number of rows that failed in succession because the API key was refused.
+    """
     too_many = functools.partial(Stopped, code=ErrorCode.TOO_MANY_ERRORS)
     failed, finished = status.failed + status.invalid, status.done + status.failed
     example = next(iter(status.first_errors.values()), "")

@@ -1,4 +1,7 @@
-"""`output.columns`: properties of JSON answers as output columns. The schema of the request gives their types."""
+"""`output.columns`: properties of JSON answers as output columns. The schema of the request gives their types.
+
+`answers.py` reads the answers from the ledger.
+"""
 
 from __future__ import annotations
 

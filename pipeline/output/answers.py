@@ -1,4 +1,4 @@
-"""Takes the answers to rows out of the ledger."""
+"""Reads the answers to rows from the ledger. `answer_columns.py` makes the columns of `output.columns` from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost of answers in the ledger, in US dollars."""
+"""The batch price of estimates, and the cost of ledger records of earlier versions, which have none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engines.remote.provider import Provider
 from pipeline.storage.ledger_index import OldCosts
 
 # Names of segments with answers from provider batches begin with this word.
-WRITER = "batch"
+BATCH_SEGMENT_PREFIX = "batch"
 
 
 def batch_share(engine: EngineConfig) -> float:
@@ -19,13 +19,15 @@ def batch_share(engine: EngineConfig) -> float:
 
 
 def old_costs(engine: EngineConfig) -> OldCosts:
-    """Prices, by today's `engine.price`, records of versions that wrote no cost. The name of a segment tells if its answers
-    came from provider batches."""
+    """Computes the cost of records of earlier versions, which wrote none, from today's `engine.price`.
+
+    The name of a segment tells if its answers came from provider batches.
+    """
 
     def costs(tokens: npt.NDArray[np.int64], path: str) -> npt.NDArray[np.float64] | None:
         if engine.provider and not engine.price.known:
             return None
-        share = batch_share(engine) if path.rsplit("/", 1)[1].startswith(f"{WRITER}-") else 1.0
+        share = batch_share(engine) if path.rsplit("/", 1)[1].startswith(f"{BATCH_SEGMENT_PREFIX}-") else 1.0
         rates = np.array([engine.price.of(*one) for one in ((1, 0, 0), (1, 1, 0), (0, 0, 1))])
         read, cached, written = tokens.T
         return share * (np.stack([read - cached, cached, written], axis=1) @ rates)

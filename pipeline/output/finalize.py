@@ -62,8 +62,8 @@ def finalize(
     """Writes data/ and errors/. Raises `Stopped` if foreign files are in the way or the storage fails."""
     output = context.config.output
     jobs = plan_jobs(inputs.splits, summaries)
-    if foreign := context.output.intend(part_names(jobs, output.format)):
-        text = f"{context.output.in_the_way(foreign)}; the same command goes on from here"
+    if foreign := context.ownership.intend(part_names(jobs, output.format)):
+        text = f"{context.ownership.in_the_way(foreign)}; the same command goes on from here"
         raise Stopped(text, code=ErrorCode.FILE_IN_THE_WAY)
     # No reader may trust the files until the manifest is written again.
     if exists(context.fs, f"{context.root}/{MANIFEST}"):

@@ -1,4 +1,4 @@
-"""The plan of the output: which part files it has, and which columns."""
+"""The plan of the output: its part files and its columns. `pipeline/dataset/plan.py` plans the input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.dataset.formats import OUTPUT_COLUMNS, passthrough_names
 from pipeline.dataset.reader import ReadSplit, RowReader, SplitSummary
 from pipeline.dataset.source import parquet_schema
 from pipeline.output.answer_columns import AnswerColumn
-from pipeline.storage.ledger import COMPLETION_FIELDS
+from pipeline.storage.ledger import COMPLETION_COLUMNS
 from pipeline.storage.output_files import DATA, ERRORS
 
 ROWS_PER_PART = 32_768
@@ -85,8 +85,8 @@ class OutputColumns:
         """`id`, `index`, the input's own columns, those out of the answers, then what the engine gave."""
         own = [pa.field(c.name, c.type or pa.string()) for c in self.own if c.name is not None]
         out = [pa.field(c.name, c.type or pa.string()) for c in self.answers]
-        given = [(n, t) for n, t in COMPLETION_FIELDS if n in OUTPUT_COLUMNS and (n not in OPTIONAL or n in self.optional)]
-        first, *rest = [pa.field(n, t) for n, t in given]
+        names = [n for n in COMPLETION_COLUMNS if n in OUTPUT_COLUMNS and (n not in OPTIONAL or n in self.optional)]
+        first, *rest = [pa.field(name, COMPLETION_COLUMNS[name][0]) for name in names]
         fields = [("id", pa.string()), ("index", pa.int64()), *own, *out, first, ("messages", pa.string()), *rest]
         return pa.schema(fields)
 

@@ -97,13 +97,13 @@ def output_state(fs: pafs.FileSystem, root: str, known: int, answered: int, comp
     if held(fs, root):
         return f"{root} is being written by another run", True
     if complete:
-        return f"{root} is complete: it holds just this", False
+        return f"{root} is complete: it has the answers of exactly this input and configuration", False
     if not known:
         return f"{root} is {'there, without answers' if listing(fs, root) else 'new'}", False
     if answered:
-        return f"{root} goes on: {answered:,} rows are answered already", False
-    was = "of another configuration or dataset" if exists(fs, f"{root}/{MANIFEST}") else "of none of these requests"
-    return f"{root} holds {known:,} answers {was}: they are kept, and all rows are asked", False
+        return f"{root} can be continued: {answered:,} rows are already answered", False
+    other = "another configuration or dataset" if exists(fs, f"{root}/{MANIFEST}") else "other requests"
+    return f"{root} has {known:,} answers of {other}: they are kept, and all rows are sent", False
 
 
 def unwritable(fs: pafs.FileSystem, root: str) -> str:

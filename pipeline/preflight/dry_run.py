@@ -1,7 +1,7 @@
 """Checks the rows, the engine and the output directory before a run. Sends nothing and writes nothing.
 
-`run.dry_run=true` reads the whole input and shows the first requests as they would be sent. A real run checks only its
-configuration and the first rows, and stops at once if no row could be answered.
+`run.dry_run=true` reads the whole input and shows the first requests as they would be sent. A real run checks its
+configuration and stops at once if it is wrong. Then it reads the first rows and prints an estimate from them.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def dry_run(
     findings = examine(config, thorough=True)
     wrong = [finding.text for finding in findings.wrong]
     context, renderer = model_on_this_machine(config.engine)
-    known = index.only(failed_too=not config.run.retry_failed)
+    known = index.only(failed_count_as_answered=not config.run.retry_failed)
     estimate = DatasetEstimate(config, context, renderer, findings.check).read(splits, row_reader, known)
     if estimate.invalid and config.dataset.on_bad_input == "fail":
         wrong.append(f"{estimate.reasons[0]} (dataset.on_bad_input=quarantine would go on)")

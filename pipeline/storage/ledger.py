@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,63 +36,6 @@ GROUP_ROWS = 4096
 TOKENS = ("input", "cached_input", "output", "cache_write", "reasoning")
 USAGE = pa.struct([(name, pa.int64()) for name in TOKENS])
 ERROR = pa.struct([("type", pa.string()), ("message", pa.string()), ("status", pa.int64()), ("retryable", pa.bool_())])
-
-# The columns of a completion, in a segment and in the final output.
-COMPLETION_FIELDS = [
-    ("response", pa.string()),
-    ("finish_reason", pa.string()),
-    ("tool_calls", pa.string()),
-    ("reasoning", pa.string()),
-    ("usage", USAGE),
-    ("cost_usd", pa.float64()),  # US$ of all tries in this record; null: unknown
-    ("model", pa.string()),
-    ("engine", pa.string()),
-    ("attempts", pa.int32()),
-    ("latency_s", pa.float64()),
-    ("error", ERROR),
-    ("choices", pa.string()),
-    ("logprobs", pa.string()),
-    ("dialogue", pa.string()),
-    ("message_fields", pa.string()),
-]
-# The columns that finalize reads from a segment.
-ANSWER_SCHEMA = pa.schema([*COMPLETION_FIELDS, ("done_at", pa.timestamp("ms", tz="UTC"))])
-# `superseded`: a try that cost money, or may have, and whose row is asked again. Such a record answers no row.
-SEGMENT_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), *ANSWER_SCHEMA, ("superseded", pa.bool_())])
-
-
-@dataclass(slots=True)
-class Record:
-    """A finished request, before it is written to a segment."""
-
-    key: bytes
-    id: str
-    completion: Completion
-    done_at: float  # seconds since the epoch
-    superseded: bool = False
-
-
-def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
-    """The columns of `COMPLETION_FIELDS`, one value per completion."""
-    columns = (
-        [c.text for c in completions],
-        [c.finish_reason for c in completions],
-        [_json(c.tool_calls) for c in completions],
-        [c.reasoning for c in completions],
-        [_usage(c) for c in completions],
-        [c.cost_usd for c in completions],
-        [c.model for c in completions],
-        [c.engine for c in completions],
-        [c.attempts for c in completions],
-        [c.latency_s for c in completions],
-        [c.error and {"type": c.error.type, "message": c.error.message, "status": c.error.status,
-                      "retryable": c.error.retryable} for c in completions],
-        [_choices(c) for c in completions],
-        [_json(c.logprobs) for c in completions],
-        [_json(c.dialogue) for c in completions],
-        [_message_fields(c) for c in completions],
-    )  # fmt: skip
-    return [pa.array(values, type) for values, (_, type) in zip(columns, COMPLETION_FIELDS, strict=True)]
 
 
 def _usage(completion: Completion) -> dict[str, int] | None:
@@ -122,6 +65,53 @@ def _choices(completion: Completion) -> str | None:
     return _json(
         [{"message": c.message, "finish_reason": c.finish_reason, "logprobs": c.logprobs} for c in completion.choices]
     )
+
+
+def _error(completion: Completion) -> dict[str, Any] | None:
+    error = completion.error
+    return None if error is None else {name: getattr(error, name) for name in ERROR.names}
+
+
+# The columns of a completion, in a segment and in the final output: the type, and the value of a completion.
+COMPLETION_COLUMNS: dict[str, tuple[pa.DataType, Callable[[Completion], Any]]] = {
+    "response": (pa.string(), lambda c: c.text),
+    "finish_reason": (pa.string(), lambda c: c.finish_reason),
+    "tool_calls": (pa.string(), lambda c: _json(c.tool_calls)),
+    "reasoning": (pa.string(), lambda c: c.reasoning),
+    "usage": (USAGE, _usage),
+    "cost_usd": (pa.float64(), lambda c: c.cost_usd),  # US$ of all tries in this record; null: unknown
+    "model": (pa.string(), lambda c: c.model),
+    "engine": (pa.string(), lambda c: c.engine),
+    "attempts": (pa.int32(), lambda c: c.attempts),
+    "latency_s": (pa.float64(), lambda c: c.latency_s),
+    "error": (ERROR, _error),
+    "choices": (pa.string(), _choices),
+    "logprobs": (pa.string(), lambda c: _json(c.logprobs)),
+    "dialogue": (pa.string(), lambda c: _json(c.dialogue)),
+    "message_fields": (pa.string(), _message_fields),
+}
+# The columns that finalize reads from a segment.
+ANSWER_SCHEMA = pa.schema(
+    [*((name, type) for name, (type, _) in COMPLETION_COLUMNS.items()), ("done_at", pa.timestamp("ms", tz="UTC"))]
+)
+# `superseded`: a try that cost money, or may have, and whose row is asked again. Such a record answers no row.
+SEGMENT_SCHEMA = pa.schema([("key", pa.binary(32)), ("id", pa.string()), *ANSWER_SCHEMA, ("superseded", pa.bool_())])
+
+
+@dataclass(slots=True)
+class Record:
+    """A finished request, before it is written to a segment."""
+
+    key: bytes
+    id: str
+    completion: Completion
+    done_at: float  # seconds since the epoch
+    superseded: bool = False
+
+
+def completion_columns(completions: Sequence[Completion]) -> list[pa.Array]:
+    """The columns of `COMPLETION_COLUMNS`, one value per completion."""
+    return [pa.array([value(c) for c in completions], type) for type, value in COMPLETION_COLUMNS.values()]
 
 
 def write_segment(fs: pafs.FileSystem, root: str, writer: str, records: Sequence[Record]) -> str:

@@ -18,8 +18,8 @@ from pipeline.storage.retry import TRIES, patiently, store_failed
 
 # Flags of a request in the index.
 UNKNOWN, REPRICED = 1, 2
-# Prices records of an earlier version, which wrote no cost. Takes the token counts, of shape (records, 3): input, cached
-# input, output; and the path of the segment. Returns US$ for each record, or None if the price is unknown.
+# Computes the cost of records of an earlier version, which wrote none. Takes the token counts, of shape (records, 3):
+# input, cached input, output; and the path of the segment. Returns US$ for each record, or None if the price is unknown.
 OldCosts = Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.float64] | None]
 
 
@@ -83,10 +83,12 @@ class Index:
     def empty(cls) -> Index:
         return _index_of([], [])
 
-    def only(self, *, failed_too: bool) -> Index:
-        """The requests that a run skips: the answered ones, and with `failed_too` also the failed ones. `spent` returns
-        the same sums as before."""
-        if failed_too or not self.failed.any():
+    def only(self, *, failed_count_as_answered: bool) -> Index:
+        """The requests that a run skips: the answered ones and, with `failed_count_as_answered`, the failed ones.
+
+        `spent` returns the same sums as before.
+        """
+        if failed_count_as_answered or not self.failed.any():
             return self
         at = np.flatnonzero(~self.failed)
         left = _sums(self.cost_usd[self.failed], self.flags[self.failed], self.attempts[self.failed], self.unanswered)

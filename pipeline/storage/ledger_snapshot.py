@@ -20,7 +20,7 @@ class LedgerSnapshot:
     """The answered requests of an output directory. The ledger is read once, when `index` is first used. If an executor
     reads the ledger itself, nothing is read here.
 
-    `failed_too`: failed requests count as answered. If False, they are asked again.
+    `failed_count_as_answered`: if False, failed requests are sent again.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class LedgerSnapshot:
         old_costs: OldCosts,
         read_large: Callable[[bool], tuple[Index, Any]],
         *,
-        failed_too: bool,
+        failed_count_as_answered: bool,
     ) -> None:
-        self.fs, self.root, self.old_costs, self.failed_too = fs, root, old_costs, failed_too
+        self.fs, self.root, self.old_costs, self.failed_count_as_answered = fs, root, old_costs, failed_count_as_answered
         self.read_large = read_large  # reads a large ledger in another process; also returns a reference to the index
         self.reference: Any = None  # to the index, or to a lookup service, for other processes: see `RayCluster.share`
 
@@ -44,6 +44,8 @@ class LedgerSnapshot:
     @cached_property
     def index(self) -> Index:
         if self.small:
-            return read_index(self.fs, self.root, self.old_costs).only(failed_too=self.failed_too)
-        index, self.reference = self.read_large(self.failed_too)
+            return read_index(self.fs, self.root, self.old_costs).only(
+                failed_count_as_answered=self.failed_count_as_answered
+            )
+        index, self.reference = self.read_large(self.failed_count_as_answered)
         return index

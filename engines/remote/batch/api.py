@@ -35,16 +35,17 @@ class Batches:
     ) -> str:
         """Submits one batch and returns its id. Raises `EngineError` for an invalid conversation or a refused batch."""
         from engines.remote.batch.client import Requests
-        from engines.remote.batch.factory import encoded, wire_of
+        from engines.remote.batch.factory import batch_limits, encoded, wire_of
 
         engine, wire = wire_of(self)
         lines = {id: engine.body(request) for id, request in _named(engine, conversations, generation)}
         data = b"".join(encoded(wire, id, body, engine) for id, body in lines.items())
         if not lines:
             raise ConfigError("infer_batch needs a conversation")
-        if len(lines) > wire.max_rows or len(data) > wire.max_bytes:
+        max_rows, max_bytes = batch_limits(engine, wire)
+        if len(lines) > max_rows or len(data) > max_bytes:
             raise ConfigError(
-                f"a batch of engine={engine.kind} holds at most {wire.max_rows:,} requests and {wire.max_bytes:,} bytes, "
+                f"a batch of engine={engine.kind} holds at most {max_rows:,} requests and {max_bytes:,} bytes, "
                 f"not {len(lines):,} and {len(data):,}; eagleray batch splits datasets"
             )
         models = {str(body.get("model")) for body in lines.values()}
@@ -86,7 +87,7 @@ class Batches:
             if custom_id not in asked:
                 continue
             try:
-                completion = engine.read(outcome, asked[custom_id].generation.n)
+                completion = engine.read(outcome, asked[custom_id].generation.n, asked[custom_id].model)
             except EngineError as error:
                 completion = Completion(error=Failure.of(error), usage=error.usage or Usage())
             completion.cost_usd = engine.cost(completion.usage, asked[custom_id].model, completion.model, batch=True)

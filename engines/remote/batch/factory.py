@@ -1,4 +1,4 @@
-"""Finds the batch API of an engine's provider."""
+"""Builds the batch client of an engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from engines.remote.provider import WIRE_PATHS
 # How long one request is retried. A caller that waits for a batch retries later as well.
 PATIENCE_S = 30.0
 
-WIRES: dict[str, type[BatchWire]] = {
+# Their names are also in `BATCH_WIRES` (`engines/remote/provider.py`).
+BATCH_APIS: dict[str, type[BatchWire]] = {
     "openai": OpenAIBatches,
     "anthropic": AnthropicBatches,
     "together": TogetherBatches,
@@ -34,7 +35,7 @@ def wire_of(engine: Any) -> tuple[BatchEngine, BatchWire]:
         raise no_batch_api(engine.config.kind)
     path = WIRE_PATHS[engine.provider.wire]
     base = engine.endpoints.urls[0].removesuffix(path)
-    wire = WIRES[engine.provider.batch["wire"]]
+    wire = BATCH_APIS[engine.provider.batch["wire"]]
     if wire is FireworksBatches:  # jobs are under the account, not beside the chat API
         account = os.environ.get("FIREWORKS_ACCOUNT_ID")
         if not account:
@@ -44,6 +45,12 @@ def wire_of(engine: Any) -> tuple[BatchEngine, BatchWire]:
     headers = {name: value for name, value in engine.headers.items() if name.lower() != "content-type"}
     client = Client(base, {**headers, **engine.auth.fixed}, engine.auth.clean, PATIENCE_S)
     return engine, wire(client, path, engine.provider.idempotency_header)
+
+
+def batch_limits(engine: BatchEngine, wire: BatchWire) -> tuple[int, int]:
+    """The most rows and bytes in one batch: the provider's limits, or smaller ones in `engine.provider.batch`."""
+    own = engine.provider.batch
+    return min(own.get("rows") or wire.max_rows, wire.max_rows), min(own.get("bytes") or wire.max_bytes, wire.max_bytes)
 
 
 def no_batch_api(kind: str) -> ConfigError:

@@ -23,7 +23,7 @@ from engines.usage import Usage
 from pipeline.executors.batch.session import BatchSession
 from pipeline.executors.batch.store import Batch
 from pipeline.monitor.status import RunStatus
-from pipeline.output.cost import WRITER
+from pipeline.output.cost import BATCH_SEGMENT_PREFIX
 from pipeline.storage.exact_json import loads
 from pipeline.storage.ledger import Record, write_segment
 from pipeline.storage.ledger_index import read_index
@@ -72,7 +72,7 @@ class BatchCollector:
         """The keys and ids of a batch's rows that the ledger has no answer to."""
         table = self.store.keys(batch)
         keys = table["key"].cast(pa.binary(32))
-        known = read_index(self.session.fs, self.session.root).only(failed_too=False)
+        known = read_index(self.session.fs, self.session.root).only(failed_count_as_answered=False)
         table = table.filter(pa.array(known.find(keys) < 0))
         return dict(zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True))
 
@@ -113,7 +113,7 @@ class BatchCollector:
         used, answered = Usage(known=isinstance(outcome, EngineError)), None
         try:
             generation = self.session.generation.override(loads((own or "{}").encode()))
-            completion = engine.read(outcome, generation.n)
+            completion = engine.read(outcome, generation.n, batch.model)
             used, answered = completion.usage, completion.model
             if wrong := first_schema_error(completion, generation, batch.tries - 1):
                 raise wrong
@@ -203,7 +203,7 @@ class BatchCollector:
         """Makes records durable and counts them."""
         if not records:
             return
-        write_segment(self.session.fs, self.session.root, WRITER, records)
+        write_segment(self.session.fs, self.session.root, BATCH_SEGMENT_PREFIX, records)
         status = self.status
         for record in records:
             completion = record.completion

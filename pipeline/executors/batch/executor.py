@@ -85,13 +85,13 @@ class BatchExecutor(Executor):
         context.stack.enter_context(note_signals(context.interrupts))
         context.state.enter("asking")
         context.state.source = self.shown
-        failed_too = known.failed_too or self.session.resumed or step == "fetch"
+        failed_count_as_answered = known.failed_count_as_answered or self.session.resumed or step == "fetch"
         self._drop_oversized()
         run = context.config.run
         with RunProgress(context.console, run.progress_s, context.config.engine) as progress:
             while True:
-                planner = self._plan(inputs, failed_too)
-                failed_too = True
+                planner = self._plan(inputs, failed_count_as_answered)
+                failed_count_as_answered = True
                 if not planner.rows and not self.store.open:
                     self._check_left(planner)
                     return Execution(self.status, planner.summaries)
@@ -110,7 +110,7 @@ class BatchExecutor(Executor):
             if batch.rows > self.session.max_rows or batch.size > self.session.max_bytes:
                 self.store.forget(batch)
 
-    def _plan(self, inputs: SplitInput, failed_too: bool) -> BatchPlanner:
+    def _plan(self, inputs: SplitInput, failed_count_as_answered: bool) -> BatchPlanner:
         """Writes the batches of the next round, and says how many rows the budget keeps back."""
         context, session = self.context, self.session
         index = read_index(context.fs, context.root, old_costs(context.config.engine))
@@ -123,7 +123,7 @@ class BatchExecutor(Executor):
 
         budget = self._open_budget(index)
         planner = BatchPlanner(session, context.row_reader, budget, self.steps.advance, refuse, self._check_interrupt)
-        planner.write(inputs.splits, index.only(failed_too=failed_too))
+        planner.write(inputs.splits, index.only(failed_count_as_answered=failed_count_as_answered))
         self.collector.commit(refused)
         self._count(planner.summaries)
         if planner.left:

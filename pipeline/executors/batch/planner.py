@@ -1,4 +1,4 @@
-"""Puts rows into batches."""
+"""Writes the request files of new batches: reads rows and starts a new file at each limit of the batch API."""
 
 from __future__ import annotations
 

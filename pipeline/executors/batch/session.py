@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 from engines.errors import ConfigError, ErrorCode
 from engines.registry import load_engine
 from engines.remote.batch.client import BatchStatus
-from engines.remote.batch.factory import no_batch_api, wire_of
+from engines.remote.batch.factory import batch_limits, no_batch_api, wire_of
 from pipeline.config import Config
 from pipeline.executors.batch.store import BYTES_PER_TOKEN, Batch, BatchStore
 
@@ -27,10 +27,8 @@ class BatchSession:
         self.engine, self.wire = wire_of(load_engine(dataclasses.replace(config.engine, fallback=[])))
         self.generation = config.params()
         self.engine.check(self.generation)
-        limits = self.engine.provider.batch
-        self.max_rows = min(limits.get("rows") or self.wire.max_rows, self.wire.max_rows)
-        self.max_bytes = min(limits.get("bytes") or self.wire.max_bytes, self.wire.max_bytes)
-        self.queued_tokens: int | None = limits.get("queued_tokens")
+        self.max_rows, self.max_bytes = batch_limits(self.engine, self.wire)
+        self.queued_tokens: int | None = self.engine.provider.batch.get("queued_tokens")
         if self.queued_tokens:
             self.max_bytes = min(self.max_bytes, self.queued_tokens * BYTES_PER_TOKEN)
         self.settings = _as_json({**config.engine.identity(), "generation": self.generation.given()})

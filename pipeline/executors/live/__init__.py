@@ -1,0 +1,1 @@
+"""The live executor: replicas on Ray send each row as a request."""

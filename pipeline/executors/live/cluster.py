@@ -48,14 +48,14 @@ class RayCluster:
         self.start()
         look_for_room(placement, self.own, console)
 
-    def read_ledger(self, failed_too: bool) -> tuple[Index, Any]:
+    def read_ledger(self, failed_count_as_answered: bool) -> tuple[Index, Any]:
         """Reads the ledger in a task on the driver's node. The arrays of the index lie in shared memory, so that the
         driver stays small. Also returns the reference of the index."""
         import ray
 
         self.start()
         read = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=here())(_read_ledger)
-        reference = read.remote(self.output_path, failed_too, self.engine)
+        reference = read.remote(self.output_path, failed_count_as_answered, self.engine)
         return ray.get(reference), reference
 
     def share(self, snapshot: LedgerSnapshot) -> Any:
@@ -109,8 +109,8 @@ class _Shared:
         self.index, self.lookup = index, lookup
 
 
-def _read_ledger(path: str, failed_too: bool, engine: EngineConfig) -> Index:
-    return read_index(*resolve(path), old_costs(engine)).only(failed_too=failed_too)
+def _read_ledger(path: str, failed_count_as_answered: bool, engine: EngineConfig) -> Index:
+    return read_index(*resolve(path), old_costs(engine)).only(failed_count_as_answered=failed_count_as_answered)
 
 
 def _run_task(work: Callable[[Item, KeyLookup], Result], item: Item, lookup: KeyLookup) -> Result:

@@ -9,10 +9,10 @@ Rules:
 - A row is marked as a poison row when it was the only row inside at a death and inside at two deaths or more.
 - While no row has ever come out of an engine, a mark is held back, for the engine may die on everything. It is carried out
   as soon as a row comes out, or when nothing else is left to ask.
-- Every death counts towards `run.max_engine_deaths`, which allows so many in a row with no row finished between. To prove
-  that an engine works, a trial that ends with the second such death, or a later one, has the cleared rows tried next, on
-  an engine of their own. With one culprit they come out whole, and the count starts again. Where they die too, again and
-  again, the engine dies on everything: the run stops before anything is marked.
+- Every death counts for `run.max_engine_deaths`, the number of deaths in succession without a finished row. After the
+  second death in succession, the cleared rows are tried next, alone on one engine. If they are answered, the engine works
+  and the count returns to zero. If they die too, again and again, the engine dies on all rows: the run stops before any
+  row is marked.
 - A death with no row inside, a lost node or a drained worker blames nobody: the trial is repeated with what is left.
 """
 

@@ -36,6 +36,6 @@ class LiveExecutor(Executor):
                 return LiveRun(self.context, inputs, known).run()
             except RayActorError as error:  # the dispatcher died, perhaps with its node; the ledger has all that matters
                 warn(self.context.console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
-                known = self.context.snapshot(failed_too=known.failed_too)
+                known = self.context.snapshot(failed_count_as_answered=known.failed_count_as_answered)
         text = f"the dispatcher died {MAX_DISPATCHERS} times; the same command goes on from here"
         raise Stopped(text, code=ErrorCode.ROWS_MISSING)

@@ -168,8 +168,11 @@ class LeaseTable:
     # -- the end of a worker ---------------------------------------------------------------------------------------
 
     def leave(self, worker: str, crash: str | None, inside: list[tuple[int, int]] | None) -> None:
-        """The worker is gone; others get what it held. `crash` is the reason where its engine's process died, `inside` the
-        (lease, row) that were in the engine then; None where that is not known: then every row that did not come out."""
+        """The worker is gone; others get what it held.
+
+        `crash`: the reason, if its engine's process died; else None. `inside`: the (lease, row) that were in the engine at
+        that moment. None: not known; then all leased rows without a result are suspects.
+        """
         self.gone.add(worker)
         self.joined.discard(worker)
         self.queue.leave(worker)

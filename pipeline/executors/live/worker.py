@@ -60,7 +60,7 @@ class Worker:
         self.fs, self.root = resolve(config.output_path)
         self.compactor = Compactor(self.fs, self.root, name)
         self.flush_s = config.flush_s
-        self.moves = False
+        self.node_goes_away = False
         self.busy = 0  # rows in the engine
         self.unreported: list[Record] = []  # what metrics do not have yet
         self.waits: list[float] = []  # likewise: seconds that rows waited here
@@ -101,7 +101,7 @@ class Worker:
         slots = [asyncio.create_task(self._slot(engine, at)) for at in range(engine.concurrency)]
         flusher = asyncio.create_task(self._flush_often())
         self.puller = asyncio.create_task(self._pull(engine.concurrency))
-        if self.moves:  # it was told so while it was loading
+        if self.node_goes_away:  # it was told so while it was loading
             self.puller.cancel()
         try:
             await _until(self.puller, [flusher, *slots])
@@ -124,7 +124,7 @@ class Worker:
             await asyncio.to_thread(engine.close)
             if self.spans is not None:
                 await asyncio.to_thread(self.spans.close)
-        return self.moves
+        return self.node_goes_away
 
     async def place(self) -> JournalPlace:
         """The place of this worker's journal."""
@@ -135,7 +135,7 @@ class Worker:
         import ray
 
         if ray.get_runtime_context().get_node_id() in nodes:
-            self.moves = True
+            self.node_goes_away = True
             await self.drain()
 
     async def drain(self) -> None:
