@@ -441,6 +441,16 @@ def test_batches_cost_their_share_and_so_do_their_paid_tries(infer: Infer, write
     assert manifest["requests_sent"] == 3 and manifest["cost_unknown_requests"] == 0
 
 
+def test_a_batchs_answer_with_an_unknown_finish_reason_is_paid_once(infer: Infer, write_jsonl: Write) -> None:
+    with BatchServer() as server:
+        more = ["engine.model=m", f"engine.base_url={server.url}/v1", "run.mode=batch", "run.batch_poll_s=0.2", *PRICED]
+        infer(write_jsonl([ask("a"), ask("ends with: eos")]), *more, "engine.provider.batch.price=0.5", engine="openai")
+    plain, odd = infer.rows()
+    assert len(server.submitted) == 1 and plain["error"] is None
+    assert (odd["error"]["type"], odd["attempts"]) == ("bad_response", 1) and "{eos: stop}" in odd["error"]["message"]
+    assert odd["cost_usd"] == pytest.approx(PRICE.of(odd["usage"]["input"], 0, odd["usage"]["output"]) / 2) != 0
+
+
 def test_batches_of_a_library_user_are_priced(write_jsonl: Write) -> None:
     with BatchServer() as server:
         price = {"input": 3, "output": 15}
