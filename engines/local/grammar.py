@@ -21,7 +21,6 @@ without bounds have at most 53 bits, which every JSON reader keeps exactly.
 from __future__ import annotations
 
 import json
-import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -179,14 +178,18 @@ def _narrowed(schema: Any, close: bool) -> Any:
 
 
 def _bound_integer(schema: dict[str, Any]) -> None:
-    """Adds the bounds that `schema` lacks. A bound of its own that is not a number is left for llguidance to refuse."""
+    """Adds the bounds that `schema` lacks.
+
+    A schema with a bound that is not a number is left for llguidance to refuse. One with a bound of more than 53 bits wants
+    such integers: the other bound would leave it few or none.
+    """
     low = [schema[name] for name in ("minimum", "exclusiveMinimum") if name in schema]
     high = [schema[name] for name in ("maximum", "exclusiveMaximum") if name in schema]
-    if all(isinstance(bound, (int, float)) for bound in low + high):
+    if all(isinstance(bound, (int, float)) and -EXACT < bound < EXACT for bound in low + high):
         if not low:
-            schema["minimum"] = min([-EXACT, *(math.floor(bound) - 1 for bound in high)])
+            schema["minimum"] = -EXACT
         if not high:
-            schema["maximum"] = max([EXACT, *(math.ceil(bound) + 1 for bound in low)])
+            schema["maximum"] = EXACT
 
 
 def text_under(response_format: Mapping[str, Any], *names: str) -> str:
