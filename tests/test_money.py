@@ -259,7 +259,12 @@ def test_a_fallbacks_answer_has_its_own_price_beside_what_was_paid_before(server
 
 
 def test_what_a_local_engine_with_a_paid_fallback_may_have_cost_is_unknown() -> None:
-    paid = {"engine": "openai_compatible", "model": "m", "base_url": "http://localhost:1", "price": {"input": 1, "output": 2}}
+    paid = {
+        "engine": "openai_compatible",
+        "model": "m",
+        "base_url": "http://localhost:1",
+        "price": {"input": 1, "output": 2},
+    }
     unknown = Usage(known=False)
     with load_engine("echo") as local, load_engine("echo", fallback=[paid]) as mixed:
         assert (local.cost(unknown, None), mixed.cost(unknown, None), mixed.cost(Usage(10, 0, 5), None)) == (0, None, 0)
