@@ -54,6 +54,12 @@ class FallbackEngine(Engine):
     def render_request(self, request: Request) -> str:
         return self.first.render_request(request)
 
+    def cost(self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False) -> float | None:
+        """As the first engine's. A usage that is not known may be that of any of the engines."""
+        if not usage.known and any(engine.cost(usage, None) is None for engine in self.engines[1:]):
+            return None
+        return self.first.cost(usage, asked, answered, batch=batch)
+
     async def generate(self, request: Request) -> Completion:
         before = Completion(attempts=0)
         for engine in self.engines:

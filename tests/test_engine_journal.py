@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from engines.config import EngineConfig
+from engines.params import GenerationParams
+from pipeline.executors.live.dispatcher import Dispatcher
 from pipeline.executors.live.engine_journal import (
     EngineJournal,
     JournalPlace,
@@ -16,10 +20,12 @@ from pipeline.executors.live.engine_journal import (
     remove_journals,
     take_journal,
 )
+from pipeline.executors.live.replicas import ReplicaActor, ReplicaPool
+from pipeline.executors.live.worker import WorkerConfig
 
 
-def killed() -> tuple[object, str]:
-    """The reference to the place of a killed worker's journal, and its path."""
+def killed() -> tuple[object, object, str]:
+    """A killed worker, the reference to the place of its journal, and the journal's path."""
     import ray
     from ray.exceptions import RayActorError
 
@@ -40,13 +46,13 @@ def killed() -> tuple[object, str]:
     with pytest.raises(RayActorError):
         ray.get(actor.work.remote())
     assert Path(path).exists()
-    return place, path
+    return actor, place, path
 
 
 def test_the_rows_inside_a_killed_worker_are_read_on_its_node(local_ray: None) -> None:
     import ray
 
-    place, path = killed()
+    _, place, path = killed()
     reading = JournalReading(place)
     ray.wait([reading.task])
     assert reading.ended and not reading.node_is_gone()
@@ -57,10 +63,37 @@ def test_the_rows_inside_a_killed_worker_are_read_on_its_node(local_ray: None) -
 def test_a_journal_of_a_worker_that_was_ended_is_removed(local_ray: None) -> None:
     import ray
 
-    place, path = killed()
+    _, place, path = killed()
     ray.get(ray.remote(num_cpus=0)(take_journal).remote("none"))  # a process is ready for the task
     remove_journals([place])
     assert not Path(path).exists()
+
+
+@pytest.mark.parametrize("dispatcher_lives", [True, False])
+def test_no_journal_is_looked_for_of_a_worker_that_has_left(
+    local_ray: None, tmp_path: Path, dispatcher_lives: bool
+) -> None:
+    import ray
+
+    dispatcher = ray.remote(Dispatcher).options(num_cpus=0).remote([], None, [None], False)
+    worker = WorkerConfig(EngineConfig(kind="echo"), GenerationParams(), str(tmp_path), 1.0, 1.0, 1.0, 0)
+    pool = ReplicaPool(None, worker, None, dispatcher, 1)  # type: ignore[arg-type]  # it starts no replica
+    paths = []
+    for name in ("w1", "w2"):
+        actor, place, path = killed()
+        paths.append(Path(path))
+        pool.replicas.append(ReplicaActor(name, actor, None, None, journal=place))
+        ray.get(dispatcher.join.remote(name))
+    ray.get(dispatcher.leave.remote("w1"))
+    if not dispatcher_lives:
+        ray.kill(dispatcher)
+    pool.stop_all()
+    deadline = time.monotonic() + 60  # on a busy machine the tasks end later than `stop_all`
+    while (paths[1].exists() or paths[0].exists() != dispatcher_lives) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # The file of the first is no longer looked for: that worker said that it has removed it.
+    assert [path.exists() for path in paths] == [dispatcher_lives, False]
+    paths[0].unlink(missing_ok=True)
 
 
 def test_a_worker_on_a_node_that_is_gone_is_known_to_be_there(local_ray: None, tmp_path: Path) -> None:

@@ -142,6 +142,14 @@ def test_objects_get_only_the_properties_they_list() -> None:
         assert narrowed_schema(kept) == kept
 
 
+@pytest.mark.parametrize("needs", [{"required": ["a", "b"]}, {"minProperties": 2}, {"minProperties": 2.0}], ids=repr)
+def test_an_object_that_needs_properties_it_does_not_list_stays_open(needs: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, **needs}
+    assert narrowed_schema({"items": schema}) == {"items": schema}
+    enough = {**schema, "required": ["a"], "minProperties": 1}
+    assert narrowed_schema(enough) == {**enough, "additionalProperties": False}
+
+
 def test_integers_without_bounds_have_53_bits() -> None:
     most = (1 << 53) - 1
     assert narrowed_schema({"type": "integer"}) == {"type": "integer", "minimum": -most, "maximum": most}
@@ -150,12 +158,30 @@ def test_integers_without_bounds_have_53_bits() -> None:
         assert narrowed_schema(kept) == kept
 
 
+@pytest.mark.parametrize("name", ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"])
+def test_integers_with_a_bound_beyond_53_bits_have_64(name: str) -> None:
+    other = "maximum" if "inimum" in name else "minimum"
+    for bound in (10**18, -(10**18), (1 << 53) - 1):
+        assert abs(narrowed_schema({"type": "integer", name: bound})[other]) > 9 * 10**18
+    for beyond in (1e300, float("inf"), float("-inf"), float("nan")):
+        schema = {"type": "integer", name: beyond}
+        assert repr(narrowed_schema(schema)) == repr(schema)  # `nan` differs from itself
+
+
+def test_a_schema_with_an_infinite_bound_is_its_rows_error(engine: Any) -> None:
+    completion = ask(engine, schema_format({"type": "integer", "minimum": float("inf")}))
+    assert completion.error is not None and completion.error.type == "invalid_input"
+
+
 BOUNDS = [
     ({"type": "string", "maxLength": 1500}, ["", "x" * 1500], ["x" * 1501]),
     ({"type": "array", "items": {"type": "integer"}, "maxItems": 1500}, [[], [1] * 1500], [[1] * 1501]),
     ({"type": "string", "pattern": "^a{0,1500}$"}, ["", "a" * 1500], ["a" * 1501, "b"]),
     (WITH_ONE_OF, [{"a": 1, "b": 1}, {"a": 1, "c": 2}], [{"a": 1}, {"b": 1}, {"a": "x", "b": 1}, {"a": 1, "b": 2}]),
     (ONE_TO_TEN, [1, 5, 10], [0, 11, -1, 1.5]),
+    ({"type": "integer", "minimum": 10**18}, [10**18, 9 * 10**18], [10**18 - 1]),
+    ({"type": "integer", "maximum": -(10**18)}, [-(10**18), -9 * 10**18], [-(10**18) + 1]),
+    ({"type": "object", "properties": {"a": {}}, "required": ["a", "b"]}, [{"a": 1, "b": 2}], [{"a": 1}]),
     ({"type": "number", "minimum": 0, "maximum": 1}, [0, 0.25, 1], [1.5, -0.25]),
     ({"type": "string", "pattern": '^[A-Z"]{2}-\\d$'}, ['A"-3'], ['a"-3', 'A"-33']),
     (NULLABLE, [None, "12345678", '"\\"\\"\\"\\'], ["123456789", 1]),

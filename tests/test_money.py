@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,11 +18,12 @@ import pytest
 
 import engines.remote.engine
 from engines import load_engine
-from engines.config import EngineConfig, Price
+from engines.config import EngineConfig, Price, config_from_keys
 from engines.errors import Failure
 from engines.params import GenerationParams
 from engines.prices import price_of, priced
 from engines.remote import anthropic_messages, bedrock_converse, openai_chat
+from engines.remote.engine import RemoteEngine
 from engines.remote.provider import Provider
 from engines.types import Completion
 from engines.usage import Usage
@@ -32,6 +34,8 @@ from jobs.infer import main as infer_main
 from jobs.reading import open_output
 from pipeline.errors import Interrupted, Stopped
 from pipeline.executors.cost_budget import CostBudget, read_spent
+from pipeline.executors.live.recorder import LeasedRow
+from pipeline.executors.live.worker import Worker, WorkerConfig
 from pipeline.output.cost import old_costs
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import TOKENS, Record, list_segments, read_segment, write_segment
@@ -254,6 +258,38 @@ def test_a_fallbacks_answer_has_its_own_price_beside_what_was_paid_before(server
     assert completion.cost_usd == pytest.approx(PRICE.of(40, 0, 4) + (50 * 1000 + 6 * 2000) / 1e6)
 
 
+def test_what_a_local_engine_with_a_paid_fallback_may_have_cost_is_unknown() -> None:
+    paid = {
+        "engine": "openai_compatible",
+        "model": "m",
+        "base_url": "http://localhost:1",
+        "price": {"input": 1, "output": 2},
+    }
+    unknown = Usage(known=False)
+    with load_engine("echo") as local, load_engine("echo", fallback=[paid]) as mixed:
+        assert (local.cost(unknown, None), mixed.cost(unknown, None), mixed.cost(Usage(10, 0, 5), None)) == (0, None, 0)
+    free = {**paid, "price": {"input": 0, "output": 0}}
+    with load_engine("echo", fallback=[free]) as engine:
+        assert engine.cost(unknown, None) == 0
+
+
+def test_a_bug_after_a_paid_request_has_an_unknown_cost(server: ProviderServer, tmp_path: Path) -> None:
+    class Buggy(RemoteEngine):
+        def read(self, answer: Any, n: int | None = None) -> Completion:
+            raise KeyError("a bug of ours")
+
+    keys = {"model": "m", "base_url": server.url, "price": {"input": 3, "output": 15}}
+    config = config_from_keys("openai_compatible", keys)
+    worker = Worker(WorkerConfig(config, GenerationParams(), str(tmp_path), 1.0, 1.0, 1.0, 0), "w1", None)
+    worker.queue.append(LeasedRow(1, 0, 0, b"k" * 32, "a", json.dumps(ask("a")).encode()))
+    worker.ended = True
+    with Buggy(config) as engine:
+        asyncio.run(worker._slot(engine, 0))
+    [found] = worker.recorder.records
+    assert len(server.requests) == 1 and "a bug of ours" in found.completion.error.message  # type: ignore[union-attr]
+    assert found.completion.cost_usd is None
+
+
 def test_an_unknown_cost_stays_unknown() -> None:
     known, unknown = Completion(cost_usd=0.5), Completion(cost_usd=None)
     known.accumulate(unknown)
@@ -439,6 +475,16 @@ def test_batches_cost_their_share_and_so_do_their_paid_tries(infer: Infer, write
     # The second row was asked, and is paid, twice.
     assert manifest["cost_usd"] == pytest.approx(plain["cost_usd"] + 2 * shaped["cost_usd"])
     assert manifest["requests_sent"] == 3 and manifest["cost_unknown_requests"] == 0
+
+
+def test_a_batchs_answer_with_an_unknown_finish_reason_is_paid_once(infer: Infer, write_jsonl: Write) -> None:
+    with BatchServer() as server:
+        more = ["engine.model=m", f"engine.base_url={server.url}/v1", "run.mode=batch", "run.batch_poll_s=0.2", *PRICED]
+        infer(write_jsonl([ask("a"), ask("ends with: eos")]), *more, "engine.provider.batch.price=0.5", engine="openai")
+    plain, odd = infer.rows()
+    assert len(server.submitted) == 1 and plain["error"] is None
+    assert (odd["error"]["type"], odd["attempts"]) == ("bad_response", 1) and "{eos: stop}" in odd["error"]["message"]
+    assert odd["cost_usd"] == pytest.approx(PRICE.of(odd["usage"]["input"], 0, odd["usage"]["output"]) / 2) != 0
 
 
 def test_batches_of_a_library_user_are_priced(write_jsonl: Write) -> None:

@@ -126,17 +126,20 @@ def test_an_answer_that_the_server_broke_off_is_asked_again_and_paid(server: Pro
     broken = [
         said("error"),
         said("abort"),
-        said(None),
-        said("of tomorrow"),
         said("stop", error={"code": 502, "message": "x"}),
     ]
     server.plan["x"] = [*broken, said("stop")]
     (done,) = infer(load(max_retries=len(broken)), "x")
-    assert (done.text, done.attempts, done.finish_reason, done.usage.output) == ("half", 6, "stop", 30)
-    server.fault = lambda text, attempt: said("of tomorrow")  # of every row: the server works all the same
+    assert (done.text, done.attempts, done.finish_reason, done.usage.output) == ("half", 4, "stop", 20)
+    server.fault = lambda text, attempt: said("error")  # of every row: the server works all the same
     for done in infer(load(max_retries=1), *map(str, range(20))):
-        assert done.error is not None and "'of tomorrow'" in done.error.message
+        assert done.error is not None and "broke off" in done.error.message
         assert (done.attempts, done.usage.output) == (2, 10)
+    for reason, words in (("of tomorrow", "'of tomorrow'"), ("", "no finish reason"), (None, "no finish reason")):
+        server.fault = lambda text, attempt, reason=reason: said(reason)  # type: ignore[misc]
+        done, _ = infer(load(), str(reason), "b")
+        assert done.error is not None and words in done.error.message
+        assert (done.error.retryable, done.attempts, done.usage.output) == (False, 1, 5)
 
 
 def test_an_answer_of_100_mb_is_given_up(server: ProviderServer, load: Load) -> None:

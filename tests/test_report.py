@@ -24,7 +24,7 @@ from engines.errors import Failure
 from engines.text import visible
 from engines.types import Completion
 from engines.usage import Usage
-from pipeline.report.charts import LEFT, latency_over_time, series_of, short, short_seconds, ticks
+from pipeline.report.charts import LEFT, RIGHT, WIDTH, Drawing, latency_over_time, series_of, short, short_seconds, ticks
 from pipeline.report.conversation import ROW_CHARS, shown_row
 from pipeline.report.page import SAMPLE_BYTES, write_report
 from pipeline.report.stats import MOST_BUCKETS, PAUSE_MS, SAMPLED, Stats
@@ -528,6 +528,18 @@ def test_the_charts_are_there(page: Page) -> None:
     label = "document.querySelector('svg text.end')"
     found = page(f"{json.dumps(labels)}.map(text => ({label}.textContent = text, {label}.getComputedTextLength()))")
     assert max(zip(found, labels, strict=True)) <= (LEFT - 5, "")
+
+
+def test_no_label_of_an_axis_is_cut_off_wherever_its_mark_is(page: Page) -> None:
+    drawing = Drawing([], RIGHT, WIDTH - RIGHT, 1.0, RIGHT)  # its values are user units
+    for label in ("0", "29 ms", "888 ms", "0.888 ms", "1 min 20 s", "23 h 59 min", "888k", "1,888"):
+        for distance in range(RIGHT, 60):
+            drawing.mark_x(distance, label)
+            drawing.mark_x(WIDTH - distance, label)
+    cut = "(() => { const s = document.querySelector('figure svg'); s.innerHTML = arguments[0];"
+    cut += " return [...s.querySelectorAll('text')].map(e => [e.getBBox(), e.outerHTML])"
+    cut += " .filter(([b]) => b.x < 0 || b.x + b.width > s.viewBox.baseVal.width).map(([, html]) => html); })()"
+    assert page(cut, "".join(drawing.parts)) == []
 
 
 def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:

@@ -33,7 +33,7 @@ from engines.registry import HTTP_ENGINES
 from engines.remote import anthropic_messages, bedrock_converse, openai_chat
 from engines.remote.batch.factory import BATCH_APIS
 from engines.remote.provider import BATCH_WIRES, ENDINGS, Provider, endpoints, inline_refs
-from engines.remote.wire import StreamAccumulator, Wire
+from engines.remote.wire import StreamAccumulator, Wire, finish_reason
 from engines.types import Request, to_request
 from jobs.compose import compose
 
@@ -380,18 +380,30 @@ def test_an_answer_says_how_it_ended(wire: str, reason: str, finish: str) -> Non
 
 @pytest.mark.parametrize(
     ("wire", "reason", "type"),
-    [("chat", "error", "server"), ("chat", "abort", "server"), ("chat", None, "bad_response"),
-     ("chat", "of tomorrow", "bad_response"), ("chat", "tool_calls", "bad_response"), ("messages", None, "bad_response"),
-     ("messages", "of tomorrow", "bad_response"), ("converse", None, "bad_response"),
-     ("converse", "malformed_tool_use", "bad_response"), ("converse", "of tomorrow", "bad_response")],
+    [("chat", "error", "server"), ("chat", "abort", "server"), ("chat", "tool_calls", "bad_response"),
+     ("converse", "malformed_tool_use", "bad_response")],
 )  # fmt: skip
-def test_a_broken_or_unknown_end_is_a_retryable_error_that_is_paid(wire: str, reason: str | None, type: str) -> None:
+def test_a_broken_end_is_a_retryable_error_that_is_paid(wire: str, reason: str, type: str) -> None:
     with pytest.raises(EngineError) as broken:
         ended(wire, reason)
     assert (broken.value.type, broken.value.retryable) == (type, True)
     assert broken.value.usage is not None and broken.value.usage.output == 5
-    if reason == "of tomorrow":
-        assert "of tomorrow" in str(broken.value)
+
+
+@pytest.mark.parametrize("wire", ["chat", "messages", "converse"])
+def test_an_unknown_end_is_an_error_that_is_paid_once_and_says_how_to_accept_it(wire: str) -> None:
+    for reason, said, accepts in (
+        (None, "no finish reason", "engine.provider.finish_reasons.null=stop"),
+        ("", "no finish reason", "engine.provider.finish_reasons.null=stop"),
+        ("of tomorrow", "'of tomorrow'", "engine.provider.finish_reasons={of tomorrow: stop}"),
+    ):
+        with pytest.raises(EngineError) as unknown:
+            ended(wire, reason)
+        assert (unknown.value.type, unknown.value.retryable) == ("bad_response", False)
+        assert unknown.value.usage is not None and unknown.value.usage.output == 5
+        assert said in str(unknown.value) and accepts in str(unknown.value)
+        accepted = Provider.of(compose(["engine=openai_compatible", "engine.model=m", accepts]).engine)
+        assert finish_reason(reason, PARSED[wire].FINISH_REASONS, accepted) == "stop"
 
 
 @pytest.mark.parametrize(

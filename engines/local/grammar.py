@@ -21,7 +21,6 @@ without bounds have at most 53 bits, which every JSON reader keeps exactly.
 from __future__ import annotations
 
 import json
-import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -53,7 +52,7 @@ class Grammars:
     def matcher(self, response_format: Mapping[str, Any]) -> Matcher:
         """A matcher at the start of an answer. Raises `EngineError("invalid_input")`."""
         try:
-            text = json.dumps(response_format)
+            text = json.dumps(response_format, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise invalid(f"response_format is not JSON: {error}") from None
         matcher, ends = self._compiled(text)
@@ -142,6 +141,8 @@ _BY_NAME, _IN_A_LIST = (
 _ALONE = ("items", "additionalProperties")
 # Integers up to here are exact as floating-point numbers, too.
 EXACT = (1 << 53) - 1
+# The largest bound that llguidance takes on both sides: the last floating-point number of 63 bits.
+_MOST = (1 << 63) - 1024
 # Keywords that say what other properties an object may have.
 _OTHERS = {"additionalProperties", "patternProperties"}
 # Keywords that may add properties to those that an object lists.
@@ -169,7 +170,7 @@ def _narrowed(schema: Any, close: bool) -> Any:
             found[name] = [_narrowed(each, close) for each in value]
         elif name in _ALONE:
             found[name] = _narrowed(value, close)
-    if close and isinstance(found.get("properties"), Mapping) and not _OTHERS & found.keys():
+    if close and isinstance(found.get("properties"), Mapping) and not _OTHERS & found.keys() and not _needs_others(found):
         found["additionalProperties"] = False
     types = found.get("type")
     types = types if isinstance(types, list) else [types]
@@ -178,15 +179,29 @@ def _narrowed(schema: Any, close: bool) -> Any:
     return found
 
 
+def _needs_others(schema: Mapping[str, Any]) -> bool:
+    """Whether an object is only valid with properties that the schema does not list."""
+    listed, required, least = schema["properties"], schema.get("required"), schema.get("minProperties")
+    names = required if isinstance(required, list) else []
+    return any(isinstance(name, str) and name not in listed for name in names) or (
+        isinstance(least, (int, float)) and least > len(listed)
+    )
+
+
 def _bound_integer(schema: dict[str, Any]) -> None:
-    """Adds the bounds that `schema` lacks. A bound of its own that is not a number is left for llguidance to refuse."""
+    """Adds the bounds that `schema` lacks.
+
+    A schema that has a bound beyond 53 bits gets integers of 64 bits, because llguidance refuses some of them without an
+    upper bound. A bound beyond 64 bits, and one that is not a number, is left for llguidance to refuse.
+    """
     low = [schema[name] for name in ("minimum", "exclusiveMinimum") if name in schema]
     high = [schema[name] for name in ("maximum", "exclusiveMaximum") if name in schema]
-    if all(isinstance(bound, (int, float)) for bound in low + high):
+    if all(isinstance(bound, (int, float)) and -_MOST < bound < _MOST for bound in low + high):
+        most = EXACT if all(-EXACT < bound < EXACT for bound in low + high) else _MOST
         if not low:
-            schema["minimum"] = min([-EXACT, *(math.floor(bound) - 1 for bound in high)])
+            schema["minimum"] = -most
         if not high:
-            schema["maximum"] = max([EXACT, *(math.ceil(bound) + 1 for bound in low)])
+            schema["maximum"] = most
 
 
 def text_under(response_format: Mapping[str, Any], *names: str) -> str:

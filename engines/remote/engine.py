@@ -390,8 +390,7 @@ class RemoteEngine(Batches, ModelEngine):
         return completion
 
     def batch_share(self, model: str | None) -> float:
-        """By `provider.batch.price`; 1 where no discount is declared."""
-        return float(self.provider.for_model(model or self.config.model).batch.get("price", 1.0))
+        return self.provider.batch_share(model or self.config.model)
 
     def _clean(self, error: EngineError) -> EngineError:
         error.args = (self.auth.clean(str(error)),)

@@ -105,6 +105,10 @@ class Provider:
                 found = dataclasses.replace(found, **changes)
         return found
 
+    def batch_share(self, model: str | None) -> float:
+        """The price of `model` in a batch as a share of the live one: `batch.price`, 1 where no discount is declared."""
+        return float(self.for_model(model).batch.get("price", 1.0))
+
     def capabilities(self) -> Capabilities:
         standard = {"json_object", "json_schema"} - set(self.no_formats)
         return Capabilities(

@@ -61,10 +61,11 @@ class Wire(Protocol):
 def finish_reason(found: Any, table: Mapping[str, Ending], provider: Provider | None) -> FinishReason:
     """Our finish reason for the API's. The provider's own table (`provider.finish_reasons`) comes before the wire's.
 
-    Raises a retryable `EngineError` for an answer that the server broke off, for a reason in neither table, and for
-    no reason at all (named `null` in a provider's table): such an answer may be half of one.
+    Raises a retryable `EngineError` for an answer that the server broke off. A reason in neither table, and no reason at
+    all (named `null` in a provider's table), is an error that is not retryable: a server that says so of one answer mostly
+    says so of all, and each try is paid.
     """
-    name = "null" if found is None else str(found)[:100]
+    name = str(found)[:100] if found not in (None, "") else "null"
     own: Mapping[str, Any] = provider.finish_reasons if provider is not None else {}
     for key in (name, name.partition(":")[0]):  # Gemini: "content_filter: PROHIBITED_CONTENT"
         ending: Ending | None = own.get(key) or table.get(key)
@@ -74,12 +75,12 @@ def finish_reason(found: Any, table: Mapping[str, Ending], provider: Provider | 
             raise EngineError("bad_response", f"the answer is broken ({name})", status=200, retryable=True)
         if ending is not None:
             return ending
-    raise EngineError(
-        "bad_response",
-        f"the answer has the unknown finish reason {name!r}; engine.provider.finish_reasons can tell its meaning",
-        status=200,
-        retryable=True,
-    )
+    if name == "null":  # the command line takes no `null` within braces
+        said, accepts = "no finish reason", "engine.provider.finish_reasons.null=stop"
+    else:
+        said = f"the unknown finish reason {name!r}"
+        accepts = f"engine.provider.finish_reasons={{{name.partition(':')[0]}: stop}}"
+    raise EngineError("bad_response", f"the answer has {said}; {accepts} accepts it", status=200)
 
 
 def complete(choices: list[Choice], usage: Usage, model: Any, reasoning: str | None) -> Completion:

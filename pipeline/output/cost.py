@@ -13,11 +13,6 @@ from pipeline.storage.ledger_index import OldCosts
 BATCH_SEGMENT_PREFIX = "batch"
 
 
-def batch_share(engine: EngineConfig) -> float:
-    """The batch price of `engine.model` as a share of the live one, for estimates."""
-    return float(Provider.of(engine).for_model(engine.model).batch.get("price", 1.0))
-
-
 def old_costs(engine: EngineConfig) -> OldCosts:
     """Computes the cost of records of earlier versions, which wrote none, from today's `engine.price`.
 
@@ -27,7 +22,8 @@ def old_costs(engine: EngineConfig) -> OldCosts:
     def costs(tokens: npt.NDArray[np.int64], path: str) -> npt.NDArray[np.float64] | None:
         if engine.provider and not engine.price.known:
             return None
-        share = batch_share(engine) if path.rsplit("/", 1)[1].startswith(f"{BATCH_SEGMENT_PREFIX}-") else 1.0
+        is_batch = path.rsplit("/", 1)[1].startswith(f"{BATCH_SEGMENT_PREFIX}-")
+        share = Provider.of(engine).batch_share(engine.model) if is_batch else 1.0
         rates = np.array([engine.price.of(*one) for one in ((1, 0, 0), (1, 1, 0), (0, 0, 1))])
         read, cached, written = tokens.T
         return share * (np.stack([read - cached, cached, written], axis=1) @ rates)

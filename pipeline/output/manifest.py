@@ -17,11 +17,11 @@ import numpy.typing as npt
 import orjson
 import pyarrow.fs as pafs
 
+from engines.remote.provider import Provider
 from pipeline.config import Config, without_secrets
 from pipeline.context import RunContext
 from pipeline.dataset.reader import ReadSplit, SplitSummary
 from pipeline.monitor.status import RunStatus
-from pipeline.output.cost import batch_share
 from pipeline.output.finalize import WrittenOutput
 from pipeline.storage.exact_json import canonical
 from pipeline.storage.filesystem import exists, info_of, listing, resolve
@@ -89,7 +89,7 @@ def _cost(config: Config, index: Index, used: npt.NDArray[np.bool_], tokens: dic
 def _parts(config: Config, tokens: dict[str, int], cost: float) -> dict[str, float] | None:
     """The cost by kind of token. None if tokens had more than one price: then no single price adds up to the cost."""
     parts = config.engine.price.parts(*(tokens[name] for name in ("input", "cached_input", "output", "cache_write")))
-    shares = (1.0, batch_share(config.engine)) if config.engine.provider else (1.0,)
+    shares = (1.0, Provider.of(config.engine).batch_share(config.engine.model)) if config.engine.provider else (1.0,)
     for share in shares:
         if math.isclose(share * sum(parts.values()), cost, rel_tol=1e-9, abs_tol=1e-12):
             return {name: share * part for name, part in parts.items()}

@@ -12,11 +12,11 @@ from itertools import compress
 
 from engines.errors import EngineError
 from engines.local.prompt_renderer import PromptRenderer
+from engines.remote.provider import Provider
 from engines.text import for_template
 from engines.types import BYTES_PER_TOKEN, DEFAULT_MAX_TOKENS, FIRST_OUTPUT, Message, Request, answer
 from pipeline.config import Config
 from pipeline.dataset.reader import ParsedRow, ReadSplit, RowReader
-from pipeline.output.cost import batch_share
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.ledger_index import Index
 
@@ -154,7 +154,7 @@ class DatasetEstimate:
     def cost(self, factor: float = 1.0) -> str:
         """The cost of these rows' requests in words. `factor` scales it from the rows that were read to all rows."""
         engine, batch = self.config.engine, self.config.run.mode == "batch"
-        price, share = engine.price, batch_share(engine) if batch else 1.0
+        price, share = engine.price, Provider.of(engine).batch_share(engine.model) if batch else 1.0
         if not engine.provider and not price.known:
             return "none: the engine runs here"
         if not price.known:

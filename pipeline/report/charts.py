@@ -18,6 +18,7 @@ from pipeline.report.stats import COARSE, SUMS, Floats, Histogram, Timeline, low
 # The size of a drawing in user units. It is close to its size in pixels on a page, so that text is not scaled.
 WIDTH, HEIGHT = 360, 168
 LEFT, RIGHT, TOP, BOTTOM = 48, 6, 12, 22
+LETTER = 7  # the largest mean width of a label's letters, in user units
 BARS = 30
 COLUMNS = 72
 # At most this many active intervals are drawn apart. The shortest pauses beyond them are drawn as idle time.
@@ -109,8 +110,8 @@ class Drawing:
     def mark_x(self, value: float, text: str) -> None:
         x = self.x(value)
         self.parts.append(f'<line class="tick" x1="{x}" x2="{x}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>')
-        where = "mid" if 14 < x < WIDTH - 22 else "end" if x > WIDTH - 22 else "start"
-        at = x if where == "mid" else WIDTH - 1 if where == "end" else max(x - 6, 1)
+        half = LETTER * len(text) / 2
+        where, at = ("start", 1.0) if x < half + 1 else ("end", WIDTH - 1.0) if x > WIDTH - 1 - half else ("mid", x)
         self.parts.append(f'<text class="{where}" x="{at}" y="{HEIGHT - 6}">{text}</text>')
 
     def bar(self, kind: str, start: float, end: float, low: float, high: float, gap: float = 1) -> None:

@@ -100,7 +100,8 @@ def chat(body: dict[str, Any]) -> dict[str, Any]:
     text = asked.removeprefix("say: ") if asked.startswith("say: ") else f"answer to: {asked}"
     usage = {"prompt_tokens": len(json.dumps(body)) // 4, "completion_tokens": len(text) // 4}
     usage["total_tokens"] = sum(usage.values())
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}, "logprobs": None}
+    finish = asked.removeprefix("ends with: ") if asked.startswith("ends with: ") else "stop"
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}, "logprobs": None}
     return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body.get("model", "m-1"),
             "choices": [choice], "usage": usage}  # fmt: skip
 

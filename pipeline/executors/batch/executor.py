@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engines.errors import ConfigError, EngineError, ErrorCode
+from engines.remote.provider import Provider
 from pipeline.config import Config
 from pipeline.context import RunContext
 from pipeline.dataset.plan import SplitInput
@@ -27,7 +28,7 @@ from pipeline.executors.cost_budget import CostBudget, spent_so_far
 from pipeline.executors.stop_reasons import stop_reason
 from pipeline.monitor.progress import RunProgress
 from pipeline.monitor.status import RunStatus
-from pipeline.output.cost import batch_share, old_costs
+from pipeline.output.cost import old_costs
 from pipeline.signals import note_signals
 from pipeline.storage.ledger import Record
 from pipeline.storage.ledger_index import Index, read_index
@@ -138,7 +139,7 @@ class BatchExecutor(Executor):
             return None
         spent = spent_so_far(engine, params, index, self.context.fs, self.context.root)
         # All of it may be in flight at first: each round of batches can take a day.
-        budget = CostBudget(limit, engine, params, spent, batch_share(engine), first_share=1.0)
+        budget = CostBudget(limit, engine, params, spent, Provider.of(engine).batch_share(engine.model), first_share=1.0)
         budget.reserved = sum(batch.estimate for batch in self.store.open)
         return budget
 

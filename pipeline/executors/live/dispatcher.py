@@ -172,6 +172,10 @@ class Dispatcher:
             await self._notify()
         return self.trial.deaths_in_a_row
 
+    async def left(self) -> set[str]:
+        """The names of the workers that are gone. They removed their journals, or the driver has read them."""
+        return self.table.gone
+
     # -- the run ---------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:

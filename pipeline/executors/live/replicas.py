@@ -21,6 +21,8 @@ from pipeline.monitor.traces import variables
 VERDICT_S = 90.0
 # Seconds between two questions to Ray which nodes are about to go. A spot notice comes at most two minutes before.
 NOTICE_S = 2.0
+# The time the dispatcher gets at the end to say which workers have left.
+LEFT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -172,9 +174,14 @@ class ReplicaPool:
     def stop_all(self) -> None:
         """Ends all replicas, frees their places, and removes their journals."""
         import ray
+        from ray.exceptions import RayError
 
-        # A process whose place is not known yet has not come as far as its journal.
-        places = [replica.journal for replica in self.replicas]
+        try:
+            left: set[str] = ray.get(self.dispatcher.left.remote(), timeout=LEFT_S)
+        except RayError:  # the dispatcher died
+            left = set()
+        # A worker that has left has no journal. A process whose place is not known yet has not come as far as its journal.
+        places = [replica.journal for replica in self.replicas if replica.name not in left]
         known = ray.wait(places, num_returns=len(places), timeout=0)[0] if places else []
         for replica in self.replicas:
             end(replica.actor, replica.group)

@@ -217,6 +217,7 @@ class Worker:
                 logger.exception("row %s: a bug", row.id)
                 reason = f"a bug: {type(error).__name__}: {one_line(error)}"
                 completion = Completion(error=Failure("server", reason), engine=engine.kind)
+                completion.cost_usd = engine.cost(Usage(known=False), None)  # an answer may have come before the bug
             finally:
                 self.busy -= 1
                 if self.journal is not None:
