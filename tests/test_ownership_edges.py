@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 
 from engines.errors import ConfigError
-from pipeline.output.ownership import typed_equally
+from pipeline.output.ownership import NEW, Ownership, typed_equally
+from pipeline.storage.filesystem import resolve, write_if_absent
 from pipeline.storage.output_files import MARKER
 from tests.support.infer import Infer
-from tests.test_ownership import line, put
+from tests.test_ownership import line, look, put
 
 
 def marker(out: Path) -> Any:
     return json.loads((out / MARKER).read_text())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 # -- the working directory is another one -----------------------------------------------------------------------------
@@ -67,3 +72,60 @@ def test_which_typed_paths_are_the_same() -> None:
     assert not typed_equally(["/a/x"], ["x"], ["/b/x"], ["/b/x"])
     assert not typed_equally(["/home/a/x"], ["~/x"], ["/home/b/x"], ["~/x"])
     assert not typed_equally(["/a/x"], [], ["/b/x"], ["x"])
+
+
+# -- two runs start in one new directory ------------------------------------------------------------------------------
+
+
+def first_of_two(tmp_path: Path) -> tuple[Ownership, Path]:
+    """Two runs look at a new directory. The first begins, gets the lock and has an answer. Returns the second."""
+    put(tmp_path, {"a.jsonl": line("a"), "b.jsonl": line("b")})
+    out = tmp_path / "out"
+    a, b = look(tmp_path / "a.jsonl", out), look(tmp_path / "b.jsonl", out)
+    assert a.state == b.state == NEW
+    a.begin()
+    look(tmp_path / "a.jsonl", out).settle()
+    return b, out
+
+
+def test_a_run_that_comes_second_keeps_the_marker_of_the_first(tmp_path: Path) -> None:
+    b, out = first_of_two(tmp_path)
+    before = (out / MARKER).read_bytes()
+    b.begin()
+    assert (out / MARKER).read_bytes() == before and names(out) == [MARKER]
+    put(out, {"_segments/w1-0123456789ab.parquet": ""})
+    with pytest.raises(ConfigError, match=r"another dataset \(.*a.jsonl\)"):  # b got the lock after the end of a
+        look(tmp_path / "b.jsonl", out)
+    assert look(tmp_path / "a.jsonl", out).marked["dataset"] == os.path.realpath(tmp_path / "a.jsonl")
+
+
+def test_a_run_that_comes_second_takes_a_directory_without_answers(tmp_path: Path) -> None:
+    b, out = first_of_two(tmp_path)
+    b.begin()
+    look(tmp_path / "b.jsonl", out).settle()
+    assert marker(out)["dataset"] == os.path.realpath(tmp_path / "b.jsonl")
+
+
+def test_a_run_writes_no_marker_into_a_directory_that_is_no_longer_empty(tmp_path: Path) -> None:
+    put(tmp_path, {"a.jsonl": line("a")})
+    own = look(tmp_path / "a.jsonl", tmp_path / "out")
+    put(tmp_path, {"out/notes.txt": "n"})
+    with pytest.raises(ConfigError, match=r"is not empty and not an output of Eagleray's \(it holds notes.txt\)"):
+        own.begin()
+    assert names(tmp_path / "out") == ["notes.txt"]
+
+
+def test_of_two_writers_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs, path = resolve(str(tmp_path / "new" / "x"))
+    for data in (b"1", b"2"):
+        write_if_absent(fs, path, data)
+    assert Path(path).read_bytes() == b"1" and names(tmp_path / "new") == ["x"]
+
+    def no_links(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)  # as on exFAT
+    for name, expected in (("x", b"1"), ("y", b"2")):
+        write_if_absent(fs, str(tmp_path / "new" / name), b"2")
+        assert (tmp_path / "new" / name).read_bytes() == expected
+    assert names(tmp_path / "new") == ["x", "y"]

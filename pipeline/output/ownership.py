@@ -14,7 +14,7 @@ from __future__ import annotations
 import posixpath
 import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,15 @@ import pyarrow.fs as pafs
 from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
 from pipeline.config import Config
-from pipeline.storage.filesystem import canonical_place, info_of, is_within, listing, split_glob, write_atomic
+from pipeline.storage.filesystem import (
+    canonical_place,
+    info_of,
+    is_within,
+    listing,
+    split_glob,
+    write_atomic,
+    write_if_absent,
+)
 from pipeline.storage.output_files import (
     BATCHES,
     BUDGET,
@@ -51,6 +59,7 @@ from pipeline.storage.output_files import (
 FORMAT = 1
 NEW, OLD, OWN = "new", "old", "own"  # states of a directory: absent or empty; of a version without markers; with a marker
 _SHOWN = 3
+Write = Callable[[pafs.FileSystem, str, bytes], None]
 
 
 def dataset_places(path: Any) -> dict[str, str]:
@@ -241,10 +250,15 @@ class Ownership:
     # -- changes ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Writes the marker into a new directory. Call it before anything else is written there, the lock included."""
+        """Writes the marker into a new directory. Call it before anything else is written there, the lock included.
+
+        Another run may have begun there since `look`: its marker stays. If that run has ended when this one gets the lock,
+        the second `look` compares the datasets."""
         if self.state == NEW:
             try:
-                self._mark()
+                self._recognise(self._names())
+                if self.state == NEW:
+                    self._mark(write_if_absent)
             except OSError as error:
                 reason = error.strerror or one_line(error)
                 raise ConfigError(f"output.path: cannot write into {self.root}: {reason}") from None
@@ -260,7 +274,7 @@ class Ownership:
     def _dataset(self) -> str | list[str]:
         return self.dataset[0] if len(self.dataset) == 1 else self.dataset
 
-    def _mark(self) -> None:
+    def _mark(self, write: Write = write_atomic) -> None:
         self.marked = {
             "format": FORMAT,
             "eagleray": _version(),
@@ -269,13 +283,13 @@ class Ownership:
             "output": self.output,
             "created_at": self.marked.get("created_at", time.time()),
         }
-        self._write(MARKER, self.marked)
+        self._write(MARKER, self.marked, write)
 
     def _record(self) -> None:
         self._write(FILES, {"eagleray_files": sorted(self.files)})
 
-    def _write(self, name: str, value: dict[str, Any]) -> None:
-        write_atomic(self.fs, f"{self.root}/{name}", orjson.dumps(value, option=orjson.OPT_INDENT_2))
+    def _write(self, name: str, value: dict[str, Any], write: Write = write_atomic) -> None:
+        write(self.fs, f"{self.root}/{name}", orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
     def intend(self, parts: Iterable[str]) -> list[str]:
         """Saves that these parts and the report will be written. If foreign files have such names, it returns them and does
