@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from engines.errors import ConfigError
+from pipeline.executors.cost_budget import read_spent
 from pipeline.output.ownership import NEW, Ownership, typed_equally
 from pipeline.storage.filesystem import resolve, write_if_absent
-from pipeline.storage.output_files import MARKER
+from pipeline.storage.output_files import BUDGET, MARKER
 from tests.support.infer import Infer
 from tests.test_ownership import line, look, put
 
@@ -129,3 +130,22 @@ def test_of_two_writers_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         write_if_absent(fs, str(tmp_path / "new" / name), b"2")
         assert (tmp_path / "new" / name).read_bytes() == expected
     assert names(tmp_path / "new") == ["x", "y"]
+
+
+# -- damaged and foreign files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ['{"usd', "[]", "mine"])
+def test_a_damaged_budget_file_stops_only_runs_with_a_budget(tmp_path: Path, content: str) -> None:
+    put(tmp_path, {"in.jsonl": line("a")})
+    out = tmp_path / "out"
+    look(tmp_path / "in.jsonl", out).begin()
+    put(out, {BUDGET: content})
+    own = look(tmp_path / "in.jsonl", out)  # a run without a budget goes on
+    own.clear()  # of run.resume=false
+    assert (out / BUDGET).read_text() == content
+    with pytest.raises(ConfigError, match=r"_budget\.json cannot be read: it says how many US dollars"):
+        read_spent(own.fs, own.root)
+    (out / BUDGET).write_text('{"usd": 1}')
+    own.clear()
+    assert not (out / BUDGET).exists()

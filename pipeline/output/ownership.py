@@ -192,7 +192,8 @@ class Ownership:
 
     def _check_names(self, names: Collection[str], form: str) -> None:
         """Raises `ConfigError` if a run would overwrite a file that is not Eagleray's."""
-        foreign = [n for n in (MANIFEST, STATE, BUDGET, FILES) if n in names and not read_own(self.fs, self.root, n)]
+        # Not BUDGET: moved away, the money spent would be forgotten. `read_spent` refuses one that is damaged.
+        foreign = [n for n in (MANIFEST, STATE, FILES) if n in names and not read_own(self.fs, self.root, n)]
         foreign += [REPORT] if REPORT in names and REPORT not in self.files else []
         folders = [name for name in (DATA, ERRORS, SEGMENTS, BATCHES) if name in names]
         foreign += [name for name in folders if info_of(self.fs, f"{self.root}/{name}").is_file]
@@ -323,7 +324,7 @@ class Ownership:
             return
         self._record()
         for name in (MANIFEST, REPORT, BUDGET):
-            if self._is_there(name):
+            if read_own(self.fs, self.root, name) if name == BUDGET else self._is_there(name):
                 self.fs.delete_file(f"{self.root}/{name}")
         self.drop_stale(())
         for name in self._listed(SEGMENTS):
