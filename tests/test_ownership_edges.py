@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from engines.errors import ConfigError
 from pipeline.executors.cost_budget import read_spent
-from pipeline.output.ownership import NEW, Ownership, typed_equally
+from pipeline.output.jsonl_styles import STYLES
+from pipeline.output.ownership import NEW, OLD, Ownership, typed_equally
 from pipeline.storage.filesystem import resolve, write_if_absent
 from pipeline.storage.output_files import BUDGET, MARKER
 from tests.support.infer import Infer
-from tests.test_ownership import line, look, put
+from tests.test_ownership import OLD_OUTPUTS, line, look, put
 
 
 def marker(out: Path) -> Any:
@@ -149,3 +152,34 @@ def test_a_damaged_budget_file_stops_only_runs_with_a_budget(tmp_path: Path, con
     (out / BUDGET).write_text('{"usd": 1}')
     own.clear()
     assert not (out / BUDGET).exists()
+
+
+# -- outputs of before the marker -------------------------------------------------------------------------------------
+
+
+def old_output(tmp_path: Path, parts: dict[str, str]) -> Path:
+    """An output of before the marker, killed between its parts and its manifest."""
+    shutil.copytree(OLD_OUTPUTS / "complete" / "_segments", tmp_path / "out" / "_segments")
+    put(tmp_path / "out", parts)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("style", sorted(STYLES))
+def test_parts_in_each_style_are_eaglerays(tmp_path: Path, style: str) -> None:
+    rows = pq.read_table(OLD_OUTPUTS / "complete" / "data").to_pylist()
+    failed = next(row for row in rows if row["error"] is not None)
+    parts = {f"data/part-{i:05d}.jsonl": json.dumps(STYLES[style](row)) + "\n" for i, row in enumerate((rows[0], failed))}
+    parts["errors/part-00000.jsonl"] = json.dumps(failed) + "\n"
+    out = old_output(tmp_path, parts)
+    more = () if style == "eagleray" else (f"output.style={style}",)
+    own = look(OLD_OUTPUTS / "in.jsonl", out, "output.format=jsonl", *more)
+    assert own.state == OLD and own.files == set(parts)
+
+
+def test_a_part_with_a_long_first_line_is_eaglerays(tmp_path: Path) -> None:
+    parts = {"data/part-00000.jsonl": json.dumps({"prompt": "x" * 2**20}) + "\n"}
+    mine = {
+        "data/part-00001.jsonl": "x" * 2**21, "data/part-00002.jsonl": line("short"), "data/notes.jsonl": "{" * 2**21,
+    }  # fmt: skip
+    out = old_output(tmp_path, parts | mine)
+    assert look(OLD_OUTPUTS / "in.jsonl", out, "output.format=jsonl").files == set(parts)
