@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from engines.errors import ConfigError
+from engines.errors import ConfigError, ErrorCode
 from pipeline.executors.cost_budget import read_spent
 from pipeline.output.jsonl_styles import STYLES
 from pipeline.output.ownership import NEW, OLD, Ownership, typed_equally
@@ -183,3 +183,12 @@ def test_a_part_with_a_long_first_line_is_eaglerays(tmp_path: Path) -> None:
     }  # fmt: skip
     out = old_output(tmp_path, parts | mine)
     assert look(OLD_OUTPUTS / "in.jsonl", out, "output.format=jsonl").files == set(parts)
+
+
+def test_an_old_output_with_a_foreign_marker_is_refused(tmp_path: Path) -> None:
+    out = old_output(tmp_path, {MARKER: '{"mine": 1}'})
+    with pytest.raises(ConfigError, match="_eagleray.json was not written by Eagleray and would be overwritten") as raised:
+        look(OLD_OUTPUTS / "in.jsonl", out)
+    assert raised.value.code == ErrorCode.FILE_IN_THE_WAY
+    (out / MARKER).unlink()
+    assert look(OLD_OUTPUTS / "in.jsonl", out).state == OLD

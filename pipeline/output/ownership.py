@@ -193,7 +193,7 @@ class Ownership:
     def _check_names(self, names: Collection[str], form: str) -> None:
         """Raises `ConfigError` if a run would overwrite a file that is not Eagleray's."""
         # Not BUDGET: moved away, the money spent would be forgotten. `read_spent` refuses one that is damaged.
-        foreign = [n for n in (MANIFEST, STATE, FILES) if n in names and not read_own(self.fs, self.root, n)]
+        foreign = [n for n in (MARKER, MANIFEST, STATE, FILES) if n in names and not read_own(self.fs, self.root, n)]
         foreign += [REPORT] if REPORT in names and REPORT not in self.files else []
         folders = [name for name in (DATA, ERRORS, SEGMENTS, BATCHES) if name in names]
         foreign += [name for name in folders if info_of(self.fs, f"{self.root}/{name}").is_file]
