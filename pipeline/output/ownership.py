@@ -139,6 +139,8 @@ class Ownership:
     output: str  # the root's canonical place
     marked: dict[str, Any] = field(default_factory=dict)  # the content of the marker
     files: set[str] = field(default_factory=set)  # Eagleray's files in data/ and errors/, and report.html
+    # Parts of earlier runs, also those that a killed run never completed: a store may hold a piece of their upload.
+    intended_before: set[str] = field(default_factory=set)
 
     @classmethod
     def look(cls, config: Config, fs: pafs.FileSystem, root: str) -> Ownership:
@@ -300,6 +302,7 @@ class Ownership:
         there |= {REPORT} if self._is_there(REPORT) else set()
         if foreign := sorted((wanted & there) - self.files):
             return foreign
+        self.intended_before |= self.files
         self.files = (self.files & there) | wanted
         self._record()
         return []
@@ -330,12 +333,13 @@ class Ownership:
         for name in self._listed(SEGMENTS):
             if is_segment(name) or is_temporary(name):
                 self.fs.delete_file(f"{self.root}/{SEGMENTS}/{name}")
+        self.intended_before |= self.files
         self.files = set()
         self._record()
 
-    def is_own(self, key: str) -> bool:
-        """True if Eagleray writes a file at this path below the root."""
-        return is_own_key(key, self.files)
+    def may_upload(self, key: str) -> bool:
+        """True if this run or an earlier one may have begun to upload a file to this path below the root."""
+        return is_own_key(key, self.files | self.intended_before)
 
 
 def _version() -> str:
