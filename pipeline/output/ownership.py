@@ -59,15 +59,16 @@ from pipeline.storage.output_files import (
 FORMAT = 1
 NEW, OLD, OWN = "new", "old", "own"  # states of a directory: absent or empty; of a version without markers; with a marker
 _SHOWN = 3
+# Ray copies the working directory of a submitted job into a directory of such a name.
+_JOB_COPY = re.compile(r"^/(?:.*/)?_ray_pkg_[0-9a-f]+(?:/|$)")
 Write = Callable[[pafs.FileSystem, str, bytes], None]
 
 
-def dataset_places(path: Any) -> dict[str, str]:
-    """The canonical places of `dataset.path`, without duplicates, each with its entry as it was typed."""
-    found: dict[str, str] = {}
-    for one in path if isinstance(path, list) else [path]:
-        found.setdefault(canonical_place(one), str(one))
-    return found
+def dataset_places(path: Any) -> list[str]:
+    """The canonical places of `dataset.path`, without duplicates. A place in Ray's copy of a job's working directory is given
+    below that directory, because a job that is submitted again gets another copy."""
+    paths = path if isinstance(path, list) else [path]
+    return list(dict.fromkeys(_JOB_COPY.sub("ray-working-dir://", canonical_place(one)) for one in paths))
 
 
 def same_dataset(before: Sequence[str], output_before: str, now: Sequence[str], output_now: str) -> bool:
@@ -84,20 +85,6 @@ def _relative(place: str, output: str) -> str:
         same = "://" in place and output.startswith(f"{scheme}://")
         return posixpath.relpath(place, output) if same else place
     return posixpath.relpath(place, output)
-
-
-def typed_equally(before: Sequence[str], typed_before: Sequence[str], now: Sequence[str], typed_now: Sequence[str]) -> bool:
-    """True if each entry of an earlier dataset is at the same place now, or was and is typed as the same relative path. The
-    working directory of a job that is submitted again is often another one."""
-    relative = {posixpath.normpath(typed) for typed in typed_now if _is_relative(typed)}
-    return len(before) == len(typed_before) and all(
-        place in now or (_is_relative(typed) and posixpath.normpath(typed) in relative)
-        for place, typed in zip(before, typed_before, strict=True)
-    )
-
-
-def _is_relative(typed: str) -> bool:
-    return "://" not in typed and not typed.startswith(("/", "~"))
 
 
 def same_typed(before: Sequence[str], now: Sequence[str]) -> bool:
@@ -134,8 +121,7 @@ class Ownership:
     fs: pafs.FileSystem
     root: str
     state: str  # NEW, OLD or OWN
-    dataset: list[str]  # the canonical places of this run's dataset
-    typed: list[str]  # its entries as they were typed, in the same order
+    dataset: list[str]  # of this run, from `dataset_places`
     output: str  # the root's canonical place
     marked: dict[str, Any] = field(default_factory=dict)  # the content of the marker
     files: set[str] = field(default_factory=set)  # Eagleray's files in data/ and errors/, and report.html
@@ -147,8 +133,7 @@ class Ownership:
         """Examines the directory and changes nothing. Raises `ConfigError` if a run must not write into it."""
         dataset, output = config.dataset.path, str(config.output.path)
         check_inputs(dataset, output)
-        places = dataset_places(dataset)
-        own = cls(fs, root, NEW, list(places), list(places.values()), canonical_place(output))
+        own = cls(fs, root, NEW, dataset_places(dataset), canonical_place(output))
         try:
             names = own._names()
             own._recognise(names)
@@ -222,8 +207,6 @@ class Ownership:
             before = self.marked["dataset"]
             before = before if isinstance(before, list) else [before]
             same = same_dataset(before, str(self.marked["output"]), self.dataset, self.output)
-            # Markers of earlier versions have no "typed".
-            same = same or typed_equally(before, self.marked.get("typed") or [], self.dataset, self.typed)
         else:
             before = self._typed_dataset()
             same = same_typed(before, self.dataset)
@@ -270,8 +253,8 @@ class Ownership:
         """Saves what `look` accepted. The caller holds the lock, and has called `look` again since it got it."""
         if self.state == OLD:
             self._record()
-        stored = [self.marked.get(name) for name in ("dataset", "typed", "output")]
-        if self.state != OWN or stored != [self._dataset(), self.typed, self.output]:
+        listed = self.marked.get("dataset")
+        if self.state != OWN or [listed, self.marked.get("output")] != [self._dataset(), self.output]:
             self._mark()
 
     def _dataset(self) -> str | list[str]:
@@ -282,7 +265,6 @@ class Ownership:
             "format": FORMAT,
             "eagleray": _version(),
             "dataset": self._dataset(),
-            "typed": self.typed,
             "output": self.output,
             "created_at": self.marked.get("created_at", time.time()),
         }
