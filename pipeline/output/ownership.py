@@ -65,8 +65,8 @@ Write = Callable[[pafs.FileSystem, str, bytes], None]
 
 
 def dataset_places(path: Any) -> list[str]:
-    """The canonical places of `dataset.path`, without duplicates. A place in Ray's copy of a job's working directory is given
-    below that directory, because a job that is submitted again gets another copy."""
+    """The canonical places of `dataset.path`, without duplicates. A place in Ray's copy of a job's working directory is
+    relative to that copy, because a job that is submitted again gets another one."""
     paths = path if isinstance(path, list) else [path]
     return list(dict.fromkeys(_JOB_COPY.sub("ray-working-dir://", canonical_place(one)) for one in paths))
 
