@@ -27,9 +27,6 @@ class FallbackEngine(Engine):
         controls = CombinedControls([engine.remote for engine in self.engines])
         self.controls = controls if controls.all else None
 
-    def cost(self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False) -> float | None:
-        return self.first.cost(usage, asked, answered, batch=batch)
-
     @property
     def remote(self) -> RemoteControls | None:
         return self.controls

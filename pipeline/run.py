@@ -103,7 +103,7 @@ def _commit(context: RunContext, inputs: SplitInput, passes: Passes) -> Outcome:
     if context.span is not None:
         context.span.rows(manifest["rows"])
     context.ownership.drop_stale(written.files)
-    abort_uploads(context.output_path, context.ownership.is_own)
+    abort_uploads(context.output_path, context.ownership.may_upload)
     write_report(fs, root, manifest, written.stats, context.console)
     write_atomic(fs, f"{root}/{MANIFEST}", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     context.ownership.commit(written.files)

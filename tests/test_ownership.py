@@ -181,7 +181,7 @@ def test_strays_survive_resuming_shrinking_and_starting_over(infer: Infer, write
 
 
 @pytest.mark.parametrize("name", ["report.html", "manifest.json", "_run.json", "data/part-00000.parquet", "_segments/.lock",
-                                  "errors/part-00000.parquet", "_budget.json", "_files.json", "data"])  # fmt: skip
+                                  "errors/part-00000.parquet", "_files.json", "data"])  # fmt: skip
 def test_a_file_in_the_way_is_an_error_before_a_row_is_asked(infer: Infer, write_jsonl: Write, name: str) -> None:
     data = write_jsonl([ask("a"), ask("b")])
     look(data, infer.out).begin()

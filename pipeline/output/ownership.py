@@ -14,7 +14,7 @@ from __future__ import annotations
 import posixpath
 import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,15 @@ import pyarrow.fs as pafs
 from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
 from pipeline.config import Config
-from pipeline.storage.filesystem import canonical_place, info_of, is_within, listing, split_glob, write_atomic
+from pipeline.storage.filesystem import (
+    canonical_place,
+    info_of,
+    is_within,
+    listing,
+    split_glob,
+    write_atomic,
+    write_if_absent,
+)
 from pipeline.storage.output_files import (
     BATCHES,
     BUDGET,
@@ -51,12 +59,16 @@ from pipeline.storage.output_files import (
 FORMAT = 1
 NEW, OLD, OWN = "new", "old", "own"  # states of a directory: absent or empty; of a version without markers; with a marker
 _SHOWN = 3
+# Ray copies the working directory of a submitted job into a directory of such a name.
+_JOB_COPY = re.compile(r"^/(?:.*/)?_ray_pkg_[0-9a-f]+(?:/|$)")
+Write = Callable[[pafs.FileSystem, str, bytes], None]
 
 
 def dataset_places(path: Any) -> list[str]:
-    """The canonical places of `dataset.path`, without duplicates."""
+    """The canonical places of `dataset.path`, without duplicates. A place in Ray's copy of a job's working directory is
+    relative to that copy, because a job that is submitted again gets another one."""
     paths = path if isinstance(path, list) else [path]
-    return list(dict.fromkeys(canonical_place(one) for one in paths))
+    return list(dict.fromkeys(_JOB_COPY.sub("ray-working-dir://", canonical_place(one)) for one in paths))
 
 
 def same_dataset(before: Sequence[str], output_before: str, now: Sequence[str], output_now: str) -> bool:
@@ -113,6 +125,8 @@ class Ownership:
     output: str  # the root's canonical place
     marked: dict[str, Any] = field(default_factory=dict)  # the content of the marker
     files: set[str] = field(default_factory=set)  # Eagleray's files in data/ and errors/, and report.html
+    # Parts of earlier runs, also those that a killed run never completed: a store may hold a piece of their upload.
+    intended_before: set[str] = field(default_factory=set)
 
     @classmethod
     def look(cls, config: Config, fs: pafs.FileSystem, root: str) -> Ownership:
@@ -165,7 +179,8 @@ class Ownership:
 
     def _check_names(self, names: Collection[str], form: str) -> None:
         """Raises `ConfigError` if a run would overwrite a file that is not Eagleray's."""
-        foreign = [n for n in (MANIFEST, STATE, BUDGET, FILES) if n in names and not read_own(self.fs, self.root, n)]
+        # Not BUDGET: moved away, the money spent would be forgotten. `read_spent` refuses one that is damaged.
+        foreign = [n for n in (MARKER, MANIFEST, STATE, FILES) if n in names and not read_own(self.fs, self.root, n)]
         foreign += [REPORT] if REPORT in names and REPORT not in self.files else []
         folders = [name for name in (DATA, ERRORS, SEGMENTS, BATCHES) if name in names]
         foreign += [name for name in folders if info_of(self.fs, f"{self.root}/{name}").is_file]
@@ -221,10 +236,15 @@ class Ownership:
     # -- changes ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Writes the marker into a new directory. Call it before anything else is written there, the lock included."""
+        """Writes the marker into a new directory. Call it before anything else is written there, the lock included.
+
+        Another run may have begun there since `look`: its marker stays. If that run has ended when this one gets the lock,
+        the second `look` compares the datasets."""
         if self.state == NEW:
             try:
-                self._mark()
+                self._recognise(self._names())
+                if self.state == NEW:
+                    self._mark(write_if_absent)
             except OSError as error:
                 reason = error.strerror or one_line(error)
                 raise ConfigError(f"output.path: cannot write into {self.root}: {reason}") from None
@@ -240,7 +260,7 @@ class Ownership:
     def _dataset(self) -> str | list[str]:
         return self.dataset[0] if len(self.dataset) == 1 else self.dataset
 
-    def _mark(self) -> None:
+    def _mark(self, write: Write = write_atomic) -> None:
         self.marked = {
             "format": FORMAT,
             "eagleray": _version(),
@@ -248,13 +268,13 @@ class Ownership:
             "output": self.output,
             "created_at": self.marked.get("created_at", time.time()),
         }
-        self._write(MARKER, self.marked)
+        self._write(MARKER, self.marked, write)
 
     def _record(self) -> None:
         self._write(FILES, {"eagleray_files": sorted(self.files)})
 
-    def _write(self, name: str, value: dict[str, Any]) -> None:
-        write_atomic(self.fs, f"{self.root}/{name}", orjson.dumps(value, option=orjson.OPT_INDENT_2))
+    def _write(self, name: str, value: dict[str, Any], write: Write = write_atomic) -> None:
+        write(self.fs, f"{self.root}/{name}", orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
     def intend(self, parts: Iterable[str]) -> list[str]:
         """Saves that these parts and the report will be written. If foreign files have such names, it returns them and does
@@ -264,6 +284,7 @@ class Ownership:
         there |= {REPORT} if self._is_there(REPORT) else set()
         if foreign := sorted((wanted & there) - self.files):
             return foreign
+        self.intended_before |= self.files
         self.files = (self.files & there) | wanted
         self._record()
         return []
@@ -288,18 +309,19 @@ class Ownership:
             return
         self._record()
         for name in (MANIFEST, REPORT, BUDGET):
-            if self._is_there(name):
+            if read_own(self.fs, self.root, name) if name == BUDGET else self._is_there(name):
                 self.fs.delete_file(f"{self.root}/{name}")
         self.drop_stale(())
         for name in self._listed(SEGMENTS):
             if is_segment(name) or is_temporary(name):
                 self.fs.delete_file(f"{self.root}/{SEGMENTS}/{name}")
+        self.intended_before |= self.files
         self.files = set()
         self._record()
 
-    def is_own(self, key: str) -> bool:
-        """True if Eagleray writes a file at this path below the root."""
-        return is_own_key(key, self.files)
+    def may_upload(self, key: str) -> bool:
+        """True if this run or an earlier one may have begun to upload a file to this path below the root."""
+        return is_own_key(key, self.files | self.intended_before)
 
 
 def _version() -> str:

@@ -185,7 +185,30 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes) -> None:
 
         patiently(put)
         return
-    target = Path(path)
+    _put_local(Path(path), data, lambda temporary, target: temporary.replace(target))
+
+
+def write_if_absent(fs: pafs.FileSystem, path: str, data: bytes) -> None:
+    """As `write_atomic`, but keeps a file that is there. On a disk, of two writers exactly one writes. A store may have no
+    such operation: there, the second of two writers at the same moment replaces the file."""
+    if isinstance(fs, pafs.LocalFileSystem):
+        _put_local(Path(path), data, _link)
+    elif not exists(fs, path):
+        write_atomic(fs, path, data)
+
+
+def _link(temporary: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(temporary)
+    except FileExistsError:
+        pass
+    except OSError:  # this disk has no hard links
+        if not target.exists():
+            temporary.replace(target)
+
+
+def _put_local(target: Path, data: bytes, name: Callable[[Path, Path], object]) -> None:
+    """Writes a temporary file, and calls `name` to give it its name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".eagleray-{uuid.uuid4().hex}.tmp")
     try:
@@ -193,10 +216,9 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
+        name(temporary, target)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     directory = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # so that the rename survives a power failure

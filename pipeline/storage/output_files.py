@@ -40,7 +40,17 @@ _KEYS = {
 }
 _BATCH_KEYS = {"name", "model", "round", "settings", "rows", "state"}
 _SEGMENT_COLUMNS = {"key", "id", "response", "finish_reason", "error", "done_at"}
-_PART_COLUMNS = {DATA: {"id", "index", "response", "messages", "finish_reason", "error"}, ERRORS: {"error"}}
+# The columns of parts: for data/, in each output.style.
+_PART_COLUMNS = {
+    DATA: (
+        {"id", "index", "response", "messages", "finish_reason", "error"},
+        {"id", "custom_id", "response", "error"},  # openai_batch
+        {"conversation_id", "messages", "metadata"},  # oumi
+    ),
+    ERRORS: ({"error"},),
+}
+# A longer first line of a JSONL part is not read.
+_HEAD_BYTES = 1 << 20
 # Up to this many segments and batch files are opened to find one that can be read.
 _TRIES = 3
 
@@ -139,7 +149,7 @@ def old_parts(fs: pafs.FileSystem, root: str) -> set[str]:
     found = set()
     for folder in (DATA, ERRORS):
         for name in _files(fs, f"{root}/{folder}"):
-            if _PART.fullmatch(name) and _PART_COLUMNS[folder] <= _columns(fs, f"{root}/{folder}/{name}"):
+            if _PART.fullmatch(name) and _is_part(fs, folder, f"{root}/{folder}/{name}"):
                 found.add(f"{folder}/{name}")
     if b"Eagleray</title>" in _head(fs, f"{root}/{REPORT}"):
         found.add(REPORT)
@@ -149,7 +159,7 @@ def old_parts(fs: pafs.FileSystem, root: str) -> set[str]:
 def _head(fs: pafs.FileSystem, path: str) -> bytes:
     try:
         with fs.open_input_stream(path, compression=None) as stream:
-            return bytes(stream.read(1 << 20))
+            return bytes(stream.read(_HEAD_BYTES))
     except OSError:
         return b""
 
@@ -171,15 +181,23 @@ def _is_batch(fs: pafs.FileSystem, path: str) -> bool:
     return found.keys() >= _BATCH_KEYS and path.endswith(f"/{found['name']}.json")
 
 
-def _columns(fs: pafs.FileSystem, path: str) -> set[str]:
+def _is_part(fs: pafs.FileSystem, folder: str, path: str) -> bool:
+    """True if a file with the name of a part has the columns of one. A JSON line that is too long to read is accepted,
+    because the name is that of a part and the directory is an output."""
     if path.endswith(".parquet"):
         schema = _schema(fs, path)
-        return set(schema.names) if schema is not None else set()
-    try:
-        found = orjson.loads(_head(fs, path).partition(b"\n")[0])
-    except ValueError:
-        return set()
-    return set(found) if isinstance(found, dict) else set()
+        columns = set(schema.names) if schema is not None else set()
+    else:
+        head = _head(fs, path)
+        first, newline, _ = head.partition(b"\n")
+        if not newline and len(head) == _HEAD_BYTES:
+            return head.startswith(b"{")
+        try:
+            found = orjson.loads(first)
+        except ValueError:
+            return False
+        columns = set(found) if isinstance(found, dict) else set()
+    return any(known <= columns for known in _PART_COLUMNS[folder])
 
 
 def _schema(fs: pafs.FileSystem, path: str) -> pa.Schema | None:
