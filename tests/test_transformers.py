@@ -588,6 +588,7 @@ def test_rows_beyond_continuous_batching_go_with_the_engines_own_batches_beside_
         {"repetition_penalty": 1.3}, {"logit_bias": {"5": -2}},
     ]  # fmt: skip
     rows = [ask(RAIN, max_tokens=12, **more) for more in special] + [ask(text, max_tokens=12) for text in QUESTIONS]
+    continuous.infer([ask("Hi", max_tokens=1)])  # its settings are those of the first row: greedy
     before = taken(continuous)
     own, theirs = engine.infer(rows), continuous.infer(rows)
     assert all(c.error is None for c in theirs)
