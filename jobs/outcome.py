@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from jobs.guide import see_type
 from pipeline.storage.filesystem import resolve
+from pipeline.storage.retry import patiently
 
 SHOWN = 5
 
@@ -65,16 +67,20 @@ def _first_rows(manifest: dict[str, Any], path: str) -> list[tuple[str, str, str
     if name is None or manifest["config"]["output"]["style"] != "eagleray":
         return []
     fs, root = resolve(path)
-    with fs.open_input_file(f"{root}/{name}") as file:
-        if name.endswith(".parquet"):
+    rows = patiently(lambda: _head(fs, f"{root}/{name}"))
+    return [(row["id"], _last_message(row["messages"]), _answer(row)) for row in rows]
+
+
+def _head(fs: pafs.FileSystem, path: str) -> list[dict[str, Any]]:
+    """The first rows of an output part."""
+    with fs.open_input_file(path) as file:
+        if path.endswith(".parquet"):
             columns = ["id", "messages", "response", "error.message"]
             batch = next(pq.ParquetFile(file).iter_batches(batch_size=SHOWN, columns=columns), None)
-            rows = batch.to_pylist() if batch is not None else []
-        else:
-            # 1 MiB holds several lines, except for very long ones: only complete lines are shown.
-            head = file.read(1 << 20).split(b"\n")
-            rows = [json.loads(line) for line in head[:-1][:SHOWN]]
-    return [(row["id"], _last_message(row["messages"]), _answer(row)) for row in rows]
+            return batch.to_pylist() if batch is not None else []
+        # 1 MiB holds several lines, except for very long ones: only complete lines are shown.
+        head = file.read(1 << 20).split(b"\n")
+        return [json.loads(line) for line in head[:-1][:SHOWN]]
 
 
 def _last_message(messages: Any) -> str:

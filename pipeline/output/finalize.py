@@ -23,7 +23,7 @@ from pipeline.output.answer_columns import plan_answer_columns
 from pipeline.output.part_writer import JobResult, PartWriter
 from pipeline.output.plan import part_names, plan_columns, plan_jobs
 from pipeline.report.stats import Stats
-from pipeline.storage.filesystem import exists
+from pipeline.storage.filesystem import exists, remove
 from pipeline.storage.ledger_snapshot import LedgerSnapshot
 from pipeline.storage.output_files import MANIFEST
 from pipeline.tasks import TaskRunner
@@ -67,7 +67,7 @@ def finalize(
         raise Stopped(text, code=ErrorCode.FILE_IN_THE_WAY)
     # No reader may trust the files until the manifest is written again.
     if exists(context.fs, f"{context.root}/{MANIFEST}"):
-        context.fs.delete_file(f"{context.root}/{MANIFEST}")
+        remove(context.fs, f"{context.root}/{MANIFEST}")
     answer_columns = plan_answer_columns(output.columns, context.params.response_format)
     params = list(context.params.given())
     columns = plan_columns(inputs.splits, summaries, context.row_reader, answer_columns, params)

@@ -31,6 +31,7 @@ from pipeline.storage.filesystem import (
     info_of,
     is_within,
     listing,
+    remove,
     split_glob,
     write_atomic,
     write_if_absent,
@@ -295,7 +296,7 @@ class Ownership:
             for name in self._listed(folder):
                 path = f"{folder}/{name}"
                 if is_temporary(name) or (path in self.files and path not in kept):
-                    self.fs.delete_file(f"{self.root}/{path}")
+                    remove(self.fs, f"{self.root}/{path}")
 
     def commit(self, parts: Collection[str]) -> None:
         """Saves, after the manifest, that exactly these parts and the report are Eagleray's."""
@@ -310,11 +311,11 @@ class Ownership:
         self._record()
         for name in (MANIFEST, REPORT, BUDGET):
             if read_own(self.fs, self.root, name) if name == BUDGET else self._is_there(name):
-                self.fs.delete_file(f"{self.root}/{name}")
+                remove(self.fs, f"{self.root}/{name}")
         self.drop_stale(())
         for name in self._listed(SEGMENTS):
             if is_segment(name) or is_temporary(name):
-                self.fs.delete_file(f"{self.root}/{SEGMENTS}/{name}")
+                remove(self.fs, f"{self.root}/{SEGMENTS}/{name}")
         self.intended_before |= self.files
         self.files = set()
         self._record()

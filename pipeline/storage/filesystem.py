@@ -144,6 +144,16 @@ def listing(fs: pafs.FileSystem, directory: str) -> list[pafs.FileInfo]:
     return patiently(lambda: fs.get_file_info(pafs.FileSelector(directory, allow_not_found=True)))
 
 
+def remove(fs: pafs.FileSystem, path: str) -> None:
+    """Deletes a file. A missing file is no error: an earlier try may have deleted it before the store failed."""
+
+    def delete() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(path)
+
+    patiently(delete)
+
+
 def abort_uploads(path: str, ours: Callable[[str], bool]) -> None:
     """Aborts multipart uploads below an s3:// path that killed writers left unfinished. Such uploads are in no listing, and
     the store charges for them. `ours` says for a key, relative to `path`, if Eagleray started its upload.

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from engines.types import Completion
 from pipeline.storage.exact_json import dumps
-from pipeline.storage.filesystem import listing, write_atomic
+from pipeline.storage.filesystem import listing, remove, write_atomic
 from pipeline.storage.output_files import SEGMENTS, is_segment
 from pipeline.storage.retry import patiently
 
@@ -160,7 +160,7 @@ class Compactor:
         table = pa.concat_tables(read_segment(self.fs, path) for path in paths)
         merged = _put(self.fs, self.root, self.writer, table)
         for old in paths:
-            self.fs.delete_file(old)
+            remove(self.fs, old)
         self.add(merged, level + 1)
 
 

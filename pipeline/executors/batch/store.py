@@ -18,7 +18,7 @@ from engines.errors import ConfigError
 from engines.remote.batch.client import BatchStatus, Requests
 from engines.text import one_line
 from pipeline.storage.exact_json import dumps
-from pipeline.storage.filesystem import exists, listing, write_atomic
+from pipeline.storage.filesystem import exists, listing, remove, write_atomic
 from pipeline.storage.output_files import BATCHES, is_batch_file, is_temporary
 
 # A request is counted as one token for each so many bytes, for the limit of queued tokens.
@@ -127,19 +127,19 @@ class BatchStore:
             name = info.base_name
             ours = is_temporary(name) or (is_batch_file(name) and not name.endswith(".json"))
             if info.is_file and ours and name not in needed:
-                self.fs.delete_file(info.path)
+                remove(self.fs, info.path)
 
     def forget(self, batch: Batch) -> None:
         """Removes a batch that is not at the provider. Its rows are asked again."""
         self.batches.remove(batch)
-        self.fs.delete_file(self.path(batch, "json"))
+        remove(self.fs, self.path(batch, "json"))
         self.drop_files(batch)
 
     def drop_files(self, batch: Batch) -> None:
         """Deletes the files of requests and keys, which are not needed after the results."""
         for kind in ("jsonl", "parquet"):
             if exists(self.fs, self.path(batch, kind)):
-                self.fs.delete_file(self.path(batch, kind))
+                remove(self.fs, self.path(batch, kind))
 
     def summary(self) -> list[dict[str, Any]]:
         """The entries of the manifest."""
