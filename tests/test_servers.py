@@ -121,15 +121,17 @@ def test_vllm_takes_every_sampling_parameter(vllm_engine: Engine) -> None:
 
 @pytest.mark.slow
 def test_vllm_serves_adapters_by_name_in_both_ways(vllm: str, vllm_engine: Engine) -> None:
-    question = "Name three colours."  # of all adapters' answers to the usual one some are alike, by the processor
-    plain, by_row = one(vllm_engine, question), one(vllm_engine, question, row={"adapter": "poet"})
+    questions = ["Name three colours.", "What is the capital of Peru?", "Write a line about rain.", "Count to five."]
+    plain = [one(vllm_engine, question).text for question in questions]
+    rows = [one(vllm_engine, question, row={"adapter": "poet"}) for question in questions]
+    by_row = [completion.text for completion in rows]
     with load_engine("remote_vllm", model="poet", base_url=[vllm, f"{vllm}/v1"]) as as_model:
-        by_model = one(as_model, question)
+        by_model = [one(as_model, question).text for question in questions]
     with load_engine("remote_vllm", model="base", adapter="poet", base_url=f"{vllm}/v1/chat/completions") as with_adapter:
-        by_key = one(with_adapter, question)
-    assert by_row.text == by_model.text == by_key.text
-    assert by_row.text != plain.text
-    assert by_row.model == "poet"
+        by_key = [one(with_adapter, question).text for question in questions]
+    assert by_row == by_model == by_key
+    assert by_row != plain  # which answers the adapter changes depends on the processor's rounding
+    assert rows[0].model == "poet"
 
 
 @pytest.mark.slow

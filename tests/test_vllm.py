@@ -247,13 +247,18 @@ def test_two_replicas_share_a_dataset(infer: Infer, write_jsonl: Any) -> None:
     assert [row["error"]["type"] for row in found[60:]] == ["context_length", "invalid_input"]
 
 
+def is_core(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.name().startswith("VLLM") or "VLLM::" in " ".join(process.cmdline())
+    return False
+
+
 def cores() -> list[psutil.Process]:
     """vLLM's own processes, wherever they hang, but for those of tests that another process runs beside these."""
     found, beside = [], {process.pid for process in psutil.Process(os.getppid()).children()} - {os.getpid()}
-    for process in psutil.process_iter():
+    for process in filter(is_core, psutil.process_iter()):
         with contextlib.suppress(psutil.Error):
-            named = process.name().startswith(("VLLM::", "VLLM")) or "VLLM::" in " ".join(process.cmdline())
-            if named and beside.isdisjoint(above.pid for above in process.parents()):
+            if beside.isdisjoint(above.pid for above in process.parents()):
                 found.append(process)
     return found
 
@@ -264,11 +269,13 @@ def test_an_engine_that_dies_is_replaced_and_leaves_no_process(infer: Infer, wri
     before = {p.pid for p in cores()}
     rows = [ask(f"Tell a story about the number {i}.") for i in range(60)]
     killed: list[int] = []
+    over = threading.Event()
 
     def kill_one() -> None:
-        while not killed:
-            done = len(list((infer.out / "_segments").glob("*"))) if infer.out.is_dir() else 0
-            if done and (fresh := [p for p in cores() if p.pid not in before]):
+        while not killed and not over.is_set():
+            mine = psutil.Process().children(recursive=True)  # Ray's processes are this test process's
+            some_are_durable = any((infer.out / "_segments").glob("*.parquet"))
+            if some_are_durable and (fresh := [p for p in mine if is_core(p) and p.pid not in before]):
                 killed.append(fresh[0].pid)
                 with contextlib.suppress(psutil.Error):
                     fresh[0].kill()
@@ -276,7 +283,11 @@ def test_an_engine_that_dies_is_replaced_and_leaves_no_process(infer: Infer, wri
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
-    outcome = infer(write_jsonl(rows), *overrides(max_num_seqs=4), "generation.max_tokens=24", engine="vllm")
+    try:
+        outcome = infer(write_jsonl(rows), *overrides(max_num_seqs=4), "generation.max_tokens=24", engine="vllm")
+    finally:
+        over.set()  # it must not kill the next test's engine
+        thread.join()
     assert killed
     assert outcome.exit_status == 0
     assert len({row["id"] for row in infer.rows()}) == 60
