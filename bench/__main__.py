@@ -3,6 +3,7 @@
     python -m bench [--out bench/results] [--only llamacpp,transformers,vllm,pipeline,remote,batch]
                     [--only remote.faults] [--only pipeline.cold]
                     [--only scale]      (or scale.ledger) ten million rows, fifty nodes: an hour, only when asked for
+                    [--only rooms]      only counts the lines of the core
                     [--sizes 100000,1000000]
 
 The GSM8K questions are taken from $EAGLERAY_GSM8K or ../shared/data/gsm8k_test.jsonl, where they are; a small set of
@@ -19,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench import rooms
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
@@ -29,7 +32,8 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
     path = args.out.with_suffix(".json")
     if path.exists():  # what is not measured this time stays
-        results = {**json.loads(path.read_text()), **results}
+        before = json.loads(path.read_text())
+        results = {**before, **results, "date": before["date"] if args.only == "rooms" else results["date"]}
     if "llamacpp" in args.only:
         from bench import llamacpp
 
@@ -63,6 +67,7 @@ def main() -> None:
         from bench import batch
 
         results["batch"] = batch.run()
+    results["rooms"] = rooms.run()
     path.write_text(json.dumps(results, indent=2) + "\n")
     table = markdown(results)
     args.out.with_suffix(".md").write_text(table)
@@ -178,6 +183,9 @@ def markdown(results: dict[str, Any]) -> str:
     for one in results.get("batch", []):
         rows.append((f"batch API, {one['rows']:,} rows in {one['batches']} files: s", f"{one['seconds']}", ""))
         rows.append(("… peak MiB of the run's process", f"{one['peak_mib']}", "flat"))
+    if found := results.get("rooms"):
+        rows.append(("core: lines, all rooms", f"{sum(found.values()):,}", "≤ 14,000"))
+        rows += [(f"… {room}", f"{count:,}", "") for room, count in found.items()]
     lines = [f"{results['date']}, {results['machine']['cpus']} CPUs, Python {results['machine']['python']}", ""]
     lines += ["| what | measured | goal |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
     return "\n".join(lines) + "\n"
