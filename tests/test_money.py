@@ -275,7 +275,7 @@ def test_what_a_local_engine_with_a_paid_fallback_may_have_cost_is_unknown() -> 
 
 def test_a_bug_after_a_paid_request_has_an_unknown_cost(server: ProviderServer, tmp_path: Path) -> None:
     class Buggy(RemoteEngine):
-        def read(self, answer: Any, n: int | None = None) -> Completion:
+        def read(self, answer: Any, *_: Any) -> Completion:
             raise KeyError("a bug of ours")
 
     keys = {"model": "m", "base_url": server.url, "price": {"input": 3, "output": 15}}
