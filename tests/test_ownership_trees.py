@@ -94,6 +94,23 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         "dataset": draw(st.sampled_from(DATASETS)),
         "out": draw(st.sampled_from(OUTPUTS)),
         "more": draw(st.lists(st.sampled_from(MORE), min_size=1, max_size=3)),  # of each run
+    } | (draw(owned()) if draw(st.booleans()) else {})
+
+
+@st.composite
+def owned(draw: st.DrawFn) -> dict[str, Any]:
+    """An earlier output with files of the user's in it, into which a run writes to its end."""
+    inside = [
+        (folder, name) for folder in FOLDERS if folder.startswith("out") for name in ("notes.txt", "part-00009.parquet")
+    ]
+    more = st.sampled_from([(), ("run.resume=false",), ("output.format=jsonl",)])
+    return {
+        "outputs": [(draw(st.integers(0, 2)), "out")],
+        "files": [("a", "in.jsonl"), *draw(st.lists(st.sampled_from(inside), min_size=1, max_size=5, unique=True))],
+        "links": [],
+        "dataset": "a/in.jsonl",
+        "out": "out",
+        "more": [("output.overwrite=true", *draw(more)) for _ in range(2)],
     }
 
 
