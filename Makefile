@@ -17,17 +17,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # pip's wheel cache ignores CMAKE_ARGS, so it can contain a build that is not portable. A portable build has no AVX512.
 IS_PORTABLE := import sys, llama_cpp; sys.exit(b'AVX512 = 1' in llama_cpp.llama_print_system_info())
 
-.PHONY: demo test test-all test-slow lint format docs bench lock clean
+.PHONY: demo test test-all test-slow lint format docs site prices bench pictures lock clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/eagleray infer dataset.path=docs/examples/demo.jsonl output.path=$(OUT) generation.max_tokens=64; \
 	status=$$?; [ $$status -eq 3 ] && echo "(status 3: the dataset holds one malformed line on purpose)" && exit 0; exit $$status
 
-# Two workers; each runs whole files, because the tests of a file share models and clusters. The longest files start first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers for two cores, because tests also wait. Each runs whole files: the tests of a file share models and clusters.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # `make test` tests every part with its real engine. The slow tests are vLLM, kills at scale, lost nodes, and more providers
-# and stores. Each process has one OpenMP thread: two workers use two cores, and llama.cpp's waiting threads use a core, too.
+# and stores. Each process has one OpenMP thread, because the waiting threads of llama.cpp use a core, too.
 test: $(VENV)/.test
 	OMP_THREAD_LIMIT=1 $(PYTEST) -m "not slow"
 
@@ -49,8 +49,21 @@ format: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
 
+# The website of the docs, with search: open out/site/index.html. It needs no network.
+site: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
+
+# Writes conf/price/*.yaml: the list prices of today.
+prices: $(VENV)/.test
+	$(BIN)/pip install -q -U genai-prices
+	$(BIN)/python docs/update_prices.py
+
 bench: $(VENV)/.test
 	$(BIN)/python -m bench
+
+# Makes the pictures in docs/ from real runs. Needs chromium and chromedriver.
+pictures: $(VENV)/.test
+	$(BIN)/python -m bench.pictures
 
 # Writes jobs/constraints.txt: one version of each package that a GPU node needs. cluster.yaml and images install these.
 LOCK := import json, sys; [print(p["name"], p["version"].split("+")[0], sep="==") for p in \

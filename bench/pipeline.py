@@ -7,6 +7,8 @@ process's private pages without Ray's object store, sampled four times a second 
 from __future__ import annotations
 
 import contextlib
+import gc
+import io
 import json
 import math
 import shutil
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,15 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
 
+from pipeline.configuration.compose import compose
+from pipeline.context import resolve_context
+from pipeline.dataset.plan import list_splits
+from pipeline.dataset.reader import SplitSummary
+from pipeline.executors.requests import read_split
+from pipeline.garbage import collect_rarely
+from pipeline.storage.ledger_index import Index
 from pipeline.storage.output_files import SEGMENTS
 
 
@@ -38,23 +49,40 @@ def write_rows(path: Path, rows: int) -> None:
 class Memory(threading.Thread):
     """The highest memory, in MiB, of each kind of process below `pid`."""
 
+    every_s = 0.25
+
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.pid, self.peak, self.over = pid, dict[str, float](), threading.Event()
         self.cpu: dict[int, float] = {}  # process -> seconds
+        self.cpu_by_kind: Counter[str] = Counter()
 
     def run(self) -> None:
         """Also the processor time of all of them, as far as they were seen."""
-        while not self.over.wait(0.25):
+        while not self.over.wait(self.every_s):
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(self.pid)
                 for process in [root, *root.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error):
-                        self.cpu[process.pid] = sum(process.cpu_times()[:2])
-                        kind = _kind(process, root)
+                        kind, seconds = self.kind(process, root), sum(process.cpu_times()[:2])
+                        self.cpu_by_kind[kind or "ray"] += seconds - self.cpu.get(process.pid, 0.0)
+                        self.cpu[process.pid] = seconds
                         if kind is not None:
                             used = private_mib(process)
                             self.peak[kind] = max(self.peak.get(kind, 0.0), used)
+
+    def kind(self, process: psutil.Process, root: psutil.Process) -> str | None:
+        """The kind of a process, or None if its memory is not of interest."""
+        return _kind(process, root)
+
+
+class Processor(Memory):
+    """Only the processor time: looking at the memory of processes would slow a short run down."""
+
+    every_s = 0.1
+
+    def kind(self, process: psutil.Process, root: psutil.Process) -> str | None:
+        return None
 
 
 def private_mib(process: psutil.Process) -> float:
@@ -69,13 +97,13 @@ def _kind(process: psutil.Process, root: psutil.Process) -> str | None:
         return "driver"
     title = " ".join(process.cmdline())
     for part, kind in (("ray::Worker", "worker"), ("ray::Dispatcher", "dispatcher"), ("ray::_run_task", "finalize"),
-                       ("ray::Read", "reader")):  # fmt: skip
+                       ("ray::Read", "reader"), ("ray::_read_ledger", "ledger")):  # fmt: skip
         if part in title:
             return kind
     return None
 
 
-def infer(data: Path, out: Path, *overrides: str, engine: str = "echo") -> dict[str, Any]:
+def infer(data: Path, out: Path, *overrides: str, engine: str = "echo", memory: type[Memory] = Memory) -> dict[str, Any]:
     """Runs the command; seconds of wall and CPU (of all its processes) and the memory."""
     command = [
         sys.executable,
@@ -88,15 +116,18 @@ def infer(data: Path, out: Path, *overrides: str, engine: str = "echo") -> dict[
     ]
     started = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    memory = Memory(process.pid)
-    memory.start()
+    watch = memory(process.pid)
+    watch.start()
     _, printed = process.communicate()
     wall = time.perf_counter() - started
-    memory.over.set()
+    watch.over.set()
     if process.returncode != 0:
         raise RuntimeError(printed)
-    peak = {k: round(v) for k, v in memory.peak.items()}
-    return {"wall_s": wall, "cpu_s": sum(memory.cpu.values()), "peak_mib": peak, "printed": printed}
+    peak = {k: round(v) for k, v in watch.peak.items()}
+    return {
+        "wall_s": wall, "cpu_s": sum(watch.cpu.values()), "cpu_by_kind_s": dict(watch.cpu_by_kind), "peak_mib": peak,
+        "printed": printed,
+    }  # fmt: skip
 
 
 def asking_s(out: Path) -> tuple[float, list[float]]:
@@ -147,6 +178,32 @@ def stragglers(work: Path, rows: int = 24_000, slots: int = 256) -> dict[str, An
     return {"rows_per_s": round(rate, 1), "possible": round(ideal, 1), "ratio": round(rate / ideal, 3)}
 
 
+def fleet(work: Path, seconds: int = 60, slots: int = 128) -> dict[str, Any]:
+    """One fast and three slow replicas, 4:1, with one run's rows: the time against the ideal one.
+
+    The ideal time is that of all rows at the sum of the speeds. The start is left out: time and rows count from the moment
+    when each replica has answered a row.
+    """
+    data, out = work / "fleet.jsonl", work / "out-fleet"
+    latencies = [0.2, 0.8, 0.8, 0.8]
+    speed = sum(slots / latency for latency in latencies)
+    write_rows(data, round(seconds * speed))
+    entries = [{"engine": {"kwargs": {"latency_s": each}, "max_concurrency": slots}} for each in latencies]
+    infer(data, out, f"hardware={json.dumps(entries)}", "run.flush_s=1")
+    times: dict[str, list[int]] = {}
+    for path in (out / SEGMENTS).glob("*.parquet"):
+        writer = path.name.partition("-")[0]
+        times.setdefault(writer, []).extend(
+            pq.read_table(path, columns=["done_at"])["done_at"].cast(pa.int64()).to_pylist()
+        )
+    since, until = max(map(min, times.values())), max(map(max, times.values()))
+    rows = sum(at >= since for each in times.values() for at in each)
+    took, ideal = (until - since) / 1000, rows / speed
+    ends = [round((until - max(each)) / 1000, 2) for each in times.values()]
+    return {"rows": rows, "replicas": len(times), "took_s": round(took, 2), "ideal_s": round(ideal, 2),
+            "ratio": round(took / ideal, 3), "ends_before_s": sorted(ends)}  # fmt: skip
+
+
 def _mean_latency(out: Path) -> float:
     latency = pq.read_table(out / SEGMENTS, columns=["latency_s"])["latency_s"].to_pylist()
     return math.fsum(latency) / len(latency)
@@ -161,7 +218,7 @@ def cold_start(work: Path, repeats: int = 3) -> dict[str, Any]:
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
         helps.append(time.perf_counter() - started)
-        found = infer(data, work / f"out-ten-{repeat}")
+        found = infer(data, work / f"out-ten-{repeat}", memory=Processor)
         tens.append(found["wall_s"])
         cpus.append(found["cpu_s"])
     return {
@@ -172,13 +229,62 @@ def cold_start(work: Path, repeats: int = 3) -> dict[str, Any]:
     }
 
 
+def reading(work: Path, rows: int = 50_000, repeats: int = 5) -> dict[str, Any]:
+    """Processor time to read a row into a request, in µs: with Python's garbage collector as it is, and as workers have it.
+
+    In this process. The least of several repeats.
+    """
+    data = work / "reading.jsonl"
+    write_rows(data, rows)
+    console = Console(file=io.StringIO())
+    config = compose(["engine=echo", f"dataset.path={data}", f"output.path={work}/out-reading"])
+    splits, reader = list_splits(config, console), resolve_context(config, console).row_reader
+
+    def least() -> float:
+        times = []
+        for _ in range(repeats + 1):  # the first one is the warm-up
+            began = time.process_time()
+            for split in splits:
+                for _ in read_split(split, reader, Index.empty(), False, SplitSummary()):
+                    pass
+            times.append(time.process_time() - began)
+        return round(min(times[1:]) / rows * 1e6, 1)
+
+    usual, before = gc.get_threshold(), least()
+    collect_rarely()
+    try:
+        return {"rows": rows, "usual_us": before, "rarely_us": least()}
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
+
+
+def processes(work: Path, rows: int = 300_000) -> dict[str, Any]:
+    """Processor time a row of each kind of process in a run, in µs, without the time of a run of ten rows, which is the
+    start. `bench.costs` measures each part by itself."""
+    found = []
+    for count in (10, rows):
+        data = work / f"processes-{count}.jsonl"
+        write_rows(data, count)
+        found.append(infer(data, work / f"out-processes-{count}")["cpu_by_kind_s"])
+    few, many = found
+    each = {kind: round((seconds - few.get(kind, 0.0)) / rows * 1e6, 1) for kind, seconds in sorted(many.items())}
+    return {"rows": rows, "us": each}
+
+
 def run(sizes: list[int] | None = None, step: str = "") -> dict[str, Any]:
-    """All of it, or one step (cold, stragglers, scale); needs about 3 GB of disk at the default sizes."""
+    """All of it, or one step (see `steps`); 3 GB of disk at the default sizes."""
+    from bench import peers  # it uses this module
+
     work = Path(tempfile.mkdtemp(prefix="eagleray-bench-"))
     steps: dict[str, tuple[str, Callable[[], Any]]] = {
+        "reading": ("reading", lambda: reading(work)),
         "cold": ("cold_start", lambda: cold_start(work)),
         "stragglers": ("stragglers", lambda: stragglers(work)),
+        "fleet": ("fleet", lambda: fleet(work)),
         "scale": ("scale", lambda: scale(work, sizes or [100_000, 1_000_000])),
+        "processes": ("processes", lambda: processes(work)),
+        "peers": ("peers", lambda: peers.run(work, max(sizes or [1_000_000]))),
     }
     try:
         return {name: measure() for short, (name, measure) in steps.items() if step in ("", short)}

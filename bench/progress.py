@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engines.errors import EaglerayError
-from jobs.compose import compose
+from pipeline.configuration.compose import compose
 from pipeline.executors.live import live_run
 from pipeline.monitor.progress import RunProgress
 from pipeline.monitor.status import RunStatus
@@ -27,7 +27,7 @@ class Kept(RunProgress):
 
     def show(self, status: RunStatus, expected: int = 0) -> None:
         super().show(status, expected)
-        if self.resolved >= AT * ROWS and not SVG_OF:
+        if status.rows.done >= AT * ROWS and not SVG_OF:
             picture = Console(record=True, width=88, file=io.StringIO(), force_terminal=True)
             picture.print(self.render())
             SVG_OF.append(picture.export_svg(title="eagleray infer"))
@@ -48,7 +48,7 @@ def main() -> None:
         lines = [json.dumps({"messages": [{"role": "user", "content": row.format(i)}]}) for i in range(ROWS)]
         data.write_text("\n".join(lines))
         overrides = [
-            "engine=openai", "engine.model=gpt-4o-mini", f"engine.base_url={server.url}", "engine.max_concurrency=32",
+            "engine=openai", "engine.model=gpt-6-luna", f"engine.base_url={server.url}", "engine.max_concurrency=32",
             "hardware.replicas=2", "generation.max_tokens=200", "run.budget_usd=2", f"dataset.path={data}",
             f"output.path={folder}/out",
         ]  # fmt: skip

@@ -6,6 +6,8 @@ SmolLM2-135M as a checkpoint (made by tests/support/checkpoint.py), eager, one m
 - `lora`: rows over 4 adapters and the bare model in one batch, and each adapter's rows alone: the answers are compared;
 - `peers` and `long`: whole commands over 256 and 1,319 rows, loading included: `eagleray infer`, `vllm run-batch`,
   `ray.data.llm`.
+- `fixed`: whole commands over 4 rows, in turns: the part that does not grow with the rows;
+- `embed` and `embed_peers`: task=embed, see `bench/tasks_vllm.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.llamacpp import questions
+from bench import tasks_vllm
+from bench.commands import timed
+from bench.questions import questions
 from engines.base import Engine
 from engines.registry import load_engine
 from pipeline.dataset.formats import Parsed
@@ -41,10 +43,12 @@ def row(text: str, system: str | None = None) -> dict[str, Any]:
     return {"messages": [*before, {"role": "user", "content": text}]}
 
 
-def engine_against_bare(data: Path | None, rows: int, tokens: int, repeats: int) -> dict[str, Any]:
+def engine_against_bare(
+    data: Path | None, rows: int, tokens: int, repeats: int, model: Path | None = None, kwargs: dict[str, Any] = KWARGS
+) -> dict[str, Any]:
     """Tokens a second of both, and the median of the ratios."""
     asked = questions(data, rows)
-    with load_engine("vllm", model=str(checkpoint_dir()), max_concurrency=rows, kwargs=KWARGS) as engine:
+    with load_engine("vllm", model=str(model or checkpoint_dir()), max_concurrency=rows, kwargs=kwargs) as engine:
         prompts = asyncio.run_coroutine_threadsafe(tokenized(engine, asked), engine.loop).result()  # type: ignore[attr-defined]
 
         def ours() -> float:
@@ -183,35 +187,39 @@ print("rows", processor(ray.data.from_items(rows, override_num_blocks=4)).count(
 """
 
 
-def peers(data: Path | None, rows: int, tokens: int) -> dict[str, Any]:
-    """Seconds of whole commands over the same rows, loading included."""
-    model, kwargs = str(checkpoint_dir()), {**KWARGS, "enable_prefix_caching": True}
+def fixed(rows: int = 4, tokens: int = 4, repeats: int = 3) -> dict[str, Any]:
+    """Seconds of whole commands over a few rows, in turns: the part that does not grow with the rows. The least of each."""
+    both = ("eagleray", "run_batch")
+    turns = [peers(None, rows, tokens, names=both) for _ in range(repeats)]
+    return {"rows": rows, **{name: min(turn[name] for turn in turns) for name in both}}
+
+
+def peers(
+    data: Path | None, rows: int, tokens: int, model: Path | None = None, kwargs: dict[str, Any] = KWARGS,
+    names: tuple[str, ...] = ("eagleray", "run_batch", "ray_data_llm"), more: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds of whole commands over the same rows, loading included. `more`: further keys of ours."""
+    model, kwargs = model or checkpoint_dir(), {**kwargs, "enable_prefix_caching": True}
     asked = questions(data, rows)
     found: dict[str, Any] = {"rows": rows, "tokens": tokens}
     with tempfile.TemporaryDirectory() as work:
         plain, batch = Path(work) / "rows.jsonl", Path(work) / "batch.jsonl"
         plain.write_text("".join(json.dumps(row(q)) + "\n" for q in asked))
-        body = {"model": model, "max_tokens": tokens, "temperature": 0}
+        body = {"model": str(model), "max_tokens": tokens, "temperature": 0}
         line = {"method": "POST", "url": "/v1/chat/completions"}
         lines = ({**line, "custom_id": str(i), "body": {**body, **row(question)}} for i, question in enumerate(asked))
         batch.write_text("".join(json.dumps(each) + "\n" for each in lines))
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in KWARGS.items() if not isinstance(value, bool)]
-        flags.append("--enforce-eager")
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in kwargs.items() if not isinstance(value, bool)]
+        flags += ["--enforce-eager"] if kwargs.get("enforce_eager") else []
         commands = {
             "eagleray": ["-m", "jobs.infer", "engine=vllm", f"engine.model={model}", f"dataset.path={plain}",
                          f"output.path={work}/out", f"generation.max_tokens={tokens}",
-                         *(f"engine.kwargs.{name}={value}" for name, value in kwargs.items())],
+                         *(f"engine.kwargs.{name}={value}" for name, value in kwargs.items()), *more],
             "run_batch": ["-m", "vllm.entrypoints.openai.run_batch", "-i", str(batch), "-o", f"{work}/batch.out",
-                          "--model", model, *flags],
-            "ray_data_llm": ["-c", RAY_DATA, str(plain), model, json.dumps(kwargs), str(tokens)],
+                          "--model", str(model), *flags],
+            "ray_data_llm": ["-c", RAY_DATA, str(plain), str(model), json.dumps(kwargs), str(tokens)],
         }  # fmt: skip
-        for name, command in commands.items():
-            began = time.perf_counter()
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=900)
-            taken = round(time.perf_counter() - began, 1)
-            found[name] = taken if done.returncode == 0 else f"failed: {(done.stderr or done.stdout).strip()[-300:]}"
-            print(name, found[name], flush=True)
-    return found
+        return found | timed({name: commands[name] for name in names})
 
 
 def run(data: Path | None, step: str = "") -> dict[str, Any]:
@@ -224,5 +232,8 @@ def run(data: Path | None, step: str = "") -> dict[str, Any]:
         "lora": lambda: lora(data, each=16, tokens=32),
         "peers": lambda: peers(data, rows=256, tokens=64),
         "long": lambda: peers(data, rows=1319, tokens=64),
+        "fixed": fixed,
+        "embed": lambda: tasks_vllm.embed(data, rows=512, repeats=3),
+        "embed_peers": lambda: tasks_vllm.embed_peers(data, rows=1319),
     }
     return {name: measure() for name, measure in steps.items() if step in ("", name)}

@@ -1,14 +1,14 @@
-"""Generates docs/configuration.md and the tables of docs/engines.md from the code.
+"""Generates docs/configuration.md and the tables of other pages from the code. Those of docs/scale.md are measurements.
 
 `make docs` runs this script. A test fails if the files differ from its output.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engines.config import Capabilities, config_from_keys  # noqa: E402
+from bench import scale_tables  # noqa: E402
+from engines.config import config_from_keys  # noqa: E402
 from engines.params import GENERATION_FIELDS, GenerationParams  # noqa: E402
-from engines.registry import HTTP_ENGINES, REGISTRY  # noqa: E402
-from engines.remote.batch.factory import BATCH_APIS  # noqa: E402
+from engines.registry import HTTP_ENGINES, REGISTRY, capabilities_of  # noqa: E402
+from engines.remote.batch.factory import batch_limits  # noqa: E402
 from engines.remote.provider import Provider  # noqa: E402
-from jobs.compose import GROUPS, conf_dir, options  # noqa: E402
+from engines.tasks import CHAT, TASKS  # noqa: E402
 from jobs.guide import anchor  # noqa: E402
 from pipeline.config import OPEN_KEYS, known_keys  # noqa: E402
+from pipeline.configuration.errors import GROUPS  # noqa: E402
+from pipeline.configuration.options import conf_dir, options  # noqa: E402
 
 HEAD = """\
 # Configuration
@@ -47,16 +50,21 @@ ABOUT = {
     "engine": "The engine and its settings. [Engines](engines.md) has an example of each engine. "
     "[Providers](providers.md) describes the remote engines.",
     "hardware": "The number of replicas, and the resources of each replica. See [replicas](concepts.md#replicas).",
-    "dataset": "The input. See [the formats](../README.md#input).",
+    "dataset": "The input. See [the formats](datasets.md#formats) and [datasets](datasets.md).",
     "generation": "The sampling parameters, the same for all engines. A parameter that the engine does not support is "
     "refused before a request is sent ([table](engines.md#what-each-takes)). A row's own `generation` overrides these "
     "keys. If a key is not set, the engine's default applies: local engines decode greedily, up to 1,024 tokens.",
     "output": "The output. See [the output directory](concepts.md#the-output-directory).",
     "run": "When a run stops, resumes and retries. See [exit statuses](errors.md#exit-statuses).",
-    "serve": "The server of `eagleray serve`. See [serving](../README.md#serving).",
+    "task": "What each row of the dataset asks. See [tasks](tasks.md).",
+    "tune": "The measurements of `eagleray tune`. See [tuning](tune.md).",
+    "serve": "The server of `eagleray serve`. See [serving](serving.md).",
 }
 # Links for single keys.
 MORE = {
+    "dataset.columns": "[columns](datasets.md#columns-with-a-meaning)",
+    "dataset.template": "[templates](datasets.md#templates)",
+    "dataset.last_answer": "[the last answer](datasets.md#the-last-answer)",
     "engine.adapter": "[LoRA](engines.md#lora-adapters)",
     "engine.kwargs": "[keywords of each engine](engines.md)",
     "engine.provider": "[its keys](providers.md#adding-one)",
@@ -82,7 +90,7 @@ def configuration() -> str:
         if section in GROUPS:
             lines += _options(section)
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        lines += [_row(name, item) for name, item in keys.items() if name.startswith(f"{section}.")]
+        lines += [_row(name, item) for name, item in keys.items() if f"{name}.".startswith(f"{section}.")]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -142,24 +150,6 @@ def _yaml(path: Path) -> Any:
 FORMATS = ("json_object", "json_schema", "regex", "choice", "grammar")
 
 
-def capabilities(kind: str) -> Capabilities:
-    """The capabilities of an engine. Reads the source of a local engine, because its library may not be installed."""
-    provider = config_from_keys(kind, {}).provider
-    if provider:
-        return Provider.of(config_from_keys(kind, {})).capabilities()
-    module, name = REGISTRY[kind].target.split(":")
-    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    for node in body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "capabilities":
-            found = eval(ast.unparse(node.value), {"Capabilities": Capabilities, "frozenset": frozenset})
-            assert isinstance(found, Capabilities)
-            return found
-    if kind == "sglang_offline":  # its own SGLang server has the same capabilities
-        return capabilities("sglang")
-    return Capabilities()
-
-
 def features() -> str:
     """A table of the capabilities of all engines."""
     lines = [
@@ -167,7 +157,7 @@ def features() -> str:
         "|---|---|---|---|---|---|",
     ]
     for kind in REGISTRY:
-        found = capabilities(kind)
+        found = capabilities_of(config_from_keys(kind, {}))
         lacks = ", ".join(f"`{name}`" for name in GENERATION_FIELDS if name in found.unsupported) or "none"
         formats = [name for name in FORMATS if name in found.response_formats]
         shown = "all" if len(formats) == len(FORMATS) else ", ".join(f"`{name}`" for name in formats) or "none"
@@ -185,9 +175,8 @@ def batches() -> str:
         if not declared:
             without.append(f"`{kind}`")
             continue
-        wire = BATCH_APIS[declared["wire"]]
-        rows, size = declared.get("rows", wire.max_rows), declared.get("bytes", wire.max_bytes)
-        lines.append(f"| `{kind}` | {declared['wire']} | {rows:,} | {size:,} | {declared.get('price', 1.0)} |")
+        rows, size = batch_limits(declared)
+        lines.append(f"| `{kind}` | {declared['wire']} | {rows:,} | {size:,} | {declared.get('price', 'not declared')} |")
     return "\n".join([*lines, "", f"Engines without a batch API: {', '.join(without)}."])
 
 
@@ -209,12 +198,34 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-TABLES = {"features": features, "remote": remote, "batches": batches}
+def tasks() -> str:
+    """A table of the engines with tasks other than a chat."""
+    names = [name for name in TASKS if name != CHAT]
+    lines = [f"| engine | {' | '.join(f'`{name}`' for name in names)} |", f"|---|{'---|' * len(names)}"]
+    without = []
+    for kind in REGISTRY:
+        # Of an engine that loads a model: the tasks that it has for any model, not those of its default model.
+        found = (REGISTRY[kind].capabilities or capabilities_of(config_from_keys(kind, {}))).tasks
+        if found == {CHAT}:
+            without.append(f"`{kind}`")
+        else:
+            lines.append(
+                f"| [`{kind}`](engines.md#{kind}) | {' | '.join('yes' if name in found else '' for name in names)} |"
+            )
+    return "\n".join([*lines, "", f"Engines for chats only: {', '.join(without)}."])
 
 
-def filled(text: str) -> str:
+# Page -> its tables.
+TABLES = {
+    "engines.md": {"features": features, "remote": remote, "batches": batches},
+    "tasks.md": {"tasks": tasks},
+    "scale.md": scale_tables.TABLES,
+}
+
+
+def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
     """The page with new tables between `<!-- features -->` (and the like) and `<!-- end -->`."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         text = f"{before}{mark}{table()}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     return text
@@ -223,7 +234,8 @@ def filled(text: str) -> str:
 def pages() -> dict[Path, str]:
     """Every generated page with its text."""
     docs = ROOT / "docs"
-    return {docs / "configuration.md": configuration(), docs / "engines.md": filled((docs / "engines.md").read_text())}
+    found = {docs / name: filled((docs / name).read_text(), tables) for name, tables in TABLES.items()}
+    return {docs / "configuration.md": configuration(), **found}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The interface of every engine, local or remote: `await engine.generate(request) -> Completion`.
 
-`Engine` is what callers see. `ModelEngine` is the base of engines that ask a model: it adds what every answer goes through.
+Callers use `Engine`. `ModelEngine` is the base of engines that ask a model; it adds the steps that all answers share.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from engines.config import Capabilities, EngineConfig, Price, config_from_keys
-from engines.errors import ConfigError, EngineError, Failure, Finding
+from engines.errors import ConfigError, EngineError, Failure, Finding, forget_frames
+from engines.media import has_media, load_media
 from engines.params import GenerationParams
 from engines.prices import price_of
 from engines.rendering import render_messages
 from engines.structured import generate_validated
+from engines.tasks import CHAT, check_values, is_chat
 from engines.turns import generate_turns
 from engines.types import Completion, Conversation, Delta, Request, Stream, text_of, to_request
 from engines.usage import Usage
@@ -30,6 +33,17 @@ if TYPE_CHECKING:
     from engines.remote.controls import RemoteControls
 
 T = TypeVar("T")
+
+
+class _OnEngineOrClass:
+    """A method whose first argument is the engine, or the class if it is called on the class."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
+
+    def __get__(self, engine: Engine | None, cls: type[Engine]) -> Callable[..., frozenset[str]]:
+        return MethodType(self.function, cls if engine is None else engine)
 
 
 class Engine(ABC):
@@ -46,13 +60,26 @@ class Engine(ABC):
 
     @property
     def concurrency(self) -> int:
-        """How many requests this engine wants in flight to be fully busy."""
+        """The number of requests in flight that keeps this engine fully busy."""
         return self.config.max_concurrency or 64
+
+    def concurrency_for(self, task: str) -> int:
+        """As `concurrency`, for rows of a task: an engine may put several rows into one request."""
+        return self.concurrency
+
+    @property
+    def lowered_to(self) -> int | None:
+        """The requests that the engine computes at once since its memory ran out; None: it did not."""
+        return None
 
     @property
     def remote(self) -> RemoteControls | None:
         """Limits, outages and draining, for engines that ask a server; None for engines that run here."""
         return None
+
+    def at(self, place: int) -> Engine:
+        """The engine that gave a completion of this `place`: this one, unless it has fallbacks."""
+        return self
 
     # -- before a request ---------------------------------------------------------------------------------------------
 
@@ -73,26 +100,47 @@ class Engine(ABC):
         return None
 
     def check(self, generation: GenerationParams) -> None:
-        """Raises `ConfigError` if no row could be asked with these parameters."""
-        lack = self.capabilities_for(Request([], generation)).lacks(generation)
-        if lack and self.config.unsupported != "drop":
+        """Raises `ConfigError` if the engine would refuse every request with these parameters."""
+        problem = self.capabilities_for(Request([], generation)).unsupported_parameter(generation)
+        if problem and self.config.unsupported != "drop":
             raise ConfigError(
-                f"{lack[1]} is not supported by engine={self.config.kind} model={self.config.model} "
-                "(engine.unsupported=drop leaves it out)"
+                f"{problem[1]} is not supported by engine={self.config.kind} model={self.config.model} "
+                "(engine.unsupported=drop leaves it out)",
+                key="engine.unsupported",
             )
 
+    @_OnEngineOrClass
+    def supported_params(self, model: str | None = None) -> frozenset[str]:
+        """The names of the generation parameters that the engine supports for a model; None: for its own model.
+
+        A class can be asked too, without an API key: `OpenAIEngine.supported_params("o3")`. Then None stands for a model
+        without rules of its own. A supported parameter may still be refused beside another one, or for some of its values.
+        """
+        if isinstance(self, type):
+            return self.class_capabilities(model).params()
+        return self.capabilities_for(Request([], model=model)).params()
+
+    @classmethod
+    def class_capabilities(cls, model: str | None) -> Capabilities:
+        """The capabilities for a model before an engine is made."""
+        return cls.capabilities
+
     def capabilities_for(self, request: Request) -> Capabilities:
-        """What the model that this request goes to can do."""
+        """The capabilities of the model that this request goes to."""
         return self.capabilities
 
     def prepared(self, request: Request) -> Request:
         """The request as this engine can serve it. Raises `EngineError("invalid_input")` if it cannot."""
         capabilities = self.capabilities_for(request)
         if self.config.unsupported == "drop":
-            while lack := capabilities.lacks(request.generation):
-                self._warn_dropped(lack[1])
-                request = replace(request, generation=replace(request.generation, **{lack[0]: None}))
-        if refused := capabilities.refuse(request, self.config):
+            while problem := capabilities.unsupported_parameter(request.generation):
+                self._warn_dropped(problem[1])
+                request = replace(request, generation=replace(request.generation, **{problem[0]: None}))
+            if unknown := capabilities.unknown_fields(request):
+                self._warn_dropped(", ".join(unknown))
+                kept = {name: value for name, value in request.extra_body.items() if name not in unknown}
+                request = replace(request, extra_body=kept)
+        if refused := capabilities.refusal(request, self.config):
             refused.attempts = 0
             raise refused
         return request
@@ -116,6 +164,10 @@ class Engine(ABC):
         Raises `EngineError` for a request that this engine cannot serve.
         """
         return render_messages(request)
+
+    def null_for_absent(self, model: str | None) -> bool:
+        """True if answers of this model have null for an absent property, because its schemas require all properties."""
+        return False
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -162,17 +214,22 @@ class Engine(ABC):
     async def _infer(
         self, conversations: list[Conversation | Mapping[str, Any]], base: GenerationParams
     ) -> list[Completion]:
-        slots = asyncio.Semaphore(self.concurrency)
+        tasks = {each.task if isinstance(each, Conversation) else each.get("task", CHAT) for each in conversations}
+        slots = min(len(conversations), max((self.concurrency_for(task) for task in tasks), default=1))
+        completions: list[Completion] = [Completion()] * len(conversations)
+        waiting = iter(enumerate(conversations))
 
-        async def one(conversation: Conversation | Mapping[str, Any]) -> Completion:
-            try:
-                request = to_request(conversation, base)
-            except EngineError as error:
-                return Completion(error=Failure.of(error), engine=self.kind, model=self.config.model)
-            async with slots:
-                return await self.generate(request)
+        async def slot() -> None:
+            for at, conversation in waiting:
+                try:
+                    request = to_request(conversation, base)
+                except EngineError as error:
+                    completions[at] = Completion(error=Failure.of(error), engine=self.kind, model=self.config.model)
+                else:
+                    completions[at] = await self.generate(request)
 
-        return await asyncio.gather(*(one(conversation) for conversation in conversations))
+        await asyncio.gather(*(slot() for _ in range(slots)))
+        return completions
 
     # -- money --------------------------------------------------------------------------------------------------------
 
@@ -188,8 +245,8 @@ class Engine(ABC):
             return self.config.price.of(usage.input, usage.cached_input, usage.output, usage.cache_write)
         if (asked, answered) not in self._prices:
             self._prices[asked, answered] = price_of(self.config, asked, answered)
-        cost = self._prices[asked, answered].cost(usage)
-        return None if cost is None else cost * (self.batch_share(asked) if batch else 1.0)
+        price = self._prices[asked, answered]
+        return (price.in_batch(self.batch_share(asked)) if batch else price).cost(usage)
 
     def batch_share(self, model: str | None) -> float:
         """The price of this model in a provider's batch, as a share of the live price."""
@@ -245,18 +302,56 @@ class ModelEngine(Engine):
     async def _generate(self, request: Request) -> Completion:
         """Answers one request, or raises `EngineError`."""
 
+    async def _evaluate(self, request: Request) -> Completion:
+        """The `values` of a request whose task is not a chat. Called for the tasks in `capabilities.tasks` only.
+
+        Raises `EngineError`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has tasks in its capabilities that it lacks")
+
     async def generate(self, request: Request) -> Completion:
-        return await generate_turns(functools.partial(generate_validated, self._answer), request)
+        if not is_chat(request.task):
+            return await self._answer(request)
+        if has_media(request):
+            started = time.perf_counter()
+            try:
+                request = await self.load_media(request)
+            except EngineError as error:
+                return self._finished(request, Completion(error=Failure.of(error), attempts=0), started)
+        null_for_absent = self.null_for_absent(request.model)
+        return await generate_turns(
+            functools.partial(generate_validated, self._answer, null_for_absent=null_for_absent), request
+        )
+
+    async def load_media(self, request: Request) -> Request:
+        """The request with its media as data URLs. Raises `EngineError("invalid_input")`."""
+        able = self.capabilities_for(request)
+        if not able.images:  # `prepared` refuses it
+            return request
+        return await load_media(request, self.config, fetches=not able.fetches_media, inspect=self.inspect_image)
+
+    def load_media_sync(self, request: Request) -> Request:
+        return run_sync(self.load_media(request)) if has_media(request) else request
+
+    def inspect_image(self, data: bytes) -> None:
+        """Raises `EngineError("invalid_input")` for an image that this engine must not decode. Runs in a thread."""
 
     async def _answer(self, request: Request) -> Completion:
         """Asks the model once; a failure becomes the completion's `error`."""
         started = time.perf_counter()
         try:
-            completion = await self._generate(self.prepared(request))
+            request = self.prepared(request)
+            completion = await (self._generate(request) if is_chat(request.task) else self._evaluate(request))
+            if self.runs_here:  # what a server gives is checked as it is read
+                check_values(completion.values)
         except EngineError as error:
             completion = Completion(error=Failure.of(error), usage=error.usage or Usage(), attempts=error.attempts)
-        if not completion.latency_s:  # a remote engine measures the answer alone, without the waits before it
-            completion.latency_s = time.perf_counter() - started
+            forget_frames(error)
+        return self._finished(request, completion, started)
+
+    def _finished(self, request: Request, completion: Completion, started: float) -> Completion:
+        if not completion.latency_s:  # a remote engine measures it
+            completion.latency_s = max(0.0, time.perf_counter() - started - (completion.queued_s or 0.0))
         completion.engine = self.kind
         completion.cost_usd = self.cost(completion.usage, request.model, completion.model)
         if completion.model is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+from engines.url_secrets import without_url_secrets
 from engines.usage import Usage
 
-# What a failed row's `error` can be. Each type is also an error code.
+# The types of a failed row's `error`. Each type is also an error code.
 ErrorType = Literal[
     "invalid_input",
     "context_length",
@@ -30,8 +32,17 @@ ErrorType = Literal[
 ]
 
 
+# The requests that would fail with the same error. `row`: only this one. `model`: all for its model. `key`: all with its
+# key or account. `run`: all of this configuration, because the server refuses its address or parameters.
+Scope = Literal["row", "model", "key", "run"]
+
+
+# The types of errors with which a server refuses a request before its model reads it.
+REFUSALS = ("auth", "not_found", "bad_request")
+
+
 class ErrorCode(StrEnum):
-    """What went wrong, for programs: code compares these, never the text of a message.
+    """The codes of errors, for programs: code compares these, never the text of a message.
 
     The second value is the anchor of the section in docs/errors.md that explains the error.
     """
@@ -48,8 +59,16 @@ class ErrorCode(StrEnum):
     UNKNOWN_PARAMETER = "unknown-parameter", "2-wrong-configuration"
     PACKAGE_MISSING = "package-missing", "2-wrong-configuration"
     KEY_MISSING = "key-missing", "2-wrong-configuration"
+    ENV_FILE = "env-file", "a-file-with-api-keys"
+    RUN_FILE = "run-file", "a-run-file-that-cannot-be-read"
+    SECRET_IN_FILE = "secret-in-file", "a-secret-in-a-run-file"
+    FILE_EXISTS = "file-exists", "a-run-file-that-exists"
     MODEL_NOT_FOUND = "model-not-found", "2-wrong-configuration"
+    INPUT_FILES = "input-files", "input-files-that-cannot-be-read"
+    TABLE = "table", "delta-and-lance-tables"
+    NO_ROW = "no-row", "no-row-that-can-be-asked"
     OUTPUT_NOT_OURS = "output-not-ours", "a-directory-that-is-not-an-output"
+    NO_SAVED_CONFIGURATION = "no-saved-configuration", "an-output-without-its-configuration"
     OTHER_DATASET = "other-dataset", "an-output-of-another-dataset"
     INPUT_IN_OUTPUT = "input-in-output", "input-inside-the-output"
     FILE_IN_THE_WAY = "file-in-the-way", "a-file-in-the-way"
@@ -63,12 +82,17 @@ class ErrorCode(StrEnum):
     STOPPED = "stopped", "4-stopped-early"
     INTERRUPTED = "interrupted", "4-stopped-early"
     KEY_REFUSED = "key-refused", "auth"
+    ACCOUNT_EMPTY = "account-empty", "an-account-without-money"
+    REQUESTS_REFUSED = "requests-refused", "requests-that-are-all-refused"
     BUDGET_SPENT = "budget-spent", "budget"
     TOO_MANY_ERRORS = "too-many-errors", "too-many-failed-rows"
     ENGINES_DIED = "engines-died", "engines-that-die"
+    OUT_OF_MEMORY = "out-of-memory", "memory-that-runs-out"
+    RAY_ENDED = "ray-ended", "ray-that-ends"
     SERVER_OUTAGE = "server-outage", "a-server-that-does-not-answer"
     ROWS_MISSING = "rows-missing", "rows-without-an-answer"
     INPUT_UNREADABLE = "input-unreadable", "input-that-cannot-be-read"
+    OUTPUT_TAKEN = "output-taken", "a-run-that-lost-its-output"
     STORE_FAILED = "store-failed", "a-disk-or-store-that-fails"
 
 
@@ -86,7 +110,7 @@ class EaglerayError(Exception):
     default_code = ErrorCode.STOPPED
 
     def __init__(self, message: object = "", *, code: str | None = None, key: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(without_url_secrets(message) if isinstance(message, str) else message)
         self.given_code = code
         self.key = key
 
@@ -122,11 +146,13 @@ class EngineError(EaglerayError):
         retryable: bool = False,
         code: str | None = None,
         key: str | None = None,
+        scope: Scope = "row",
     ) -> None:
         super().__init__(message, code=code, key=key)
         self.type: ErrorType = type
         self.status = status
         self.retryable = retryable
+        self.scope: Scope = scope
         self.retry_after: float | None = None  # seconds the provider asks us to wait
         self.attempts = 1
         self.usage: Usage | None = None  # of an answer that may have to be paid; None: nothing was answered
@@ -136,23 +162,46 @@ class EngineError(EaglerayError):
         return self.given_code or self.type
 
     def __reduce__(self) -> Any:
-        return _rebuild_engine_error, (self.type, str(self), self.status, self.retryable, self.given_code, self.key)
+        plain = {"status": self.status, "retryable": self.retryable, "code": self.given_code, "key": self.key}
+        return _rebuild_engine_error, (self.type, str(self), {**plain, "scope": self.scope})
 
 
-def _rebuild_engine_error(
-    type: ErrorType, message: str, status: int | None, retryable: bool, code: str | None, key: str | None
-) -> EngineError:
-    return EngineError(type, message, status=status, retryable=retryable, code=code, key=key)
+def _rebuild_engine_error(type: ErrorType, message: str, plain: dict[str, Any]) -> EngineError:
+    return EngineError(type, message, **plain)
+
+
+class OutOfMemory(EngineError):
+    """The memory of a device ran out. `alone`: on this request alone; otherwise it fits with fewer requests at once.
+
+    The type `engine_crash` says that the engine must be loaded again.
+    """
+
+    def __init__(self, message: str, *, alone: bool, type: ErrorType = "server") -> None:
+        super().__init__(type, message, retryable=not alone, code=ErrorCode.OUT_OF_MEMORY)
+
+
+# PyTorch's error class, and what CUDA and others write. The exception itself was in a process that is gone.
+_NO_MEMORY = re.compile("OutOfMemoryError|out of memory", re.IGNORECASE)
+
+
+def engine_died(message: str) -> EngineError:
+    """The error of a process of an engine that died. `message` has the last error in its log."""
+    if _NO_MEMORY.search(message):
+        return OutOfMemory(message, alone=False, type="engine_crash")
+    return EngineError("engine_crash", message)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A problem of a configuration that was found before a run. `local` means that another machine may not have it."""
+    """A problem of a configuration that was found before a run. `local` means that another machine may not have it,
+    `is_warning` that a run is possible all the same.
+    """
 
     text: str
     code: str = ErrorCode.CONFIGURATION
     key: str | None = None
     local: bool = False
+    is_warning: bool = False
 
     @classmethod
     def of(cls, error: EaglerayError, *, local: bool = False) -> Finding:
@@ -164,16 +213,36 @@ class Finding:
 
 @dataclass(slots=True)
 class Failure:
-    """Why a row failed, as plain values."""
+    """The error of a row as plain values. The ledger keeps the first four."""
 
     type: ErrorType
     message: str
     status: int | None = None
     retryable: bool = False
+    scope: Scope = "row"
+    code: str | None = None
 
     @classmethod
     def of(cls, error: EngineError) -> Failure:
-        return cls(error.type, str(error), error.status, error.retryable)
+        return cls(error.type, str(error), error.status, error.retryable, error.scope, error.given_code)
+
+    @property
+    def needs_room(self) -> bool:
+        """True if the request fits into memory when fewer are in the engine."""
+        return self.code == ErrorCode.OUT_OF_MEMORY and self.retryable
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Frees the function calls that an error, or one behind it, came through. Call it when the error is dealt with.
+
+    Such calls hold the body of a request, and many hold the error itself. In such a cycle, the body would stay in memory
+    until Python's collector runs, which it does rarely in a worker (see pipeline/garbage.py).
+    """
+    if error is not None:
+        behind = error.__cause__, error.__context__
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        for each in behind:
+            forget_frames(each)
 
 
 # -- messages -------------------------------------------------------------------------------------------------------
@@ -211,7 +280,7 @@ def no_such(kind: str, name: object, known: Iterable[str]) -> str:
 def unknown_kwarg(name: str, engine: str, known: Iterable[str], hint: str = "") -> ConfigError:
     """The error for a keyword in `engine.kwargs` that the engine does not have."""
     text = f"engine.kwargs.{name} is not known to engine={engine}{nearest(name, known)}"
-    return ConfigError(f"{text}; {hint}" if hint else text)
+    return ConfigError(f"{text}; {hint}" if hint else text, key=f"engine={engine}")
 
 
 def unknown_key(name: object, known: Iterable[str], where: str) -> ConfigError:

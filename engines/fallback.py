@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from engines.base import Engine
 from engines.config import Capabilities
+from engines.errors import REFUSALS, Failure
 from engines.params import GenerationParams
 from engines.remote.controls import CombinedControls, RemoteControls
 from engines.types import Completion, Request
@@ -16,7 +17,9 @@ from engines.usage import Usage
 class FallbackEngine(Engine):
     """Asks engines that are already built, in order. A completion's `engine` and `model` name the one that answered.
 
-    Each engine answers a whole conversation (all turns, validated) before the next one is asked.
+    Each engine answers a whole conversation (all turns, validated) before the next one is asked. An engine that has never
+    answered, and refuses a request because of a wrong key, model, URL or parameter, is configured wrongly: its error is the
+    result, and no further engine is asked.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -26,14 +29,25 @@ class FallbackEngine(Engine):
         self.kind = self.first.kind  # type: ignore[misc]
         controls = CombinedControls([engine.remote for engine in self.engines])
         self.controls = controls if controls.all else None
+        self.works = [False] * len(self.engines)  # for each engine: it has answered a request
 
     @property
     def remote(self) -> RemoteControls | None:
         return self.controls
 
     @property
+    def lowered_to(self) -> int | None:
+        return self.first.lowered_to
+
+    def at(self, place: int) -> Engine:
+        return self.engines[place]
+
+    @property
     def concurrency(self) -> int:
         return self.first.concurrency
+
+    def concurrency_for(self, task: str) -> int:
+        return self.first.concurrency_for(task)
 
     def check(self, generation: GenerationParams) -> None:
         for engine in self.engines:
@@ -59,20 +73,46 @@ class FallbackEngine(Engine):
 
     async def generate(self, request: Request) -> Completion:
         before = Completion(attempts=0)
-        for engine in self.engines:
+        for place, engine in enumerate(self.engines):
             completion = await engine.generate(request)
+            completion.place = place
             completion.accumulate(before)
+            completion.passed_on = before.passed_on or before.error
             before = completion
-            refused = completion.finish_reason == "content_filter"
-            # A crashed engine must be replaced; a fallback that costs money must not hide the crash.
-            ends = completion.error is not None and completion.error.type in ("cancelled", "engine_crash")
-            # A reader has seen the first words: another engine's words must not follow them.
-            seen = request.stream is not None and request.stream.begun
-            if ends or seen or (completion.error is None and not refused):
+            if self._is_final(completion, request):
                 break
+            if self.controls is not None:
+                self.controls.note_room()
             # A row's model and adapter are names of the first engine.
             request = dataclasses.replace(request, model=None, adapter=None)
         return completion
+
+    def _is_final(self, completion: Completion, request: Request) -> bool:
+        """True if no further engine is asked after this completion."""
+        error, place = completion.error, completion.place
+        # The engine read a request and its model said something, or was not allowed to.
+        self.works[place] |= error is None or bool(completion.usage.output) or error.type == "content_filter"
+        if error is None and completion.finish_reason != "content_filter":
+            return True
+        # A reader has seen the first words: another engine's words must not follow them.
+        if request.stream is not None and request.stream.begun:
+            return True
+        if error is None:
+            return False
+        # A crashed engine must be replaced; a fallback that costs money must not hide the crash.
+        # A request for which memory was too small at the moment is sent to the same engine again.
+        if error.type in ("cancelled", "engine_crash") or error.needs_room:
+            return True
+        # A wrong configuration must not send all rows to an engine that costs more.
+        return not self.works[place] and self._refuses_all(error, request, self.engines[place].config.model)
+
+    def _refuses_all(self, error: Failure, request: Request, model: str | None) -> bool:
+        """True if a server refuses this request for a reason that hits every request of its configuration."""
+        if error.scope == "row" or error.type not in REFUSALS:
+            return False
+        if error.scope == "model":
+            return request.model in (None, model)
+        return error.type != "bad_request" or not request.own_generation
 
     def close(self) -> None:
         for engine in self.engines:

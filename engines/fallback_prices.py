@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
-from engines.config import EngineConfig, Price
+from engines.config import RATES, EngineConfig, Price
 from engines.errors import ConfigError
 from engines.prices import listed_prices, price_of, priced
 from engines.registry import fallbacks
+from engines.remote.provider import Provider
 
 
 def with_lists(config: EngineConfig, folder: Path | None) -> None:
@@ -29,21 +31,39 @@ def with_lists(config: EngineConfig, folder: Path | None) -> None:
     ]
 
 
-def most_expensive(config: EngineConfig, model: str | None = None) -> Price:
-    """The most that the tokens of a row for `model` (None: the engine's own) may cost: where the row may go on to
-    `engine.fallback`, the sum over all of them. Input counts as written to the prompt cache where that may happen. Raises
-    `ConfigError` where the price of one of them is not known.
+def most_expensive(config: EngineConfig, model: str | None = None, *, batch: bool = False) -> Price:
+    """Upper bounds of the rates of a row for `model` (None: the engine's own).
+
+    They are the sums over the engine and all of `engine.fallback`. Input counts as written to the prompt cache if the
+    engine uses the cache. `batch`: the first engine is asked through its batch API. Raises `ConfigError` if the price of an
+    engine is unknown.
     """
-    total_input = total_output = total_write = 0.0
+    prices = []
     for engine in (config, *fallbacks(config)):
         price = price_of(engine, model, None) if engine is config else priced(engine)
         if price.input is None or price.output is None:
             raise ConfigError(
                 f"run.budget_usd needs a price, and none is known for engine={engine.kind} model={model or engine.model}: "
-                "give engine.price.input and engine.price.output, in US$ per million tokens"
+                "give engine.price.input and engine.price.output, in US$ per million tokens",
+                key="engine.price.input",
             )
+        if batch and engine is config:
+            price = price.in_batch(Provider.of(engine).batch_share(model or engine.model))
+        prices.append((price, engine.prompt_caching))
+    total = _sum(prices)
+    steps = [price.above["tokens"] for price, _ in prices if price.above]
+    if steps:
+        high = _sum([(price.at(math.inf), caching) for price, caching in prices])
+        total.above = {"tokens": min(steps), **{name: getattr(high, name) for name in RATES}}
+    return total
+
+
+def _sum(prices: list[tuple[Price, bool]]) -> Price:
+    total_input = total_output = total_write = 0.0
+    for price, caching in prices:
+        assert price.input is not None and price.output is not None
         write = max(price.input, price.cache_write or 0.0)
-        total_input += write if engine.prompt_caching else price.input
+        total_input += write if caching else price.input
         total_output += price.output
         total_write += write * Price.HOUR if price.cache_write is not None else price.input
     return Price(total_input, None, total_output, cache_write=total_write)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from engines.errors import ErrorCode, invalid, nearest
+from engines.tasks import refused_parameter
 from engines.validation import SHOWN, Check, Refused, is_whole, number, text, whole
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GenerationParams:
-    """How to sample. `None` leaves the choice to the engine; local engines then decode greedily."""
+    """The parameters of one answer. `None` leaves the choice to the engine; local engines then decode greedily."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -34,6 +36,7 @@ class GenerationParams:
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    dimensions: int | None = None  # of task=embed: the first numbers of each embedding, normalised again (Matryoshka)
     schema_retries: int | None = None  # how often to ask again for an answer that does not match response_format
 
     @classmethod
@@ -48,10 +51,19 @@ class GenerationParams:
             return self
         return dataclasses.replace(self, **{name: _check_param(name, value) for name, value in given.items()})
 
+    def for_task(self, task: str) -> GenerationParams:
+        """The parameters of a run, without those that have no meaning for the task of a row."""
+        unset = {name: None for name in self.values if refused_parameter(task, (name,))}
+        return dataclasses.replace(self, **unset) if unset else self
+
+    @functools.cached_property
+    def values(self) -> dict[str, Any]:
+        """The parameters that are set, in declaration order. Computed once: most rows share one object."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def given(self) -> dict[str, Any]:
         """Only the parameters that are set and shape an answer, in declaration order."""
-        names = (name for name in GENERATION_FIELDS if name != "schema_retries")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name, value in self.values.items() if name != "schema_retries"}
 
 
 GENERATION_FIELDS = tuple(f.name for f in dataclasses.fields(GenerationParams))
@@ -139,6 +151,7 @@ CHECKS: dict[str, Check] = {
     "tools": _tools,
     "tool_choice": _tool_choice,
     "reasoning_effort": text,
+    "dimensions": whole(low=1, below=INT_LIMIT),
     "schema_retries": whole(low=0),
 }
 

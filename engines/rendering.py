@@ -12,10 +12,11 @@ SHOWN_TEXT = 2000
 
 
 def render_messages(request: Request, prompt: str | None = None) -> str:
-    """The messages, or the `prompt` that a model's template makes of them, and the parameters that are set."""
+    """The messages or inputs, or the `prompt` that a model's template makes of them, and the parameters that are set."""
     row = {name: value for name in ("model", "adapter") if (value := getattr(request, name)) is not None}
+    row |= request.extra_body
     params = [f"{name}: {pretty(value)}" for name, value in {**row, **request.generation.given()}.items()]
-    return "\n".join([pretty(request.messages) if prompt is None else _cut(prompt), *params])
+    return "\n".join([pretty(request.messages or request.inputs) if prompt is None else _cut(prompt), *params])
 
 
 def render_http(url: str, headers: dict[str, str], body: dict[str, Any]) -> str:

@@ -1,47 +1,40 @@
-"""Text functions: keywords, messages for templates, tool calls and stop texts in answers; one-line texts for messages."""
+"""Text functions: messages for chat templates, tool calls and stop texts in answers, one-line texts of errors."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engines.errors import ConfigError, must_be, unknown_kwarg
-from engines.types import Message, ToolCall, text_of
-from engines.validation import TYPE_WORDS, at_least, check_value
-
-
-def check_kwargs(
-    kind: str, kwargs: Mapping[str, Any], types: Mapping[str, Any], positive: Collection[str] = ()
-) -> dict[str, Any]:
-    """The keywords that are not None. The type `object` in `types` allows any value; those in `positive` are at least 1.
-
-    Raises `ConfigError` for a wrong type or value, and for an unknown keyword (with the nearest known one).
-    """
-    checked = {}
-    for name, value in kwargs.items():
-        if name not in types:
-            raise unknown_kwarg(name, kind, types)
-        if value is None:
-            continue
-        want = types[name]
-        if want is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, want) or (want in (int, float) and isinstance(value, bool)):
-            raise ConfigError(must_be(f"engine.kwargs.{name}", TYPE_WORDS[want.__name__], value, 80))
-        if name in positive:
-            check_value(f"engine.kwargs.{name}", value, at_least(1))
-        checked[name] = value
-    return checked
+from engines.errors import ConfigError
+from engines.types import Message, ToolCall, clean_message, plain_message, text_of
+from engines.url_secrets import without_url_secrets
 
 
 def one_line(error: BaseException) -> str:
-    """The text of a library's exception in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The text of a library's exception in one line of at most 300 characters, which UTF-8 can encode."""
+    return encodable(without_url_secrets(" ".join(str(error).split())))[:300] or type(error).__name__
+
+
+def flattened(text: str) -> str:
+    """A text that may come from data or from a library, as one line without control characters."""
+    return visible(" ".join(text.split()))
+
+
+def encodable(text: str) -> str:
+    """The text with escapes in place of the characters that UTF-8 cannot encode: halves of UTF-16 pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def counted(number: float, noun: str, nouns: str | None = None) -> str:
+    """A number with its noun: `1 row`, `1,234 rows`. `nouns` is the plural, if it is not `noun` with an s."""
+    count = f"{int(number):,}" if number == int(number) else f"{number:,g}"
+    return f"{count} {noun}" if number == 1 else f"{count} {nouns or noun + 's'}"
 
 
 def load_chat_template(given: str | None) -> str | None:
@@ -53,18 +46,22 @@ def load_chat_template(given: str | None) -> str | None:
         return given
     path = Path(given).expanduser()
     if not path.is_file():
-        raise ConfigError(f"engine.kwargs.chat_template: there is no file {given}, and the value is not Jinja text")
+        raise ConfigError(
+            f"engine.kwargs.chat_template: there is no file {given}, and the value is not Jinja text", key="engine.kwargs"
+        )
     return path.read_text(encoding="utf-8")
 
 
 def for_template(message: Message, parts: bool = False) -> dict[str, Any]:
     """A message as chat templates expect it: content as text, a known role, arguments of tool calls as objects.
 
-    With `parts`, the content is a list of parts, as templates of models with image input expect.
+    With `parts`, the content is a list of parts, as templates of models with image input expect. Raises
+    `EngineError("invalid_input")` for audio without a transcript.
     """
+    message = plain_message(message)
     content = message.get("content")
     texts = [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
-    plain: dict[str, Any] = {**message, "content": texts if parts else text_of(message) or ""}
+    plain: dict[str, Any] = {**clean_message(message), "content": texts if parts else text_of(message) or ""}
     if plain["role"] == "developer":
         plain["role"] = "system"
     if isinstance(calls := message.get("tool_calls"), list) and calls:
@@ -74,9 +71,20 @@ def for_template(message: Message, parts: bool = False) -> dict[str, Any]:
 
 def _with_object_arguments(call: Any) -> Any:
     try:
-        return {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+        return {**call, "function": {**call["function"], "arguments": _parsed(call["function"]["arguments"])}}
     except (KeyError, TypeError, ValueError):
         return call  # the template decides
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text. Raises `ValueError` also for a value that no file and no tokenizer takes: it is nested too
+    deeply, or an escape in it is half of a UTF-16 pair."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
 
 
 _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
@@ -90,7 +98,7 @@ def parse_tool_calls(text: str) -> tuple[str | None, list[ToolCall]]:
     calls: list[ToolCall] = []
     for match in _TOOL_CALL.finditer(text):
         try:
-            call = json.loads(match[1])
+            call = _parsed(match[1])
             name, arguments = call["name"], call.get("arguments", {})
         except (ValueError, KeyError):
             return text, []
@@ -102,6 +110,28 @@ def parse_tool_calls(text: str) -> tuple[str | None, list[ToolCall]]:
 
 
 TOOL_CALL = "<tool_call>"
+
+# Reasoning before an answer. A chat template may have put the opening tag into the prompt.
+_TAG = "(?:think|thinking|thought|reasoning)"
+_THOUGHT = re.compile(rf"\A\s*(?:<{_TAG}>)?(.*?)</{_TAG}>", re.DOTALL)
+_THOUGHT_BEGINS = re.compile(rf"\A\s*<{_TAG}>")
+_FENCE = re.compile(r"```[\w-]*\s*")
+_JSON = json.JSONDecoder()
+
+
+def split_thought(text: str) -> tuple[str, int]:
+    """The reasoning in tags at the beginning of a text, and the place where the answer after it begins: 0 if there is no
+    reasoning, the end of the text if the reasoning has no end."""
+    if found := _THOUGHT.match(text):
+        return found[1].strip(), found.end()
+    return "", len(text) if _THOUGHT_BEGINS.match(text) else 0
+
+
+def fenced_json(text: str) -> Iterator[tuple[int, int]]:
+    """The places (begin, end) of the JSON values that follow a code fence, the last one first."""
+    for fence in reversed(list(_FENCE.finditer(text))):
+        with contextlib.suppress(ValueError, RecursionError):
+            yield fence.end(), _JSON.raw_decode(text, fence.end())[1]
 
 
 def safe_prefix_length(text: str, marks: Iterable[str]) -> int:

@@ -13,12 +13,13 @@ async def generate_turns(generate: Generate, request: Request) -> Completion:
     """Asks the request, then each of its `turns` with the answers before it. Returns the last completion.
 
     Its `dialogue` has the messages between. An error ends the conversation, names the turn and keeps the dialogue so far.
+    If one of the answers was cut off, so is the row: its `finish_reason` is `length`.
     """
     if not request.turns:
         return await generate(request)
     dialogue: list[Message] = []
     before = Completion(attempts=0)
-    last = len(request.turns)
+    last, is_cut = len(request.turns), False
     for at in range(last + 1):
         turn = dataclasses.replace(
             request,
@@ -39,8 +40,12 @@ async def generate_turns(generate: Generate, request: Request) -> Completion:
             break
         if at < last and completion.message is not None:
             before = completion
+            is_cut |= completion.finish_reason == "length"
             said = completion.message
             if said.get("content") is None and not said.get("tool_calls"):
                 said = {**said, "content": ""}
             dialogue += [said, {"role": "user", "content": request.turns[at]}]
+    for choice in completion.choices if is_cut else ():
+        if choice.finish_reason == "stop":
+            choice.finish_reason = "length"
     return completion

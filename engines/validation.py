@@ -1,4 +1,4 @@
-"""The checks of configuration keys and generation parameters: small functions that tables name beside each key.
+"""The checks of configuration keys, engine keywords and generation parameters: small functions in tables beside each key.
 
 A check takes the name of a value (for the message) and the value. It returns the value in its canonical type, or raises
 `Refused`. `check_value` and `check_fields` make a `ConfigError` of that; `engines/params.py` makes an `EngineError`.
@@ -7,11 +7,11 @@ A check takes the name of a value (for the message) and the value. It returns th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
-from engines.errors import ConfigError, must_be, nearest, unknown_key
+from engines.errors import ConfigError, must_be, nearest, unknown_key, unknown_kwarg
 
 Check = Callable[[str, Any], Any]
 
@@ -48,11 +48,14 @@ def check_value(name: str, value: Any, check: Check) -> Any:
 
 
 def check_fields(section: str, values: Any) -> None:
-    """Checks the fields of a dataclass that have a `check` in their metadata. None means unset and is always allowed."""
+    """Checks the fields of a dataclass that have a `check` in their metadata. None means unset and is always allowed.
+
+    The field `name` is the key `section.name`, or `name` if `section` is empty.
+    """
     for item in fields(values):
         check, value = item.metadata.get("check"), getattr(values, item.name)
         if check is not None and value is not None:
-            check_value(f"{section}.{item.name}", value, check)
+            check_value(f"{section}.{item.name}".lstrip("."), value, check)
 
 
 def check_keys(given: Iterable[Any], known: Collection[str], where: str) -> None:
@@ -60,6 +63,31 @@ def check_keys(given: Iterable[Any], known: Collection[str], where: str) -> None
     for name in given:
         if name not in known:
             raise unknown_key(name, known, where)
+
+
+def check_kwargs(
+    kind: str, kwargs: Mapping[str, Any], types: Mapping[str, Any], positive: Collection[str] = ()
+) -> dict[str, Any]:
+    """The keywords of an engine (`engine.kwargs`) that are not None, with the types in `types`.
+
+    The type `object` allows any value. Keywords in `positive` are at least 1. Raises `ConfigError` for a wrong type or
+    value, and for an unknown keyword; the message names the nearest known one.
+    """
+    checked = {}
+    for name, value in kwargs.items():
+        if name not in types:
+            raise unknown_kwarg(name, kind, types)
+        if value is None:
+            continue
+        want = types[name]
+        if want is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, want) or (want in (int, float) and isinstance(value, bool)):
+            raise ConfigError(must_be(f"engine.kwargs.{name}", TYPE_WORDS[want.__name__], value, 80), key=f"engine={kind}")
+        if name in positive:
+            check_value(f"engine.kwargs.{name}", value, at_least(1))
+        checked[name] = value
+    return checked
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -109,18 +137,24 @@ def text(name: str, value: Any) -> str:
     return value
 
 
-def one_of(known: Collection[str]) -> Check:
-    """One of these names. `known` is read at each check, so it may grow."""
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """The check that `one_of` returns."""
 
-    def check(name: str, value: Any) -> Any:
-        if value not in known:
-            raise Refused(f"{name}={value} is not known{nearest(str(value), known)}")
+    known: Collection[str]
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if value not in self.known:
+            raise Refused(f"{name}={value} is not known{nearest(str(value), self.known)}")
         return value
 
-    return check
+
+def one_of(known: Collection[str]) -> Check:
+    """One of these names. `known` is read at each check, so it may grow."""
+    return OneOf(known)
 
 
-# The following three leave the type to the dataclass; a value without an order is refused all the same.
+# The following three leave the type to the dataclass. They also refuse a value that cannot be compared with a number.
 
 
 def at_least(low: float) -> Check:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engines.errors import ConfigError, EngineError, nearest
-from jobs.infer import command, finish, guarded, start
-from pipeline.config import Config
+from engines.text import counted
+from jobs.infer import begin, finish, guarded, start
+from pipeline.config import Config, without_typed_secret
+from pipeline.configuration.run_file import is_run_file
+from pipeline.origin import Origin
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,36 +36,39 @@ def main(argv: list[str]) -> int:
     if argv and not step and argv[0].isalpha():
         error = ConfigError(f"there is no step '{rest[0]}' of eagleray batch{nearest(rest[0], STEPS)}")
         return start([], help_text, lambda _: _fail(error))
-    if step == "list":  # needs no dataset and no output
-        rest = [*rest, "run.mode=batch"]
-    again = command("batch", argv)
-    return start([*rest, "run.mode=batch"] if step != "list" else rest, help_text, lambda config: _run(step, config, again))
+    if rest and "=" not in rest[0] and not rest[0].startswith("-") and not is_run_file(rest[0]):
+        rest = ["--again", *rest]
+
+    def run(config: Config, origin: Origin) -> int:
+        return _run(step, config, dataclasses.replace(origin, words=("batch", *map(without_typed_secret, argv))))
+
+    return begin("batch", [*rest, "run.mode=batch"], help_text, run)
 
 
 def _fail(error: ConfigError) -> int:
     raise error
 
 
-def _run(step: str, config: Config, again: str) -> int:
+def _run(step: str, config: Config, origin: Origin) -> int:
     if step in ("", "submit", "fetch"):
-        return guarded(lambda console: _go(step, config, console), again)
+        return guarded(lambda console: _go(step, config, console, origin), origin.command(config.output.path))
     return guarded(lambda console: _look(step, config, console))
 
 
-def _go(step: str, config: Config, console: Console) -> int:
+def _go(step: str, config: Config, console: Console, origin: Origin) -> int:
     from pipeline.executors.batch.store import BatchStore
     from pipeline.run import STOPPED
     from pipeline.storage.filesystem import resolve
 
-    status = finish(config, console, step)
+    status = finish(config, console, step, origin)
     if step and status == STOPPED:
         _look("status", config, console)
         late = [batch for batch in BatchStore(*resolve(str(config.output.path))).open if batch.state != "submitted"]
         if step == "submit" and not late:
             return 0
         if late:
-            text = f"{len(late)} batches are not submitted yet: run the same command again to submit them."
-            console.print(text, highlight=False)
+            text = counted(len(late), "batch is", "batches are")
+            console.print(f"{text} not submitted yet: run the same command again to submit all.", highlight=False)
     return status
 
 
@@ -113,7 +120,9 @@ def _show(session: BatchSession, console: Console) -> None:
         rows.append((batch.id or batch.name, str(state), f"{done:,}", f"{batch.rows:,}"))
     _table(console, ("batch", "state", "done", "of"), rows)
     waiting = sum(batch.rows for batch in session.store.open)
-    console.print(f"{waiting:,} rows under way in {len(session.store.open)} batches.", highlight=False)
+    console.print(
+        f"{counted(waiting, 'row')} under way in {counted(len(session.store.open), 'batch', 'batches')}.", highlight=False
+    )
 
 
 def _show_account(session: BatchSession, console: Console) -> None:
@@ -141,7 +150,9 @@ def help_text() -> str:
     return f"""\
 Run the main job through a provider's batch API: mostly for half the price, with answers within a day.
 
+  eagleray batch [step] run.yaml [key=value …]
   eagleray batch [step] dataset.path=IN output.path=OUT engine=openai engine.model=… [key=value …]
+  eagleray batch step OUT      the arguments of the last run into OUT
 
 Steps (without a step, the command runs all of them and waits; you can kill it and start it again):
 {steps}

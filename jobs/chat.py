@@ -9,7 +9,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from engines.errors import EngineError, no_such
+from engines.errors import ConfigError, EngineError, no_such
+from engines.tasks import CHAT
 from engines.text import visible
 from engines.types import Completion, Message, Request, answer
 from jobs.infer import guarded, keys_help, start
@@ -37,6 +38,8 @@ def _run(config: Config) -> int:
     from engines.registry import load_engine
 
     config.check(runs=False)
+    if config.task != CHAT:
+        raise ConfigError(f"task={config.task}: eagleray chat has conversations only; use eagleray infer", key="task")
     for stream in (sys.stdin, sys.stdout):  # invalid characters must not end the conversation
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -120,7 +123,7 @@ class Chat:
         async for item in self.engine.stream(request):
             if isinstance(item, Completion):
                 for call in item.tool_calls or ():
-                    said.append(json.dumps(call["function"], ensure_ascii=False))
+                    said.append(json.dumps(call.get("function") or call.get("custom") or call, ensure_ascii=False))
                     _print(said[-1])
                 return item
             if item.index:  # of several answers, only the first joins the conversation

@@ -1,56 +1,64 @@
-"""`eagleray diff`: compares two outputs row by row, for example of two models or two prompts."""
+"""`eagleray diff`: compares outputs row by row, for example of several models or prompts."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
+import functools
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from engines.errors import ConfigError
-from engines.text import visible
-from jobs.reading import Arguments, Output, StoredRow, StoredRows, brief, number, open_output, print_json, say, steady
-from jobs.show import figures, parsed
-from pipeline.storage.exact_json import loads
+from jobs.diff_columns import ColumnValues, chosen_columns, compare_column
+from jobs.diff_view import show_many, show_two
+from jobs.reading import Arguments, Output, StoredRow, StoredRows, number, open_output, print_json, steady
+from jobs.show import parsed
+from pipeline.storage.exact_json import dumps, loads
 
 LIMIT = 5
-# Longer texts are cut: the time of a comparison by words grows with the square of their length.
-WORDS = 1_500
-# The part of each row that stays in memory, about 60 bytes: enough to compare all rows and to fetch the rows to show.
-ROW = np.dtype([("place", "i8", 2), ("id", "i8"), ("index", "i8"), ("answer", "i8"), ("failed", "?"), ("reason", "i4"),
-                ("input", "f8"), ("output", "f8"), ("latency", "f8")])  # fmt: skip
+MOST_OUTPUTS = len(ascii_uppercase)
+# The part of each row that stays in memory, about 60 bytes: enough to compare all rows and to fetch the rows to show. Each
+# compared column takes 16 bytes more.
+ROW = [("place", "i8", 2), ("id", "i8"), ("index", "i8"), ("answer", "i8"), ("failed", "?"), ("reason", "i4"),
+       ("input", "f8"), ("output", "f8"), ("latency", "f8")]  # fmt: skip
 COLUMNS = ("id", "index", "response", "tool_calls", "error", "usage", "latency_s", "finish_reason")
-TableLine = tuple[str, ...]
 Positions = npt.NDArray[np.int64]
 
 
 class Side:
-    """One of the two outputs, with a table of its rows."""
+    """One of the outputs. `read` makes a table of its rows."""
 
-    def __init__(self, out: Output) -> None:
+    def __init__(self, out: Output, labels: dict[str, dict[int, str]]) -> None:
         self.out, self.rows = out, StoredRows(out)
+        self.values = ColumnValues(out, self.rows, labels)
         self.reasons: dict[str, int] = {}
-        self.table = np.fromiter(self._lines(), ROW)
 
-    def _lines(self) -> Iterator[tuple[Any, ...]]:
-        for place, row in self.rows.scan(*COLUMNS):
+    def read(self, columns: Sequence[str]) -> None:
+        """Reads all rows, with the values of these columns."""
+        more = [(f"{kind}{at}", type) for at in range(len(columns)) for kind, type in (("number", "f8"), ("code", "i8"))]
+        self.table = np.fromiter(self._lines(columns), np.dtype([*ROW, *more]))
+
+    def _lines(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        of_task = self.values.of_task
+        for place, row in self.rows.scan(*dict.fromkeys([*COLUMNS, *of_task, *self.values.needed(columns)])):
             usage, error = row.get("usage") or {}, row["error"]
-            reason = error["type"] if error else str(row.get("finish_reason"))
+            finish = row.get("finish_reason")
+            reason = error["type"] if error else "done" if of_task and finish is None else str(finish)
             code = self.reasons.setdefault(reason, len(self.reasons))
             calls = row.get("tool_calls") or None  # JSON text in Parquet
-            answer = hash((row.get("response"), str(loads(calls.encode()) if isinstance(calls, str) else calls)))
+            found = dumps([row.get(name) for name in of_task])
+            answer = hash((row.get("response"), found, str(loads(calls.encode()) if isinstance(calls, str) else calls)))
             values = (usage.get("input"), usage.get("output"), row.get("latency_s"))
             unknown = (np.nan if value is None else value for value in values)
-            yield place, hash(row["id"]), row.get("index", -1), answer, bool(error), code, *unknown
+            own = itertools.chain.from_iterable(self.values.of(row, columns))
+            yield place, hash(row["id"]), row.get("index", -1), answer, bool(error), code, *unknown, *own
 
     def fetch(self, at: Positions) -> list[StoredRow]:
         """The complete rows at these positions of the table, in this order."""
@@ -58,10 +66,10 @@ class Side:
         whole = dict(zip(sorted(places), map(parsed, self.rows.fetch(places)), strict=True))
         return [whole[place] for place in places]
 
-    def summary(self, at: Positions, both: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """Figures of the rows at these positions. Tokens and times count only rows that `both` outputs answered."""
+    def summary(self, at: Positions, answered: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        """Figures of the rows at these positions. Tokens and times count only rows that are `answered` in all outputs."""
         reasons = Counter(self.table["reason"][at].tolist())
-        table = self.table[at[both]]
+        table = self.table[at[answered]]
         seconds = table["latency"][~np.isnan(table["latency"])]
         return {
             "output": self.out.path,
@@ -77,10 +85,19 @@ class Side:
 
 
 def main(argv: list[str]) -> int:
-    """Compares two outputs. Returns the exit status."""
-    what = "Compare two outputs row by row: answers, tokens, times and cost. Rows are matched by id, or by place."
-    parser = Arguments("diff", what, "out/a out/b\nout/a out/b --id q17\nout/a out/b --limit 50 --json", ("OUT_A", "OUT_B"))
+    """Compares outputs. Returns the exit status."""
+    what = (
+        "Compare two or more outputs row by row: answers, the columns of output.columns, tokens, times and cost.\n"
+        "Rows are matched by id or by place in the input."
+    )
+    examples = (
+        "out/a out/b\nout/a out/b --id q17\nout/a out/b out/c --limit 50 --json\nout/a out/b --column stars --column label"
+    )
+    parser = Arguments("diff", what, examples, ("OUT_A", "OUT_B"))
+    parser.add_argument("OUT", nargs="*", help="more output directories")
     parser.add_argument("--id", action="append", help="show only this row, also if it is equal (can be repeated)")
+    parser.add_argument("--column", action="append", metavar="NAME",
+                        help="compare this column (can be repeated; default: the columns of output.columns)")  # fmt: skip
     parser.add_argument(
         "--limit", type=number(0), default=LIMIT, help=f"maximum number of differing rows to show (default: {LIMIT})"
     )
@@ -88,38 +105,55 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    outs = [open_output(args.OUT_A), open_output(args.OUT_B)]
-    a, b = (steady(Side, out) for out in outs)
-    by, at_a, at_b = matched(a, b)
-    summary, differ = compare(a, b, at_a, at_b)
-    summary |= {"matched_by": by, "settings": _settings(*outs)}
+    paths = [args.OUT_A, args.OUT_B, *args.OUT]
+    if len(paths) > MOST_OUTPUTS:
+        raise ConfigError(f"{len(paths)} outputs are too many: at most {MOST_OUTPUTS} are compared at once")
+    outs = list(map(open_output, paths))
+    sides, columns = steady(_read, outs, args.column)
+    by, at = matched(sides)
+    summary, differ = (compare if len(sides) == 2 else compare_many)(sides, at)
+    summary |= {"matched_by": by, "settings": _settings(outs), "columns": _columns(sides, columns, at)}
     chosen = differ[: args.limit]
     if args.id:
         wanted = {hash(id): id for id in args.id}
-        chosen = np.flatnonzero(np.isin(a.table["id"][at_a], list(wanted)))
-        if missing := wanted.keys() - set(a.table["id"][at_a[chosen]].tolist()):
-            raise ConfigError(f"the two outputs have no common row with the id {wanted[missing.pop()]!r}")
-    pairs = list(zip(a.fetch(at_a[chosen]), b.fetch(at_b[chosen]), strict=True))
+        chosen = np.flatnonzero(np.isin(sides[0].table["id"][at[0]], list(wanted)))
+        if missing := wanted.keys() - set(sides[0].table["id"][at[0][chosen]].tolist()):
+            outputs = "two outputs" if len(sides) == 2 else "outputs"
+            raise ConfigError(f"the {outputs} have no common row with the id {wanted[missing.pop()]!r}")
+    rows = list(zip(*(side.fetch(place[chosen]) for side, place in zip(sides, at, strict=True)), strict=True))
     if args.json:
-        summary["shown"] = [{"a": {name: x.get(name) for name in COLUMNS}, "b": {name: y.get(name) for name in COLUMNS}}
-                         for x, y in pairs]  # fmt: skip
+        letters = "ab" if len(sides) == 2 else ascii_uppercase[: len(sides)]
+        summary["shown"] = [
+            {letter: {name: row.get(name) for name in COLUMNS} for letter, row in zip(letters, same, strict=True)}
+            for same in rows
+        ]
         print_json(summary)
         return 0
-    _show_summary(summary, outs, console)
-    for x, y in pairs:
-        _show_pair(x, y, console)
-    if not args.id and len(differ) > len(pairs):
-        say(console, f"{len(differ) - len(pairs):,} more rows differ (--limit).", "dim")
+    left = 0 if args.id else len(differ) - len(rows)
+    (show_two if len(sides) == 2 else show_many)(summary, outs, rows, left, console)
     return 0
 
 
-def _settings(a: Output, b: Output) -> dict[str, list[Any]]:
-    """The configuration keys that can change an answer and differ between the two outputs."""
-    one, two = (dict(_leaves("", out.config)) for out in (a, b))
+def _read(outs: Sequence[Output], wanted: Sequence[str] | None) -> tuple[list[Side], list[str]]:
+    """The outputs with their tables, and the names of the compared columns."""
+    labels: dict[str, dict[int, str]] = {}
+    sides = [Side(out, labels) for out in outs]
+    columns = chosen_columns([side.values for side in sides], wanted)
+    for side in sides:
+        side.read(columns)
+    return sides, columns
+
+
+def _settings(outs: Sequence[Output]) -> dict[str, list[Any]]:
+    """The configuration keys that can change an answer and differ between the outputs."""
+    found = [dict(_leaves("", out.config)) for out in outs]
+    names = dict.fromkeys(itertools.chain.from_iterable(found))
+    values = {name: [one.get(name) for one in found] for name in names}
+    sections = ("engine", "generation", "dataset")
     return {
-        name: [one.get(name), two.get(name)]
-        for name in dict.fromkeys([*one, *two])
-        if one.get(name) != two.get(name) and name.partition(".")[0] in ("engine", "generation", "dataset")
+        name: given
+        for name, given in values.items()
+        if name.partition(".")[0] in sections and any(one != given[0] for one in given)
     }
 
 
@@ -131,22 +165,31 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def matched(a: Side, b: Side) -> tuple[str, Positions, Positions]:
-    """How the rows were matched, and the positions of the pairs in both tables, in the order of the first."""
+def matched(sides: Sequence[Side]) -> tuple[str, list[Positions]]:
+    """Matches the rows by id or by place. Returns the way of matching, and the positions of the matched rows in each table.
+
+    The rows are in the order of the first table.
+    """
     by, name = "id", "id"
-    unique = all(len(np.unique(side.table["id"])) == len(side.table) for side in (a, b))
-    if not unique or not len(np.intersect1d(a.table["id"], b.table["id"])):
-        why = "no id is in both" if unique else "ids repeat"
-        if not (a.rows.complete and b.rows.complete):
-            raise ConfigError(f"rows cannot be matched: {why}, and they have no places until both runs are complete")
+    unique = all(len(np.unique(side.table["id"])) == len(side.table) for side in sides)
+    every = "both" if len(sides) == 2 else "all"
+    if not unique or not len(functools.reduce(np.intersect1d, (side.table["id"] for side in sides))):
+        why = f"no id is in {every}" if unique else "ids repeat"
+        if not all(side.rows.complete for side in sides):
+            raise ConfigError(f"rows cannot be matched: {why}, and they have no places until {every} runs are complete")
         by, name = f"place in the input, because {why}", "index"
-    _, at_a, at_b = np.intersect1d(a.table[name], b.table[name], return_indices=True)
-    order = np.argsort(at_a)
-    return by, at_a[order], at_b[order]
+    keys = functools.reduce(np.intersect1d, (side.table[name] for side in sides))
+    found = []
+    for side in sides:
+        order = np.argsort(side.table[name])
+        found.append(order[np.searchsorted(side.table[name], keys, sorter=order)])
+    order = np.argsort(found[0])
+    return by, [positions[order] for positions in found]
 
 
-def compare(a: Side, b: Side, at_a: Positions, at_b: Positions) -> tuple[dict[str, Any], Positions]:
-    """The figures of the comparison, and the indices of the pairs that differ."""
+def compare(sides: Sequence[Side], at: Sequence[Positions]) -> tuple[dict[str, Any], Positions]:
+    """The figures of the comparison of two outputs, and the indices of the pairs that differ."""
+    (a, b), (at_a, at_b) = sides, at
     failed_a, failed_b = a.table["failed"][at_a], b.table["failed"][at_b]
     both = ~failed_a & ~failed_b
     equal = both & (a.table["answer"][at_a] == b.table["answer"][at_b])
@@ -160,99 +203,40 @@ def compare(a: Side, b: Side, at_a: Positions, at_b: Positions) -> tuple[dict[st
     return summary, np.flatnonzero((both & ~equal) | (failed_a != failed_b))
 
 
-# -- showing ----------------------------------------------------------------------------------------------------------
+def compare_many(sides: Sequence[Side], at: Sequence[Positions]) -> tuple[dict[str, Any], Positions]:
+    """The figures of the comparison of several outputs, and the indices of the rows that differ."""
+    failed = np.array([side.table["failed"][place] for side, place in zip(sides, at, strict=True)])
+    answers = np.array([side.table["answer"][place] for side, place in zip(sides, at, strict=True)])
+    answered = np.asarray(~failed.any(axis=0))
+    equal = answered & (answers == answers[0]).all(axis=0)
+    pairs = []
+    for a, b in itertools.combinations(range(len(sides)), 2):
+        both = ~failed[a] & ~failed[b]
+        same = int((both & (answers[a] == answers[b])).sum())
+        pairs.append({"outputs": [a, b], "answered": int(both.sum()), "equal": same})
+    counts = {
+        "in_all": len(at[0]), "answered_in_all": answered.sum(), "equal": equal.sum(), "differ": (answered & ~equal).sum(),
+        "failed_in_some": (failed.any(axis=0) & ~failed.all(axis=0)).sum(), "failed_in_all": failed.all(axis=0).sum(),
+    }  # fmt: skip
+    outputs = [
+        {"rows": len(side.table), "only_here": len(side.table) - len(place), "failed": int(lost.sum())}
+        | side.summary(place, answered)
+        for side, place, lost in zip(sides, at, failed, strict=True)
+    ]
+    summary = {"rows": {k: int(v) for k, v in counts.items()}, "outputs": outputs, "pairs": pairs}
+    return summary, np.flatnonzero((answered & ~equal) | (failed.any(axis=0) & ~failed.all(axis=0)))
 
 
-def _show_summary(summary: dict[str, Any], outs: list[Output], console: Console) -> None:
-    rows, a, b = summary["rows"], summary["a"], summary["b"]
-    for letter, out in zip("AB", outs, strict=True):
-        so_far = "" if out.manifest is not None else " (not complete: what is answered so far)"
-        lacks = ", output.style=openai_batch: without prompts and times" if out.style == "openai_batch" else ""
-        say(console, f"{letter}  {out.path}{so_far}{lacks}", "bold")
-    if summary["settings"]:
-        console.print(_grid("set differently", [(k, *map(_value, pair)) for k, pair in summary["settings"].items()]))
-    note = "" if summary["matched_by"] == "id" else f", matched by {summary['matched_by']}"
-    say(console, f"\n{rows['both']:,} rows in both{note}", "bold")
-    names = ("equal", "differ", "failed_only_in_a", "failed_only_in_b", "failed_in_both", "only_in_a", "only_in_b")
-    for name in names:
-        if rows[name] or name in names[:2]:
-            say(console, f"  {name.replace('_', ' '):<18}{rows[name]:>9,}")
-    lines: list[TableLine] = []
-    for name in ("input_tokens", "output_tokens"):
-        lines.append((name.replace("_", " "), *_delta(a[name], b[name], "{:,.0f}")))
-    for name in (name for name in a["latency_s"] if name in b["latency_s"]):
-        lines.append((f"latency, {name}", *_delta(a["latency_s"][name], b["latency_s"][name], "{:,.2f} s")))
-    if a["cost_usd"] and b["cost_usd"]:
-        lines.append(("cost of all rows", *_delta(a["cost_usd"], b["cost_usd"], "{:,.4f} $")))
-    for name in sorted({*a["finish_reasons"], *b["finish_reasons"]}):
-        counts = [side["finish_reasons"].get(name, 0) for side in (a, b)]
-        lines.append((f"finish {brief(name, 30)}", *_delta(counts[0], counts[1], "{:,.0f}")))
-    console.print(_grid(f"of {rows['equal'] + rows['differ']:,} rows answered in both", lines, "right"))
-
-
-def _grid(title: str, lines: list[TableLine], justify: Any = "left") -> Table:
-    table = Table(title, box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("A", "B", "B - A")[: len(lines[0]) - 1]:
-        table.add_column(column, justify=justify, overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))
-    return table
-
-
-def _value(value: Any) -> str:
-    return "-" if value is None else brief(value, 120)
-
-
-def _delta(one: float, two: float, form: str) -> tuple[str, str, str]:
-    share = f" ({100 * (two - one) / one:+.0f}%)" if one else ""
-    return form.format(one), form.format(two), form.replace("{:", "{:+").format(two - one) + share
-
-
-def _show_pair(one: StoredRow, two: StoredRow, console: Console) -> None:
-    same = "" if one["id"] == two["id"] else f" / {brief(two['id'], 60)}"
-    console.print()
-    say(console, f"{brief(one['id'], 60)}{same}", "bold")
-    table = Table("A", "B", expand=True, header_style="dim")
-    for column in table.columns:
-        column.ratio, column.overflow = 1, "fold"
-    marks = not console.color_system
-    asked = _asked(one), _asked(two)
-    if asked[0] == asked[1] or not all(asked):
-        say(console, brief(asked[0] or asked[1], 300), "cyan")
-    else:
-        table.add_row(*word_diff(*asked, marks), end_section=True)
-    table.add_row(*word_diff(_answer(one), _answer(two), marks))
-    table.add_row(Text(figures(one), "dim"), Text(figures(two), "dim"))
-    console.print(table)
-
-
-def _asked(row: StoredRow) -> str:
-    """The last system message and the last user message of a row."""
-    texts = {m["role"]: m["content"] for m in row.get("messages") or [] if m.get("role") in ("system", "user")}
-    return "\n".join(text if isinstance(text, str) else brief(text) for _, text in sorted(texts.items()))
-
-
-def _answer(row: StoredRow) -> str:
-    if row["error"]:
-        return f"({row['error']['type']}: {row['error']['message']})"
-    calls = [f"→ {call['function']['name']}({call['function']['arguments']})" for call in row.get("tool_calls") or []]
-    return "\n".join([row.get("response") or "", *calls]).strip()
-
-
-def word_diff(one: str, two: str, marks: bool) -> tuple[Text, Text]:
-    """Two texts with the words that differ highlighted: by colour, or by `marks` on a terminal without colours."""
-    words = [re.findall(r"(?:\w+|[^\w\s])\s*", visible(text).strip()) for text in (one, two)]
-    cut = [[*found[:WORDS], f" … ({len(found) - WORDS:,} words more)"] if len(found) > WORDS else found for found in words]
-    bare = [[word.strip() for word in found] for found in cut]  # line breaks do not count as a difference
-    texts = Text(), Text()
-    kinds = ("[-{}-]{}", "bold red"), ("{{+{}+}}{}", "bold green")
-    for what, *ends in difflib.SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_opcodes():
-        for at, (text, (mark, colour)) in enumerate(zip(texts, kinds, strict=True)):
-            part = "".join(cut[at][ends[2 * at] : ends[2 * at + 1]])
-            if marks and part and what != "equal":
-                part = mark.format(part.rstrip(), part[len(part.rstrip()) :])
-            text.append(part, None if what == "equal" else colour)
-    return texts
+def _columns(sides: Sequence[Side], names: Sequence[str], at: Sequence[Positions]) -> dict[str, Any]:
+    """The comparison of each column, over the rows that all outputs answered."""
+    failed = np.array([side.table["failed"][place] for side, place in zip(sides, at, strict=True)])
+    places = [place[~failed.any(axis=0)] for place in at]
+    found = {}
+    for at_column, name in enumerate(names):
+        numbers = [side.table[f"number{at_column}"][place] for side, place in zip(sides, places, strict=True)]
+        codes = [side.table[f"code{at_column}"][place] for side, place in zip(sides, places, strict=True)]
+        found[name] = compare_column(sides[0].values.labels.get(name, {}), numbers, codes)
+    return found
 
 
 if __name__ == "__main__":

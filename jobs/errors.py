@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.text import Text
 
-from engines.text import visible
+from engines.text import counted, visible
 from jobs.guide import see_type
 from jobs.reading import Arguments, Output, StoredRows, brief, number, open_output, print_json, say, steady
+from pipeline.report.advice import ADVICE
+from pipeline.storage.filesystem import child
+from pipeline.storage.output_files import ERRORS
 
 LIMIT = 5
 EXAMPLES = 3
 # Maximum number of patterns in memory; further messages are counted together.
 PATTERNS = 5_000
-
-# Error type -> its meaning and what to do about it.
-ADVICE = {
-    "invalid_input": "The row is not a valid request: correct it in the input (the message names file and line).",
-    "context_length": "The prompt and the answer do not fit into the model's context: shorten the row or lower "
-    "generation.max_tokens; eagleray plan finds such rows.",
-    "content_filter": "The provider or the model refused the content: another model may accept it (engine.fallback=[…]).",
-    "auth": "The server refused the API key: check the environment variable that engine.api_key_env names.",
-    "not_found": "The server does not know the model or the address: check engine.model and engine.base_url.",
-    "bad_request": "The server refused the request: the message names the parameter; check the generation keys and "
-    "engine.extra_body.",
-    "rate_limit": "The provider's limit or quota was still reached after all retries: set engine.requests_per_minute to "
-    "your limit, or wait.",
-    "server": "The server failed at each attempt: send the rows again later, or raise engine.max_retries.",
-    "timeout": "No answer arrived in time: raise engine.timeout_s; lower generation.max_tokens or engine.max_concurrency.",
-    "connection": "The server could not be reached: check engine.base_url and the network, then send the rows again.",
-    "bad_response": "The response was not an answer as the API describes it: send the rows again.",
-    "schema_mismatch": "The answer does not match generation.response_format: raise generation.max_tokens, or simplify the "
-    "schema.",
-    "engine_crash": "The engine's process died twice while it worked on this row: the row may need too much memory.",
-    "cancelled": "The row was cancelled before it was answered: send it again.",
-    "budget": "The budget was used up before this row: raise run.budget_usd.",
-}
 
 _QUOTED = re.compile(r"""'[^']{1,200}'|"[^"]{1,200}\"""")
 # Words with a digit in them: numbers, ids of requests, hashes, places such as in.jsonl:17.
@@ -87,15 +68,18 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                     "command": again})  # fmt: skip
         return 0
     unread = (out.run or {}).get("status", {}).get("invalid", 0)
-    so_far = "" if out.manifest is not None else " so far"
-    of = f" of {out.manifest['rows']['total']:,}" if out.manifest is not None else ""
-    say(console, f"{out.path}: {failed:,}{of} rows failed{so_far}.", "bold" if failed else "bold green")
+    done = out.manifest is not None
+    unit = "row" if done else "request"  # the ledger has requests; duplicates are known when the run is complete
+    text = f"{failed:,} of {counted(out.manifest['rows']['total'], 'row')} failed" if out.manifest is not None else (
+        f"{counted(failed, unit)} failed so far, duplicates not counted"
+    )  # fmt: skip
+    say(console, f"{out.path}: {text}.", "bold" if failed else "bold green")
     for type, kinds in found.items():
-        _show(type, kinds, args.limit, console)
+        _show(type, kinds, args.limit, unit, console)
     if unread:
-        say(console, f"\n{_rows(unread)} of the input cannot be read; the reasons are shown when the run is complete.")
+        say(console, f"\n{counted(unread, 'row')} of the input cannot be read. The reasons are shown after the run.")
     if failed and out.live:
-        say(console, "\nThe run is not finished. After it ends, run the same command to send the failed rows again.")
+        say(console, "\nThe run is in progress. To send the failed rows again, wait for its end and repeat its command.")
     elif failed:
         _show_again(out, again, console)
     return 0
@@ -127,9 +111,9 @@ def _count(kinds: list[Kind]) -> int:
     return sum(kind.rows for kind in kinds)
 
 
-def _show(type: str, kinds: list[Kind], limit: int, console: Console) -> None:
+def _show(type: str, kinds: list[Kind], limit: int, unit: str, console: Console) -> None:
     console.print()
-    console.print(Text(visible(type), "bold red") + Text(f"  {_rows(_count(kinds))}", "not bold default"))
+    console.print(Text(visible(type), "bold red") + Text(f"  {counted(_count(kinds), unit)}", "not bold default"))
     if type in ADVICE:
         say(console, f"  {ADVICE[type]} {see_type(type)}")
     for kind in kinds[:limit]:
@@ -140,21 +124,22 @@ def _show(type: str, kinds: list[Kind], limit: int, console: Console) -> None:
         more = ", …" if kind.rows > len(kind.ids) else ""
         say(console, "           ids: " + ", ".join(brief(id, 60) for id in kind.ids) + more, "dim")
     if rest := kinds[limit:]:
-        say(console, f"           and {_rows(_count(rest))} with {len(rest):,} other messages (--limit)", "dim")
+        say(
+            console,
+            f"           and {counted(_count(rest), unit)} with {counted(len(rest), 'other message')} (--limit)",
+            "dim",
+        )
 
 
 def _show_again(out: Output, again: str | None, console: Console) -> None:
-    say(console, "\nThis command sends only the failed rows again, into the same output:")
+    say(console, "\nThis command sends only the failed rows again. It writes into the same output:")
     say(console, f"  {again or 'the same command as before'}", "bold")
     if again and "***" in again:
-        say(console, "  (replace *** by the secret)", "dim")
+        say(console, "  (replace *** with the secret)", "dim")
     if out.manifest is not None:
-        say(console, "To send them to another engine, into another output, use its command with")
-        say(console, f"  dataset.path={out.path.rstrip('/')}/errors output.path=…", "bold")
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row" + "s" * (count != 1)
+        say(console, "To send them to another engine and into another output, use")
+        failed = shlex.quote(f"dataset.path={child(out.path, ERRORS)}")
+        say(console, f"  eagleray infer engine=… {failed} output.path=…", "bold")
 
 
 if __name__ == "__main__":

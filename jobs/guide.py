@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from engines.errors import ConfigError, EaglerayError, ErrorCode, docs_link
 from engines.registry import REGISTRY
 
 CONFIGURATION, ENGINES = "docs/configuration.md", "docs/engines.md"
-
-_KEY = re.compile(r"\b[a-z]+\.[a-z_]+")
-_ENGINE = re.compile(r"\bengine=([a-z_]+)")
-_GROUP = re.compile(r"there is no ([a-z]+) '")
 
 
 def anchor(key: str) -> str:
@@ -32,42 +26,28 @@ def see_type(error_type: str) -> str:
 def place(error: EaglerayError) -> str:
     """The file and anchor in docs/ that explain an error. Its code decides.
 
-    A wrong configuration without a section of its own leads to its key, or to its engine, instead.
+    A wrong configuration without a section of its own leads to its key or engine instead, if the error carries one.
     """
     link = docs_link(error.code)
     if isinstance(error, ConfigError) and link == docs_link(ErrorCode.CONFIGURATION):
-        return place_of_key(error.key) or place_named_in(str(error)) or link
+        return place_of_key(error.key) or link
     return link
 
 
 def place_of_key(key: str | None) -> str | None:
-    """The section of a configuration key, of a section of keys, or of an engine (`engine=vllm`)."""
+    """The section of a configuration key, of a section of keys, or of an engine (`engine=vllm`).
+
+    A key inside another one (`engine.kwargs.n_ctx`) has the section of that one.
+    """
     from pipeline.config import known_keys
 
     if key is None:
         return None
     if key.startswith("engine="):
-        return f"{ENGINES}#{key.removeprefix('engine=')}"
-    if key in known_keys() or key in {name.partition(".")[0] for name in known_keys()}:
-        return f"{CONFIGURATION}#{anchor(key)}"
-    return None
-
-
-def place_named_in(text: str) -> str | None:
-    """The section of the first key or engine that a message names, for errors that carry no `key`.
-
-    Messages always name their key, because people need it. Nothing but the link depends on this.
-    """
-    from pipeline.config import known_keys
-
-    known, named = known_keys(), _KEY.findall(text)
-    key = next((name for name in named if name in known), None)
-    engine = next((name for name in _ENGINE.findall(text) if name in REGISTRY), None)
-    if engine and key in (None, "engine.kwargs"):  # how to install it, and its keywords
-        return f"{ENGINES}#{engine}"
-    if key:
-        return f"{CONFIGURATION}#{anchor(key)}"
-    sections = {name.partition(".")[0] for name in known}
-    names = (*_GROUP.findall(text), *(name.partition(".")[0] for name in named))
-    section = next((name for name in names if name in sections), None)
-    return f"{CONFIGURATION}#{section}" if section else None
+        kind = key.removeprefix("engine=")
+        return f"{ENGINES}#{kind}" if kind in REGISTRY else f"{CONFIGURATION}#engine"
+    key = key.partition("[")[0]  # hardware[1].gpus
+    known = {*known_keys(), *(name.partition(".")[0] for name in known_keys())}
+    while key and key not in known:
+        key = key.rpartition(".")[0]
+    return f"{CONFIGURATION}#{anchor(key)}" if key else None

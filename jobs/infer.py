@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -10,13 +12,20 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engines.errors import ConfigError, EngineError, ErrorCode
-from jobs.compose import as_yaml, compose, options
-from jobs.compose_errors import GROUPS, SECTIONS
+from jobs.env_file import load
 from jobs.guide import see
-from pipeline.config import Config, without_typed_secret
+from pipeline.config import Config
+from pipeline.configuration.compose import Composed, as_yaml, compose_all
+from pipeline.configuration.errors import GROUPS, SECTIONS
+from pipeline.configuration.options import options
+from pipeline.configuration.run_file import RunFile, is_run_file
+from pipeline.configuration.saved import DIRECTORY, HIDDEN_KEYS, REFERENCES, RUN_FILE
+from pipeline.monitor.startup import first_line
+from pipeline.origin import Origin
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,12 +33,19 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Runs the main job. Returns the exit status."""
-    return start(argv, help_text, lambda config: guarded(lambda console: finish(config, console), command("infer", argv)))
+    return begin_infer(argv)
 
 
-def command(job: str, argv: list[str]) -> str:
-    """The command line of a job, to run again. Secrets in it are replaced by `***`."""
-    return shlex.join(["eagleray", job, *map(without_typed_secret, argv)])
+def begin_infer(argv: list[str]) -> int:
+    """Runs the main job, also for other jobs that end in it."""
+    return begin(
+        "infer",
+        argv,
+        help_text,
+        lambda config, origin: guarded(
+            lambda console: finish(config, console, origin=origin), origin.command(config.output.path)
+        ),
+    )
 
 
 def changed(command: str, keys: Mapping[str, str]) -> str:
@@ -39,31 +55,101 @@ def changed(command: str, keys: Mapping[str, str]) -> str:
 
 
 def start(argv: list[str], help_text: Callable[[], str], run: Callable[[Config], int]) -> int:
-    """Handles the flags, composes the configuration and calls `run`. A `ConfigError` is printed as one line."""
+    """As `begin`, for a job that writes no output."""
+    return begin("", argv, help_text, lambda config, _: run(config))
+
+
+def begin(job: str, argv: list[str], help_text: Callable[[], str], run: Callable[[Config, Origin], int]) -> int:
+    """As `begin_composed`, for a job that needs the configuration alone."""
+    return begin_composed(job, argv, help_text, lambda composed, origin, _: run(composed.config, origin))
+
+
+def begin_composed(
+    job: str, argv: list[str], help_text: Callable[[], str], run: Callable[[Composed, Origin, RunFile | None], int]
+) -> int:
+    """Handles the flags and the run file, composes the configuration and calls `run`. A `ConfigError` is one line."""
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
+    words, run_file = argv, None
     try:
         argv, config_dir = _take(argv, "--config-dir")
+        argv, env_file = _take(argv, "--env-file")
+        if env_file is not None:  # before the configuration, which may name its variables
+            load(env_file)
+        argv, again = _take(argv, "--again")
         argv, cfg = _take(argv, "--cfg")
+        argv, save = _take(argv, "--save")
         if cfg is not None and cfg != "job":
             raise ConfigError(f"--cfg {cfg} is not known; --cfg job prints the configuration")
-        config = compose(argv, config_dir)
-        if cfg is not None:
-            print(as_yaml(config), end="")
-            return 0
-        return run(config)
+        argv, run_file = _run_file(argv, again)
+        saved = saved_config(again) if again is not None else None
+        with run_file.located(argv) if run_file else contextlib.nullcontext():
+            with first_line("reading the configuration"):
+                composed = compose_all(argv, config_dir, saved, run_file)
+            if cfg is not None:
+                print(as_yaml(composed.config), end="")
+                return 0
+            if save is not None:
+                from jobs.write_run_file import save_command
+
+                return save_command(save, composed, job)
+            content = (run_file.path, run_file.content) if run_file else None
+            origin = Origin.of(job, words, composed.varies, composed.references, content)
+            if saved is not None:  # the run file of that run
+                origin = dataclasses.replace(origin, run_file=saved[RUN_FILE])
+            return run(composed, origin, run_file)
     except ConfigError as error:
         text = " ".join(str(error).split())
         print(f"eagleray: {text} {see(error)}", file=sys.stderr)
         return 2
 
 
-def finish(config: Config, console: Console, step: str = "") -> int:
+def _run_file(argv: list[str], again: str | None) -> tuple[list[str], RunFile | None]:
+    """The arguments without the run file, and the run file that they name."""
+    argv, path = _take(argv, "-c")
+    named = [word for word in argv if is_run_file(word)]
+    if path is not None:
+        named.append(path)
+    if not named:
+        return argv, None
+    if len(named) > 1:
+        raise ConfigError(f"only one run file is possible, not {' and '.join(named)}", code=ErrorCode.RUN_FILE)
+    if again is not None:
+        raise ConfigError(f"--again {again} takes the configuration of that output: leave {named[0]} out")
+    return [word for word in argv if word != named[0]], RunFile.read(named[0])
+
+
+def saved_config(path: str) -> dict[str, Any]:
+    """The configuration of the last run into this output directory. Raises `ConfigError` if there is none."""
+    from jobs.reading import open_output
+
+    out = open_output(path)
+    if not out.config:
+        text = f"--again {path}: this output has no saved configuration; use the command of its run"
+        raise ConfigError(text, code=ErrorCode.NO_SAVED_CONFIGURATION)
+    # A run that is continued must not remove its results, nor replace those of another dataset.
+    place = os.path.abspath(out.path) if out.directory and "://" not in out.path else out.path
+    run, output = {**out.config["run"], "resume": True}, {**out.config["output"], "path": place, "overwrite": False}
+    more = {
+        HIDDEN_KEYS: out.hidden,
+        REFERENCES: out.references,
+        DIRECTORY: out.directory,
+        RUN_FILE: out.entries.get(RUN_FILE),
+    }
+    return {**out.config, "run": run, "output": output, **more}
+
+
+def finish(config: Config, console: Console, step: str = "", origin: Origin | None = None) -> int:
     """Runs the main job and prints its result. Returns the exit status."""
+    from pipeline.config import STDOUT
     from pipeline.run import run
 
-    outcome = run(config, console, step)
+    if config.output.path == STDOUT:
+        from jobs.stdout import run_to_stdout
+
+        return run_to_stdout(config, console)
+    outcome = run(config, console, step, origin)
     if outcome.manifest:
         from jobs.outcome import show_outcome
 
@@ -73,20 +159,22 @@ def finish(config: Config, console: Console, step: str = "") -> int:
 
 def guarded(work: Callable[[Console], int], again: str = "") -> int:
     """Runs `work`. If something stops it, prints the reason in one line, and the command `again` that continues."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.text import Text
+    with first_line("loading the libraries"):
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.text import Text
 
-    from pipeline.errors import Interrupted, Stopped
-    from pipeline.run import BUG, STOPPED
-    from pipeline.signals import INTERRUPTED
+        from pipeline.errors import Interrupted, Stopped
+        from pipeline.run import BUG, STOPPED
+        from pipeline.signals import INTERRUPTED
 
-    _check_clash()
+        _check_clash()
     console = Console(stderr=True)
 
     def go_on(status: int, changes: Mapping[str, str] | None = None) -> int:
         if again:  # the last line, not wrapped: users copy it
-            console.print(Text(f"To go on: {changed(again, changes or {})}"), soft_wrap=True)
+            resume = {"run.resume": "true"} if "run.resume=" in again else {}  # `false` would remove the results
+            console.print(Text(f"To continue: {changed(again, {**resume, **(changes or {})})}"), soft_wrap=True)
         return status
 
     try:
@@ -99,7 +187,7 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
         return go_on(STOPPED, stop.changes)
     except Interrupted as interrupt:
         console.print(f"[yellow]{interrupt}[/]", highlight=False)
-        return go_on(INTERRUPTED)
+        return go_on(INTERRUPTED, interrupt.changes)
     except KeyboardInterrupt:  # before Ray started: no request was sent
         console.print("[yellow]interrupted[/]")
         return go_on(INTERRUPTED)
@@ -114,14 +202,22 @@ def guarded(work: Callable[[Console], int], again: str = "") -> int:
 
 
 def _check_clash() -> None:
-    """Raises `ConfigError` if another distribution has a package with one of our names: their files would be mixed."""
-    from importlib.metadata import packages_distributions
+    """Raises `ConfigError` if another distribution has a package with one of our names: their files would be mixed.
 
-    installed = packages_distributions()
-    for name in ("engines", "pipeline", "jobs", "conf"):
-        for other in set(installed.get(name, ())) - {"eagleray"}:
-            text = f"'{other}' also installs a package '{name}': run pip uninstall {other}"
-            raise ConfigError(text, code=ErrorCode.PACKAGE_CLASH)
+    It only searches the lists of files. `importlib.metadata` parses them, which takes a third of a second.
+    """
+    for info in (info for place in map(Path, sys.path) for info in (*place.glob("*.dist-info"), *place.glob("*.egg-info"))):
+        files = packages = b""
+        with contextlib.suppress(OSError):
+            packages = b"\n%s\n" % (info / "top_level.txt").read_bytes()
+        with contextlib.suppress(OSError):
+            files = b"\n" + (info / "RECORD").read_bytes()
+        for name in ("engines", "pipeline", "jobs", "conf"):
+            if f"\n{name}\n".encode() in packages or f"\n{name}/".encode() in files:
+                other = info.stem.partition("-")[0]
+                if other != "eagleray":
+                    text = f"'{other}' also installs a package '{name}': run pip uninstall {other}"
+                    raise ConfigError(text, code=ErrorCode.PACKAGE_CLASH)
 
 
 def _log_traceback() -> str:
@@ -149,11 +245,16 @@ def help_text() -> str:
     lines = [
         "Send every conversation of a dataset to a model. output.path gets each result once, in input order.",
         "",
+        "  eagleray infer run.yaml [key=value …]",
         "  eagleray infer dataset.path=IN output.path=OUT [group=option …] [key=value …]",
         "",
-        *keys_help(SECTIONS),
+        *keys_help((*SECTIONS, "task")),
         "",
-        "Flags: --cfg job only prints the configuration; --config-dir DIR adds your own engine/, dataset/, … files.",
+        "A run file has these keys in YAML; eagleray init writes one. -c FILE also names it. --save FILE writes the keys",
+        "of a command into a new run file and runs nothing.",
+        "Flags: --again OUT takes the configuration of the last run into OUT; keys change it. --cfg job only prints the",
+        "configuration. --config-dir DIR adds your own engine/, dataset/, … files. --env-file FILE sets environment",
+        "variables, such as API keys, from lines NAME=value; only the owner may have access to the file (mode 600).",
         "Exit status: 0 all rows done, 3 finished with failed rows, 4 stopped early, 2 wrong configuration,",
         "130 interrupted. After 4 and 130, run the same command again to continue.",
     ]

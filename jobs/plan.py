@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engines.text import counted
 from jobs.infer import start
-from pipeline.config import Config, HardwareConfig
+from pipeline.config import Config
+from pipeline.hardware import HardwareConfig, HardwareEntry, hardware_entries
 
 PROBLEM = 3  # exit status if something does not fit
 BAR = 30  # characters of the histogram's longest bar
@@ -48,26 +50,34 @@ def _plan(config: Config) -> int:
     config.check(runs=False)
     if config.output.path and config.dataset.path:
         Ownership.look(config, *resolve(config.output.path))
-    console, model = Console(highlight=False), footprint(config.engine)
+    entries = hardware_entries(config.hardware, config.engine)
+    console, models = Console(highlight=False), [footprint(entry.engine) for entry in entries]
+    model = models[0]
     if model is None and not config.dataset.path:
-        raise ConfigError(f"engine={config.engine.kind} holds no model here and dataset.path is missing: nothing to plan")
-    about_model = _model(config, model) if model else []
-    about_dataset = _dataset(config, model.context if model else None, console) if config.dataset.path else []
-    for lines in filter(None, (about_model, about_dataset)):
+        raise ConfigError(
+            f"engine={config.engine.kind} holds no model here and dataset.path is missing: nothing to plan",
+            key="dataset.path",
+        )
+    abouts = [_model(entry, model) for entry, model in zip(entries, models, strict=True) if model]
+    if len(abouts) > 1:  # the entries of a mixed fleet
+        abouts = [[("entry", entry.name, False), *lines] for entry, lines in zip(entries, abouts, strict=True)]
+    context = min((model.context for model in models if model), default=None)
+    abouts.append(_dataset(config, context, console) if config.dataset.path else [])
+    for lines in filter(None, abouts):
         show(lines, console)
-    return PROBLEM if any(bad for _, _, bad in about_model + about_dataset) else 0
+    return PROBLEM if any(bad for lines in abouts for _, _, bad in lines) else 0
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def _model(config: Config, model: Any) -> list[Line]:
+def _model(entry: HardwareEntry, model: Any) -> list[Line]:
     from engines.errors import ConfigError
     from engines.registry import kind_of
     from pipeline.executors.live.placement import placement
 
-    engine, hardware, context = config.engine, config.hardware, model.context
-    placed = placement(hardware, engine)
+    engine, hardware, context = entry.engine, entry.hardware, model.context
+    placed = placement(hardware, engine, entry.name)
     gpus = sum(bundle.get("GPU", 0) for bundle in placed.bundles)
     tensor, stages = (engine.kwargs.get(f"{name}_parallel_size") or 1 for name in ("tensor", "pipeline"))
     kind = kind_of(engine)
@@ -81,7 +91,9 @@ def _model(config: Config, model: Any) -> list[Line]:
         memory = hardware.gpu_memory * 2**30 * (1 if kind.parallel_sizes else min(1, gpus))
     share = engine.kwargs.get("gpu_memory_utilization") or UTILIZATION
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ConfigError(f"engine.kwargs.gpu_memory_utilization must be above 0 and at most 1, not {share!r}")
+        raise ConfigError(
+            f"engine.kwargs.gpu_memory_utilization must be above 0 and at most 1, not {share!r}", key="engine.kwargs"
+        )
     # llama.cpp allocates the cache of all its sequences when it starts; other engines share one cache.
     needed = int(engine.kwargs.get("n_seq_max") or engine.max_concurrency or 1) if kind.reserves_sequences else 1
 
@@ -109,11 +121,11 @@ def _model(config: Config, model: Any) -> list[Line]:
         ),
     ]
     if not memory:
-        return [*lines, ("fits", "not known: hardware.gpu_memory tells the GiB of each GPU", False)]
+        return [*lines, ("fits", f"unknown: set {entry.name}.gpu_memory to the GiB of each GPU", False)]
     room, found = left(tensor, stages), fitting(tensor, stages)
     rest = f"{_size(room)} left after the weights" if room > 0 else f"the weights need {_size(-room)} more"
     lines.append(("memory", f"{_size(memory)} for each {place}, {share:.0%} of it used: {rest}", False))
-    text = f"{found:,} sequences of {context:,} tokens at once" + (f", {needed:,} needed" if needed > 1 else "")
+    text = f"{counted(found, 'sequence')} of {context:,} tokens at once" + (f", {needed:,} needed" if needed > 1 else "")
     lines.append(("fits", f"{'yes' if found >= needed else 'no'}: {text}", found < needed))
     if on_gpu and kind.parallel_sizes:
         best = next((sizes for sizes in _parallel_sizes(hardware, model) if fitting(*sizes) >= needed), None)
@@ -165,15 +177,19 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     from pipeline.preflight.dataset_estimate import DatasetEstimate
 
     dataset = config.dataset
-    parser = RowParser(dataset.format, dataset.columns, dataset.template)
+    parser = RowParser.of(config)
     row_reader = RowReader(parser, RequestHasher(config.engine, config.params()), dataset.max_row_bytes)
     found = DatasetEstimate(config, context, prompt_renderer(config.engine)).read(list_splits(config, console), row_reader)
-    asked, prompts = len(found.keys), np.array(found.prompts or [0])
-    rows = f"{found.rows:,} in {found.files:,} files: {asked:,} requests to ask, {found.duplicates:,} duplicates"
+    asked, prompts = found.requests, np.array(found.prompts or [0])
+    rows = (
+        f"{found.rows:,} in {counted(found.files, 'file')}: {counted(asked, 'request')} to send, "
+        f"{counted(found.duplicates, 'duplicate')}"
+    )
     lines: list[Line] = [("rows", rows, False)]
     if found.invalid:
-        lines.append(("invalid", f"{found.invalid:,} cannot be asked", True))
+        lines.append(("invalid", f"{counted(found.invalid, 'row')} cannot be read", True))
         lines += [("", reason, True) for reason in found.reasons]
+    lines += [("" if at else "columns", f"{sentence}.", False) for at, sentence in enumerate(found.columns())]
     least, median, most_of, most = (int(value) for value in np.percentile(prompts, (0, 50, 99, 100)))
     spread = f"least {least:,}, median {median:,}, 99% {most_of:,}, most {most:,}"
     lines.append(("prompt tokens", f"{prompts.sum():,} ({found.way}); {spread}", False))
@@ -182,10 +198,12 @@ def _dataset(config: Config, context: int | None, console: Any) -> list[Line]:
     for edge, rows_here in zip(edges, counts.tolist(), strict=True):
         lines.append((f"  to {edge:,}", f"{'█' * -(-BAR * rows_here // max(counts.tolist()))} {rows_here:,}", False))
     lines.append(("output tokens", found.answers, False))
-    fits = "not known: the engine's context is not known here" if context is None else f"none: all fit {context:,} tokens"
+    fits = (
+        "unknown: the context of this engine's model is unknown" if context is None else f"none: all fit {context:,} tokens"
+    )
     lines += list(found.lengths(bad=True)) or [("too long", fits, False)]
     if not config.engine.provider:
-        return [*lines, ("time", "not known beforehand: measure it with eagleray infer dataset.limit=100", False)]
+        return [*lines, ("time", "unknown: measure it with eagleray infer dataset.limit=100", False)]
     cached = ", without discounts for cached input" if config.engine.price.known else ""
     time = _time(config, asked, int(prompts.sum()), found.output)
     return [*lines, ("cost", f"{found.cost()}{cached}", False), ("time", time, False)]
@@ -199,7 +217,7 @@ def _time(config: Config, asked: int, prompt: int, output: float) -> str:
         ("output_tokens_per_minute", output),
     )
     minutes = [(amount / getattr(engine, name), name) for name, amount in limits if getattr(engine, name)]
-    time = "not known: no limits per minute are set"
+    time = "unknown: no limits per minute are set"
     if minutes:
         time = f"about {max(minutes)[0]:,.1f} minutes by engine.{max(minutes)[1]}, if the provider is fast enough"
     return time

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import orjson
@@ -25,11 +26,18 @@ from rich.text import Text
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from engines.errors import ConfigError, ErrorCode, nearest
-from engines.text import one_line, visible
-from pipeline.storage.exact_json import loads, plain
-from pipeline.storage.filesystem import exists, listing, resolve
+from engines.text import flattened, one_line, visible
+from jobs.env_file import load
+from pipeline.configuration.layer import placed
+from pipeline.configuration.saved import HIDDEN, hidden
+from pipeline.dataset.arrow_rows import readable_rows
+from pipeline.origin import typed_words
+from pipeline.output.openai_bodies import body_values
+from pipeline.storage.claim import STALE_S
+from pipeline.storage.exact_json import finite, loads, plain
+from pipeline.storage.filesystem import canonical_place, exists, listing, resolve
 from pipeline.storage.ledger_index import read_index
-from pipeline.storage.lock import STALE_S, held
+from pipeline.storage.lock import held
 from pipeline.storage.output_files import BATCHES, MANIFEST, MARKER, SEGMENTS, STATE
 from pipeline.storage.retry import TRIES, steadily
 
@@ -59,36 +67,83 @@ class Output:
         return (self.manifest or self.run or {}).get("config", {})
 
     @property
+    def hidden(self) -> list[str]:
+        """The keys of the secrets that `config` lacks. Older versions did not write them: then each value with `***`."""
+        found: list[str] | None = (self.manifest or self.run or {}).get("hidden_keys")
+        return hidden(self.config) if found is None else found
+
+    @property
     def style(self) -> str:
         return str(self.config.get("output", {}).get("style", "eagleray"))
 
+    @property
+    def entries(self) -> dict[str, Any]:
+        """The manifest of a complete output, or else the state of the run."""
+        return self.manifest or self.run or {}
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The references to environment variables in the places of secrets. Older versions did not write them."""
+        return dict(self.entries.get("references", {}))
+
+    @property
+    def directory(self) -> str:
+        """The directory in which the run was started; empty if it is this one, or is not known or not there."""
+        directory = (self.entries.get("command") or {}).get("directory", "")
+        return directory if directory not in ("", str(Path.cwd())) and Path(directory).is_dir() else ""
+
     def command(self, **changes: Any) -> str | None:
-        """The command that continues the run with these changes of `run`. None if no command gives exactly this."""
+        """The command that continues the run with these changes of `run`. None if the configuration is not known."""
         if not self.config:
             return None
-        from jobs.compose import command_of
+        changed = {f"run.{name}": value for name, value in changes.items() if self.config["run"].get(name) != value}
+        values = {name: str(value).lower() if isinstance(value, bool) else f"{value:g}" for name, value in changed.items()}
+        if (typed := self._typed()) is not None:
+            words, directory = typed
+            if self.config["run"].get("resume") is False:  # it would remove the results
+                values = {"run.resume": "true", **values}
+            words = [word for word in words if word.partition("=")[0] not in (*values, "output.overwrite")]
+            text = shlex.join(["eagleray", *words, *(f"{k}={v}" for k, v in values.items())])
+            return f"cd {shlex.quote(directory)} && {text}" if directory != str(Path.cwd()) else text
+        values |= {name: HIDDEN for name in self.hidden if name not in self.references}
+        return shlex.join(["eagleray", "infer", "--again", self.path, *(f"{k}={v}" for k, v in values.items())])
 
-        run, output = {**self.config["run"], **changes}, {**self.config["output"], "path": self.path}
-        words = command_of({**self.config, "run": run, "output": output})
-        return shlex.join(words) if words else None
+    def _typed(self) -> tuple[list[str], str] | None:
+        """The words of the run's own command, if they still name this output, and the directory for them."""
+        typed = typed_words(self.entries)
+        if typed is None or self.config.get("dataset", {}).get("path") == "-":  # standard input is gone
+            return None
+        there = canonical_place(placed(str(self.config["output"]["path"]), typed[1]))
+        return typed if there == canonical_place(self.path) else None
 
 
 def open_output(path: str) -> Output:
-    """Reads the state of a directory. Raises `ConfigError` if it is not an output directory of eagleray."""
+    """Reads the state of a directory. Raises `ConfigError` if it is not an output directory of Eagleray."""
+    out = find_output(path)
+    if out is None:
+        if exists(*resolve(path.removeprefix("output.path="))):
+            text = f"{path} is not an output directory of Eagleray: it is empty"
+            raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
+        raise ConfigError(f"there is no directory {path}")
+    return out
+
+
+def find_output(path: str) -> Output | None:
+    """As `open_output`. None if there is no directory, or an empty one."""
     path = path.removeprefix("output.path=")
     fs, root = resolve(path)
     names = {info.base_name for info in listing(fs, root)}
+    if not names:
+        return None
     if not names & {MARKER, MANIFEST, STATE, SEGMENTS, BATCHES}:
-        if not names and not exists(fs, root):
-            raise ConfigError(f"there is no directory {path}")
-        text = f"{path} is no output directory of eagleray: it has neither {MANIFEST} nor {SEGMENTS}/"
+        text = f"{path} is not an output directory of Eagleray: it has neither {MANIFEST} nor {SEGMENTS}/"
         raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     live = held(fs, root)
     run, manifest = _json(fs, f"{root}/{STATE}"), _json(fs, f"{root}/{MANIFEST}")
     if manifest is not None and not _shaped(manifest, _MANIFEST):
-        raise ConfigError(f"{path}/{MANIFEST} is not one of eagleray's", code=ErrorCode.OUTPUT_NOT_OURS)
+        raise ConfigError(f"{path}/{MANIFEST} was not written by Eagleray", code=ErrorCode.OUTPUT_NOT_OURS)
     if run is not None and not (_shaped(run, _RUN) and _shaped(run["config"], _CONFIG) and _samples(run["recent"])):
-        text = f"{path}/{STATE} is not one of eagleray's: delete it: the ledger has the state of the run"
+        text = f"{path}/{STATE} was not written by Eagleray; delete it: the ledger has the state of the run"
         raise ConfigError(text, code=ErrorCode.OUTPUT_NOT_OURS)
     if run is not None and manifest is not None and run["started_at"] < manifest["finished_at"] and not live:
         run = None  # killed after the manifest was written
@@ -159,6 +214,15 @@ class StoredRows:
                 self.paths.append(path)
                 self.best.append(frozenset(mine.tolist()))
 
+    def names(self) -> list[str]:
+        """The names of the columns. All files of an output have the same ones."""
+        if not self.paths:
+            return []
+        if self.paths[0].endswith(".jsonl"):
+            return list(next((row for _, row in self._read(0, (), {0})), {}))
+        with self.fs.open_input_file(self.paths[0]) as file:
+            return list(pq.read_schema(file).names)
+
     def scan(self, *columns: str) -> Iterator[tuple[Place, StoredRow]]:
         """Every row with those of these columns that exist; with all columns if none is named."""
         for part in range(len(self.paths)):
@@ -189,21 +253,22 @@ class StoredRows:
             at = 0
             for batch in parquet.iter_batches(4096 if names else 256, columns=names):
                 mine = [i for i in range(len(batch)) if wanted is None or at + i in wanted]
-                yield from zip((at + i for i in mine), batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True)
+                rows = readable_rows(batch.take(pa.array(mine, pa.int64())))
+                yield from zip((at + i for i in mine), rows, strict=True)
                 at += len(batch)
                 if at > last:
                     return
 
     def _row(self, path: str, at: int, line: bytes) -> StoredRow:
         try:
-            return in_our_shape(loads(line), self.style)
+            return in_our_format(loads(line), self.style)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise ConfigError(
-                f"{path}, line {at + 1}, is not a row of eagleray: run the command of this output again"
+                f"{path}, line {at + 1}, was not written by Eagleray: run the command of this output again"
             ) from None
 
 
-def in_our_shape(row: StoredRow, style: str) -> StoredRow:
+def in_our_format(row: StoredRow, style: str) -> StoredRow:
     """A line of an output style in our format, with the fields that the style keeps."""
     if style == "oumi":
         rest = row["metadata"].get("eagleray", {})
@@ -214,8 +279,11 @@ def in_our_shape(row: StoredRow, style: str) -> StoredRow:
     found: StoredRow = {"id": row["custom_id"], "index": int(row["id"].rpartition("_")[2])}
     if error is not None:
         return {**found, "error": {"type": error["code"], "message": error["message"]}}
-    first, usage = body["choices"][0], body["usage"]
+    usage = body["usage"]
     tokens = usage and {"input": usage["prompt_tokens"], "output": usage["completion_tokens"], "cached_input": 0}
+    if values := body_values(body):
+        return {**found, **values, "usage": tokens, "model": body["model"], "error": None}
+    first = body["choices"][0]
     message = first["message"]
     text = message.get("content")
     return {**found, "response": text, "messages": [message], "finish_reason": first["finish_reason"],
@@ -231,16 +299,23 @@ steady = Retrying(
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
 
+class OutputConsole(Console):
+    """A console whose `BrokenPipeError` reaches the caller. rich would end the program with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def brief(value: Any, length: int = 200) -> str:
     """A value on one line of at most `length` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=plain)
-    text = visible(" ".join(text[: 4 * length].split()))
+    text = flattened(text[: 4 * length])
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """Prints a value as JSON in ASCII, which is safe on a terminal as well."""
-    print(json.dumps(value, indent=indent, default=plain))
+    print(json.dumps(finite(value), indent=indent, default=plain))
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -274,6 +349,9 @@ class Arguments(argparse.ArgumentParser):
         for name in outputs:
             self.add_argument(name, help="an output directory: a local path, s3://… or another URL")
         self.add_argument("--json", action="store_true", help="print JSON for programs")
+        self.add_argument(
+            "--env-file", metavar="FILE", help="set environment variables from a file, such as a store's keys"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.replace('the following arguments are required:', 'missing:')} ({self.prog} --help)")
@@ -281,13 +359,15 @@ class Arguments(argparse.ArgumentParser):
     def run(self, argv: list[str], work: Callable[[argparse.Namespace, Console], int]) -> int:
         """Runs the job and returns the exit status. Errors are one line; an unknown option gets the nearest name."""
         try:
-            args, rest = self.parse_known_args(argv)
+            args, rest = self.parse_known_intermixed_args(argv)
             if rest:
                 known = [name for action in self._actions for name in action.option_strings]
                 word = rest[0].partition("=")[0]
                 unknown = f"there is no option {word}{nearest(word, known)}"
-                self.error(unknown if word.startswith("-") else f"{word} is one too many")
-            return work(args, Console())
+                self.error(unknown if word.startswith("-") else f"unexpected argument {word}")
+            if args.env_file is not None:
+                load(args.env_file)
+            return work(args, OutputConsole())
         except SystemExit as end:  # --help
             return int(end.code or 0)
         except KeyboardInterrupt:

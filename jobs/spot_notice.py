@@ -1,6 +1,6 @@
 """Runs on a spot node beside Ray: drains the node when the cloud announces that it takes the node away.
 
-The rows in flight finish, and other nodes do the rest.
+The rows in flight finish. Other nodes process the remaining rows.
 
     python jobs/spot_notice.py [--metadata URL] [arguments of `ray drain-node`]
 

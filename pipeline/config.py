@@ -12,26 +12,22 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.config import EngineConfig, key
+from engines.config import GENERATION_HELP, EngineConfig, key
 from engines.errors import ConfigError, EngineError, ErrorCode, nearest
 from engines.fallback_prices import most_expensive
 from engines.params import GENERATION_FIELDS, GenerationParams, json_schema_of
-from engines.registry import REGISTRY, fallbacks
+from engines.registry import REGISTRY, check_task, fallbacks
 from engines.structured import check_schema
-from engines.validation import (
-    Refused,
-    above,
-    at_least,
-    between,
-    check_fields,
-    check_keys,
-    check_value,
-    is_whole,
-    one_of,
-)
+from engines.tasks import CHAT, TASKS, refused_parameter
+from engines.tuning import TuneConfig
+from engines.url_secrets import without_url_secrets
+from engines.validation import Refused, above, at_least, between, check_fields, check_value, one_of
+from pipeline.hardware import HardwareConfig, hardware_entries
 
 # The values of `run.mode`. `pipeline/executors/registry.py` adds the name of each executor when it is imported.
 RUN_MODES: list[str] = []
+# The value of `output.path` that means standard output.
+STDOUT = "-"
 # Ray sets this environment variable for processes that `ray job submit` starts.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -51,54 +47,47 @@ def _http_address(name: str, value: Any) -> Any:
     return value
 
 
-def _share_or_whole(name: str, value: Any) -> Any:
-    """Ray reserves a share of one CPU or GPU, or whole ones."""
-    at_least(0)(name, value)
-    if value > 1 and value != int(value):
-        raise Refused(f"{name} above 1 must be a whole number, not {value}")
-    return value
-
-
-def replica_bounds(name: str, value: Any) -> tuple[int, int] | None:
-    """The minimum and maximum number of replicas; None for `auto`."""
-    if value == "auto":
-        return None
-    if isinstance(value, Mapping):
-        check_keys(value, ("min", "max"), name)
-        low, high = value.get("min", 1), value.get("max", value.get("min", 1))
-    else:
-        low = high = value
-    if not all(is_whole(bound) and bound >= 1 for bound in (low, high)):
-        raise Refused.value(name, "auto, a number of at least 1, or {min: 1, max: 8}", value)
-    if low > high:
-        raise Refused(f"{name} has a min of {low} above its max of {high}")
-    return low, high
-
-
 # -- the sections -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class DatasetConfig:
     path: Any = key(
-        None, "a file, directory, glob or list of these; local, s3://, gs://, az:// or any fsspec URL", _path_or_paths
+        None,
+        "a file, directory, glob or list of these (JSON lines, JSON, CSV, TSV, Parquet, Arrow); local, s3://, gs://, "
+        "az://, hf:// or any fsspec URL; delta://TABLE or a .lance directory; -: standard input",
+        _path_or_paths,
     )
     format: str = key("auto", "auto, messages, oumi, openai_batch, sharegpt, prompt or turns")
     limit: int | None = key(None, "maximum number of rows to read", at_least(1))
-    columns: dict[str, Any] = key({}, "maps a role to a column, for example {prompt: question, id: qid}")
-    template: Any = key(None, "a Jinja template that builds a conversation from a row: a text, or {system: …, user: …}")
+    sample: int | None = key(
+        None, "number of rows to take at random, from the first dataset.limit rows if that is set", at_least(1)
+    )
+    sample_seed: int = key(0, "seed of dataset.sample: the same seed takes the same rows")
+    columns: dict[str, Any] = key(
+        {}, "maps a role to a column, for example {prompt: question, id: qid}; null makes a column data: {model: null}"
+    )
+    template: Any = key(
+        None, "a Jinja template that builds a conversation from a row: a text, @FILE, or {system: …, user: …}"
+    )
+    last_answer: str = key(
+        "drop",
+        "for a conversation that ends with an answer: drop moves it into the column reference, keep sends it, "
+        "continue asks for the rest of it",
+        one_of(("drop", "keep", "continue")),
+    )
     on_bad_input: str = key(
         "quarantine",
         "for an unreadable row: quarantine makes it an error row, fail stops the run",
         one_of(("quarantine", "fail")),
     )
-    max_row_bytes: int = key(32 << 20, "maximum bytes of a line; a longer line becomes an error row", at_least(1))
+    max_row_bytes: int = key(32 << 20, "maximum bytes of a row; a longer row becomes an error row", at_least(1))
     chunk_bytes: int = key(32 << 20, "bytes of input for one read task", at_least(1))
 
 
 @dataclass(slots=True)
 class OutputConfig:
-    path: str | None = key(None, "the output directory; local or any filesystem URL")
+    path: str | None = key(None, "the output directory; local or any filesystem URL; -: JSON lines to standard output")
     format: str = key("parquet", "parquet or jsonl", one_of(("parquet", "jsonl")))
     style: str = key(
         "eagleray",
@@ -110,8 +99,14 @@ class OutputConfig:
         "columns made from the answers, typed by the JSON schema: schema (all properties), "
         "[score, …] or {name: detail.score, …}",
     )
+    table: str | None = key(
+        None, "a Delta or Lance table to which each answered row is appended once: delta://TABLE or NAME.lance"
+    )
     overwrite: bool = key(
         False, "true: another dataset may replace the output in output.path; all answers stay in the ledger"
+    )
+    embedding: str = key(
+        "float32", "the numbers in the column embedding: float32 or float16", one_of(("float32", "float16"))
     )
     ordered: bool = key(True, "true: rows are in input order (without extra cost); false: no order is guaranteed")
 
@@ -139,7 +134,9 @@ class RunConfig:
         one_of(RUN_MODES),
     )
     batch_fallback: str = key(
-        "batch", "where rows without an answer from a batch go: batch (another batch) or live", one_of(("batch", "live"))
+        "batch",
+        "for rows without an answer from a batch: batch (send another batch) or live (send requests)",
+        one_of(("batch", "live")),
     )
     batch_poll_s: float = key(60.0, "maximum seconds between two status requests for a batch", above(0))
     dry_run: bool = key(False, "read, check and count the input; send no request and write nothing")
@@ -150,41 +147,36 @@ class RunConfig:
 
 
 @dataclass(slots=True)
-class HardwareConfig:
-    replicas: Any = key(
-        1, "number of replicas: a number, {min: 1, max: 8}, or auto: as many as fit on the profile's GPUs", replica_bounds
-    )
-    cpus: float = key(
-        0.0,
-        "logical CPUs that each replica reserves; 0 reserves none, and the replica may use the whole node",
-        _share_or_whole,
-    )
-    gpus: float | None = key(
-        0.0, "GPUs that each replica reserves; null: tensor × pipeline parallel size (1 if not set)", _share_or_whole
-    )
-    memory: float = key(0.0, "GiB of memory that each replica reserves", at_least(0))
-    label_selector: dict[str, Any] = key({}, "labels that a Ray node must have to run a replica")
-    nodes: int = key(1, "number of nodes with GPUs, for replicas=auto", at_least(1))
-    gpus_per_node: int = key(0, "GPUs of each of these nodes; 0: unknown", at_least(0))
-    gpu_memory: float = key(0.0, "GiB of each GPU, for eagleray plan; 0: unknown", at_least(0))
-
-    def bounds(self) -> tuple[int, int] | None:
-        """The minimum and maximum number of replicas; None for `auto`, where the number of GPUs decides."""
-        bounds: tuple[int, int] | None = check_value("hardware.replicas", self.replicas, replica_bounds)
-        return bounds
-
-
-@dataclass(slots=True)
 class ServeConfig:
     host: str = key("127.0.0.1", "the address that eagleray serve listens on; 0.0.0.0: all addresses of the machine")
     port: int = key(8000, "the port that eagleray serve listens on; 0: any free port of this machine", between(0, 65535))
     api_key_env: str | None = key(
         None, "the environment variable with the API key that clients must send; unset: no key is required"
     )
+    max_body_bytes: int = key(32 << 20, "maximum bytes of the body of a request", at_least(1))
+    body_timeout_s: float = key(60.0, "maximum seconds until the body of a request has arrived", above(0))
+    max_queued: int = key(1000, "maximum requests that wait for a replica; more of them get status 503", at_least(1))
+    max_tokens: int | None = key(
+        None,
+        "maximum max_tokens of a request, and its value if neither the request nor generation.max_tokens sets it; "
+        "unset: the model's own limit",
+        at_least(1),
+    )
+    max_n: int = key(16, "maximum n of a request", at_least(1))
+    max_logprobs: int = key(20, "maximum top_logprobs of a request", at_least(0))
+    max_schema_retries: int = key(2, "maximum schema_retries of a request", at_least(0))
+    max_images: int = key(16, "maximum images, audio and video in a request", at_least(0))
+    max_texts: int = key(2048, "maximum texts or documents in a request of a task other than a chat", at_least(1))
 
 
 @dataclass(slots=True)
 class Config:
+    task: str = key(
+        CHAT,
+        "what each row asks: chat (an answer), embed (an embedding of a text), classify (a label), score (a reward, or the "
+        "relevance of a text to a query), rerank (an order of documents), loglikelihood (of an answer)",
+        one_of(TASKS),
+    )
     engine: EngineConfig = field(default_factory=EngineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -192,6 +184,7 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     run: RunConfig = field(default_factory=RunConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
     def params(self) -> GenerationParams:
         """The generation parameters, checked. Raises `ConfigError`."""
@@ -209,6 +202,7 @@ class Config:
         """
         if runs:
             _check_paths_given(self)
+        check_fields("", self)
         for section in fields(self):
             if is_dataclass(values := getattr(self, section.name)):
                 check_fields(section.name, values)
@@ -222,13 +216,14 @@ class Config:
 def _check_paths_given(config: Config) -> None:
     """A run needs a dataset and an output. A submitted job needs an output that does not go away with its files."""
     if config.dataset.path in (None, "", []):
-        raise ConfigError("dataset.path is missing: name a file, directory or glob of conversations")
+        raise ConfigError("dataset.path is missing: name a file, directory or glob of conversations", key="dataset.path")
     if not config.output.path:
-        raise ConfigError("output.path is missing: name a directory for the results")
-    if _SUBMITTED in os.environ and not _is_absolute(config.output.path):
+        raise ConfigError("output.path is missing: name a directory for the results", key="output.path")
+    if _SUBMITTED in os.environ and not _is_absolute(config.output.path) and config.output.path != STDOUT:
         raise ConfigError(
             f"output.path={config.output.path} would be deleted with the job's copy of the working directory: "
-            "name an absolute path that all nodes share, or s3://…"
+            "name an absolute path that all nodes share, or s3://…",
+            key="output.path",
         )
 
 
@@ -236,11 +231,16 @@ def _check_engine(config: Config) -> None:
     """The engine must be known, unless `engine.provider` describes it. Fallback engines are checked as well."""
     engine = config.engine
     if not engine.kind:
-        raise ConfigError(f"engine.kind is missing{nearest('', REGISTRY)}")
+        raise ConfigError(f"engine.kind is missing{nearest('', REGISTRY)}", key="engine.kind")
     if not engine.provider:
         check_value("engine.kind", engine.kind, one_of(REGISTRY))
     check_fields("engine.price", engine.price)
     fallbacks(engine)
+
+
+def _check_hardware(config: Config) -> None:
+    """The entries of a mixed fleet must be complete, and answer alike."""
+    hardware_entries(config.hardware, config.engine)
 
 
 def _check_budget_has_price(config: Config) -> None:
@@ -248,9 +248,11 @@ def _check_budget_has_price(config: Config) -> None:
         most_expensive(config.engine)
 
 
-def _check_style_has_format(config: Config) -> None:
-    if config.output.style != "eagleray" and config.output.format != "jsonl":
-        raise ConfigError(f"output.style={config.output.style} needs output.format=jsonl")
+def _check_output_format(config: Config) -> None:
+    if config.output.style != "eagleray" and config.output.format != "jsonl" and config.output.path != STDOUT:
+        raise ConfigError(f"output.style={config.output.style} needs output.format=jsonl", key="output.style")
+    if config.output.table is not None and (config.output.format != "parquet" or config.output.path == STDOUT):
+        raise ConfigError("output.table needs output.format=parquet, which keeps the types of columns", key="output.table")
 
 
 def _check_generation(config: Config) -> None:
@@ -260,10 +262,25 @@ def _check_generation(config: Config) -> None:
         try:
             check_schema(json_schema_of(response_format))
         except EngineError as error:
-            raise ConfigError(f"generation.response_format: {error}") from None
+            raise ConfigError(f"generation.response_format: {error}", key="generation.response_format") from None
 
 
-_RULES = (_check_engine, _check_style_has_format, _check_budget_has_price, _check_generation)
+def _check_task(config: Config) -> None:
+    """The engines must have the task, and the keys must have a meaning for it."""
+    task = config.task
+    if name := refused_parameter(task, config.params().values):
+        raise ConfigError(f"generation.{name} has no meaning for task={task}", key=f"generation.{name}")
+    if task == CHAT:
+        return
+    if config.output.columns is not None:
+        raise ConfigError(f"output.columns has no meaning for task={task}, which has no text to read", key="output.columns")
+    if config.dataset.last_answer == "continue":
+        raise ConfigError(f"dataset.last_answer=continue has no meaning for task={task}", key="dataset.last_answer")
+    for engine in (config.engine, *fallbacks(config.engine)):
+        check_task(engine, task)
+
+
+_RULES = (_check_engine, _check_hardware, _check_output_format, _check_budget_has_price, _check_generation, _check_task)
 
 
 # Sections that accept any key.
@@ -272,37 +289,21 @@ OPEN_KEYS = (
     "engine.headers",
     "engine.extra_body",
     "engine.provider",
+    "engine.price.above",
+    "engine.price.batch",
     "dataset.columns",
     "hardware.label_selector",
 )
 
 
-GENERATION_HELP = {
-    "max_tokens": "maximum tokens of an answer",
-    "temperature": "sampling temperature; 0 always selects the most likely token",
-    "top_p": "sample from the most likely tokens whose probabilities add up to this value, 0 to 1",
-    "top_k": "sample from this number of the most likely tokens",
-    "min_p": "exclude tokens whose probability is below this share of the most likely token's, 0 to 1",
-    "stop": "a text, or a list of texts, that ends an answer",
-    "stop_token_ids": "ids of tokens that end an answer",
-    "seed": "the seed of the sampling",
-    "n": "answers for each row; the column choices contains all of them",
-    "frequency_penalty": "penalty for tokens by their number of occurrences, -2 to 2",
-    "presence_penalty": "penalty for tokens that occurred before, -2 to 2",
-    "repetition_penalty": "penalty factor for tokens that occurred before; 1 means no penalty",
-    "logit_bias": "maps a token id to a value that is added to its logit, for example {50256: -100}",
-    "logprobs": "log probabilities of this number of alternatives for each token; 0: only the chosen token's",
-    "response_format": "the form of an answer: a file with a JSON schema, a schema ({type: object, …}), or "
-    "{type: json_schema | json_object | regex | choice | grammar | text, …}",
-    "tools": "tools that the model may call, in the format of OpenAI's chat API",
-    "tool_choice": "auto, none, required, or one tool in the format of OpenAI's chat API",
-    "reasoning_effort": "the effort of a reasoning model, for example low, medium or high",
-    "schema_retries": "maximum retries of an answer that does not match response_format [2]",
-}
-
-_MAY_HOLD_SECRETS = (*OPEN_KEYS, "engine.fallback")
+_MAY_HOLD_SECRETS = (*OPEN_KEYS, "engine.fallback", "hardware.profiles")
 # Names of keys in these sections whose values are secrets.
-_SECRET_NAME = re.compile(r"(^|[_-])(api[_-]?key|key|token|secret|password|authorization|cookie)$", re.IGNORECASE)
+# `eos_token` and its like are tokens of a vocabulary.
+_SECRET_NAME = re.compile(
+    r"(^|[_-])(api[_-]?key|key|(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!mask_)(?<!stop_)(?<!image_)token|secret|password|"
+    r"authorization|cookie)$",
+    re.IGNORECASE,
+)
 _URL_PASSWORD = re.compile(r"(\w+://[^/\s:@]*:)[^/\s@]+@")
 _SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -313,6 +314,11 @@ def without_secrets(config: Config) -> dict[str, Any]:
     A secret is a value from an environment variable with a secret's name, or a value whose key has the name of a secret
     (`authorization`, `token`, …).
     """
+    return cleaned(asdict(config))
+
+
+def cleaned(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for the sections of a configuration as plain values."""
     secrets = [value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= 8]
     secrets.sort(key=len, reverse=True)
 
@@ -323,25 +329,64 @@ def without_secrets(config: Config) -> dict[str, Any]:
             return str(value)  # JSON readers do not support larger integers
         if isinstance(value, list):
             return [clean(item, path) for item in value]
-        if isinstance(value, str):
+        if isinstance(value, str) and not is_reference(value):
             if ".".join(path[:2]) in _MAY_HOLD_SECRETS and len(path) > 2 and _SECRET_NAME.search(path[-1]):
                 return "***"
             for secret in secrets:
                 value = value.replace(secret, "***")
-            return _URL_PASSWORD.sub(r"\1***@", value)
+            return without_url_secrets(_URL_PASSWORD.sub(r"\1***@", value))
         return value
 
-    cleaned: dict[str, Any] = clean(asdict(config))
-    return cleaned
+    found: dict[str, Any] = clean(values)
+    return found
+
+
+# A reference to an environment variable, and what may stand before it in a header, such as `Bearer `.
+_REFERENCE = re.compile(r"\$\{oc\.env:\w+\}")
+_SCHEME = re.compile(r"[\w-]{0,8}\s?")
+
+
+def is_reference(value: Any) -> bool:
+    """True for a text that names the environment variable of a secret and has no secret itself: `Bearer ${oc.env:NAME}`."""
+    return isinstance(value, str) and len(rest := _REFERENCE.split(value)) > 1 and all(map(_SCHEME.fullmatch, rest))
+
+
+def literal_secrets(values: Mapping[str, Any]) -> list[str]:
+    """The dotted keys of the secrets in values that are not resolved yet. References to variables are not secrets."""
+
+    def without_references(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: found for name, item in value.items() if (found := without_references(item)) is not None}
+        if isinstance(value, list):
+            return [found for item in value if (found := without_references(item)) is not None]
+        return None if is_reference(value) else _REFERENCE.sub("", value) if isinstance(value, str) else value
+
+    rest = without_references(values)
+    return _changed(rest, cleaned(rest))
+
+
+def hidden_keys(config: Config) -> list[str]:
+    """The dotted keys in whose values `without_secrets` replaces a secret."""
+    return _changed(asdict(config), without_secrets(config))
+
+
+def _changed(value: Any, clean: Any, path: str = "") -> list[str]:
+    """The dotted keys of the texts in `value` that differ in `clean`."""
+    if isinstance(value, Mapping):
+        return [key for name in value for key in _changed(value[name], clean[str(name)], f"{path}.{name}".lstrip("."))]
+    if isinstance(value, list):
+        return [path] if any(_changed(*pair, path) for pair in zip(value, clean, strict=True)) else []
+    return [path] if isinstance(value, str) and value != clean else []
 
 
 def without_typed_secret(override: str) -> str:
-    """An override of the command line; the value of a secret, or of a mapping that contains one, is replaced by `***`."""
+    """An override of the command line without secrets; a mapping that contains one is replaced by `***`."""
     name, equals, value = override.lstrip("+").partition("=")
     path = name.split(".")
     inside = re.search(r"(key|token|secret|password|authorization|cookie)\W*:", value, re.IGNORECASE)
-    secret = _SECRET_NAME.search(path[-1]) if len(path) > 2 else inside
-    return f"{name}=***" if ".".join(path[:2]) in _MAY_HOLD_SECRETS and secret and equals else override
+    secret = not is_reference(value) and (_SECRET_NAME.search(path[-1]) if len(path) > 2 else inside)
+    hides = ".".join(path[:2]) in _MAY_HOLD_SECRETS and secret and equals
+    return f"{name}=***" if hides else str(cleaned({"": override})[""])
 
 
 def known_keys() -> dict[str, Any]:
@@ -352,7 +397,9 @@ def known_keys() -> dict[str, Any]:
             found.update({f"generation.{name}": key(None, GENERATION_HELP[name]) for name in GENERATION_FIELDS})
             continue
         factory = section.default_factory
-        assert is_dataclass(factory)
+        if not is_dataclass(factory):  # a key without a section
+            found[section.name] = section
+            continue
         for item in fields(factory):
             found[f"{section.name}.{item.name}"] = item
     return found

@@ -22,6 +22,10 @@ class EnginesDied(Stopped):
 
 
 class Interrupted(EaglerayError):
-    """Ctrl-C or SIGTERM (exit status 130). The same command resumes."""
+    """Ctrl-C or SIGTERM (exit status 130). The same command, with `changes`, resumes."""
 
     default_code = ErrorCode.INTERRUPTED
+
+    def __init__(self, message: object) -> None:
+        super().__init__(message)
+        self.changes: dict[str, str] = {}  # as those of `Stopped`

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM: collected instead of obeyed, so that a run can finish what is in flight."""
+"""Collects Ctrl-C and SIGTERM, so that a run can finish its requests in flight before it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 from pipeline.monitor.progress import restore_terminal
@@ -13,18 +14,31 @@ from pipeline.monitor.progress import restore_terminal
 INTERRUPTED = 130
 
 
+class Interrupts(list[int]):
+    """The numbers of the signals received so far."""
+
+    def __init__(self, *, in_program: bool = False) -> None:
+        """`in_program`: the process is a user's program or notebook, which a second signal must not end."""
+        super().__init__()
+        self.in_program = in_program
+
+
 @contextlib.contextmanager
-def note_signals(seen: list[int] | None = None) -> Iterator[list[int]]:
-    """Appends the number of each Ctrl-C and SIGTERM to `seen`. The second one ends the process at once."""
-    found: list[int] = [] if seen is None else seen
+def note_signals(found: Interrupts | None = None) -> Iterator[Interrupts]:
+    """Appends the number of each Ctrl-C and SIGTERM to `found`. The second one ends the process at once, or raises
+    `KeyboardInterrupt` in a program. Python gives signals to the main thread only: other threads note none."""
+    found = Interrupts() if found is None else found
 
     def note(number: int, _: object) -> None:
         found.append(number)
         if len(found) > 1:
+            if found.in_program:
+                raise KeyboardInterrupt
             restore_terminal()
             os._exit(INTERRUPTED)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield found
     finally:

@@ -1,4 +1,4 @@
-"""Runs the same work over many items: in this process, or elsewhere."""
+"""Runs the same work over many items, in this process or in others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Result = TypeVar("Result")
 
 
 class TaskRunner(Protocol):
-    """Calls `work(item, lookup)` for each item. Results come in any order. Raises `OSError` if the storage failed or the
-    work was lost with its machine."""
+    """Calls `work(item, lookup)` for each item. The results come in any order. Raises `OSError` if the storage failed,
+    or if a machine was lost with its work."""
 
     def map(
         self, work: Callable[[Item, KeyLookup], Result], items: Sequence[Item], snapshot: LedgerSnapshot

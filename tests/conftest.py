@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.infer import Infer
 from tests.support.provider_server import ProviderServer
 
+if TYPE_CHECKING:
+    from tests.support.length_executor import Job, LengthExecutor
+    from tests.support.s3_server import S3Server
+
 # These take longest: pytest-xdist gives a worker a whole file, and the last file must not be a long one.
 LONGEST = (
     "test_vllm", "test_losses", "test_batch", "test_transformers", "test_stores", "test_servers", "test_serve", "test_kill",
-    "test_jobs", "test_cluster", "test_llamacpp", "test_docs", "test_docs_engines", "test_pipeline", "test_inspect",
-    "test_report",
+    "test_jobs", "test_cluster", "test_llamacpp", "test_docs", "test_docs_engines", "test_howto", "test_pipeline",
+    "test_inspect", "test_report",
 )  # fmt: skip
 
 
@@ -35,14 +40,51 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def local_ray() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    from pipeline.executors.live.ray_processes import end_processes, few_processes
+
+    with few_processes():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
-    ray.shutdown()
+    end_processes()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    from tests.support.s3_server import S3Server  # moto takes a second to import
+
+    for name, value in S3Server.environment.items():
+        monkeypatch.setenv(name, value)
+    with S3Server() as server:
+        yield server
 
 
 @pytest.fixture
 def infer(local_ray: None, tmp_path: Path) -> Infer:
     return Infer(tmp_path / "out")
+
+
+@pytest.fixture
+def length() -> Iterator[type[LengthExecutor]]:
+    """`run.mode=length`, of this test only."""
+    from pipeline.executors import registry
+    from tests.support.length_executor import LengthExecutor
+
+    kind = type("Length", (LengthExecutor,), {"passes": []})
+    registry.register("length", kind)
+    yield kind
+    registry.unregister("length")
+
+
+@pytest.fixture
+def job(tmp_path: Path, length: type[LengthExecutor], monkeypatch: pytest.MonkeyPatch) -> Job:
+    """Runs the main job in `run.mode=length`. A start of Ray fails the test."""
+    from tests.support.length_executor import Job
+
+    def fail() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", fail)
+    return Job(tmp_path / "out")
 
 
 @pytest.fixture
@@ -62,3 +104,29 @@ def server() -> Iterator[ProviderServer]:
     """A provider on loopback, of this test only. A file that needs another one has a fixture of the same name."""
     with ProviderServer() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium. Without it, a test is skipped, and fails in CI."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        reason = "needs chromium and chromedriver: apt-get install chromium chromium-driver"
+        if os.environ.get("EAGLERAY_NEEDS_BROWSER"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    options = ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    flags += " disable-component-update disable-sync disable-dev-shm-usage"
+    for flag in [*flags.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver_ = Chrome(options=options, service=Service(driver))
+    driver_.set_page_load_timeout(120)
+    yield driver_
+    driver_.quit()

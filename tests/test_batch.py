@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -19,16 +20,24 @@ import pytest
 
 from engines import ConfigError, EngineError, load_engine
 from engines.config import packaged
+from engines.errors import ErrorCode
+from engines.remote.batch.client import Requests
+from engines.remote.batch.factory import wire_of
+from jobs import cost
 from jobs.batch import main as batch_main
-from jobs.compose import compose
+from pipeline.configuration.compose import compose
 from pipeline.errors import Stopped
+from pipeline.executors.batch import collector, executor
 from pipeline.executors.batch.store import BatchStore
 from pipeline.run import STOPPED, WITH_FAILURES
 from pipeline.storage.filesystem import resolve
+from pipeline.storage.ledger_index import read_index
 from tests.support.batch_server import BatchServer, text_of
+from tests.support.gemini_batches import GeminiBatchServer
 from tests.support.infer import Infer, ask
 from tests.support.marks import slow
 from tests.support.processes import PATIENCE_S, until
+from tests.support.task_server import tokens, vector
 
 KEY = "sk-a-secret-of-some-length"
 Write = Callable[..., Path]
@@ -95,6 +104,25 @@ def by_text(fates: dict[str, list[str]]) -> Callable[[str, dict[str, Any], int],
 # --- whole runs
 
 
+def test_embeddings_go_in_batches(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    server.fate = by_text({"text 1": ["expired"], "text 2": ["error400"] * 9})
+    data = write_jsonl([{"text": f"text {i}"} for i in range(5)])
+    case, model = CASES["openai"], "engine.model=text-embedding-3-small"
+    more = ["task=embed", "generation.dimensions=4", "run.max_error_rate=1"]
+    outcome = infer(data, *case.overrides(server, *more, model), engine="openai")
+    assert outcome.exit_status == WITH_FAILURES
+    rows = infer.rows()
+    assert rows[2]["error"]["type"] == "bad_request" and rows[2]["embedding"] is None
+    for at in (0, 1, 3, 4):
+        assert rows[at]["embedding"] == pytest.approx(vector(f"text {at}", 4))
+    assert rows[1]["attempts"] == 2
+    assert outcome.manifest["cost_usd"] == pytest.approx(4 * tokens("text 0") * 0.01e-6)  # half the live price
+    lines = [body for body in server.bodies if body["input"] == ["text 0"]]
+    assert lines == [{"model": "text-embedding-3-small", "input": ["text 0"], "dimensions": 4, "encoding_format": "base64"}]
+    with pytest.raises(ConfigError, match="the batch API of engine=together does not support task=embed"):
+        infer(data, *CASES["together"].overrides(server, "task=embed"), engine="together")
+
+
 def test_rows_go_in_batches_and_come_back_in_order_with_what_failed_sent_again(
     case: Case, server: BatchServer, infer: Infer, write_jsonl: Write
 ) -> None:
@@ -102,6 +130,7 @@ def test_rows_go_in_batches_and_come_back_in_order_with_what_failed_sent_again(
     server.fate = by_text({**fates, "question 7": ["error400"] * 9})
     data = write_jsonl([*conversations(40), "no json", ask("question 39", id="again")])
     more = ["engine.provider.batch.rows=15", "engine.price.input=2", "engine.price.output=4", "generation.max_tokens=50"]
+    more.append("generation.temperature=0")  # equal rows are asked once
     outcome = infer(data, *case.overrides(server, *more), engine=case.engine)
     assert outcome.exit_status == WITH_FAILURES
     rows = infer.rows()
@@ -118,10 +147,12 @@ def test_rows_go_in_batches_and_come_back_in_order_with_what_failed_sent_again(
     tokens = manifest["tokens"]
     assert manifest["cost_usd"] == pytest.approx((tokens["input"] * 2 + tokens["output"] * 4) / 1e6 / 2)
     assert [b["rows"] for b in manifest["batches"]] == [15, 15, 10, 4]
+    assert manifest["this_run"] == {"asked": 40, "failed": 1, "requests_sent": 44, "engine_deaths": 0}
+    assert manifest["requests_sent"] == 44 and manifest["rows"]["duplicates"] == 1
     left = sorted(path.suffix for path in (infer.out / "_batches").iterdir())
     assert left == [".json"] * 4  # the copies of the dataset are gone
     report = (infer.out / "report.html").read_text()
-    assert "of 42, 2 failed (1 unreadable), 1 duplicate" in report
+    assert "of 42, 2 failed (1 invalid), 1 duplicate" in report
     assert "Latency" not in report and all(str(batch["id"]) in report for batch in manifest["batches"])
     sent = len(server.submitted)
     again = infer(data, *case.overrides(server, *more, "run.retry_failed=false"), engine=case.engine)
@@ -130,7 +161,8 @@ def test_rows_go_in_batches_and_come_back_in_order_with_what_failed_sent_again(
     assert KEY.encode() not in everything and KEY not in infer.printed
 
 
-@pytest.mark.parametrize("case", [name if name == "openai" else slow(name) for name in CASES], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, indirect=True)
 def test_a_run_killed_at_every_step_submits_no_row_twice_and_loses_none(
     case: Case, server: BatchServer, tmp_path: Path, write_jsonl: Write
 ) -> None:
@@ -167,13 +199,19 @@ def test_a_run_killed_at_every_step_submits_no_row_twice_and_loses_none(
     assert [row["response"] for row in rows] == [f"answer to: question {i}" for i in range(30)]
 
 
-# A run that kills itself at its next durable step: with DIE=before or DIE=after what makes it durable.
+# A run that kills itself at its next durable step: with DIE=before or DIE=after what makes it durable. The note that a
+# batch is submitted again is no step: a run that is killed there each time never submits it.
 SUICIDAL = """
-import os, signal, sys
+import json, os, signal, sys
+from pathlib import Path
 from jobs.infer import main
 
+def noted(path):
+    return {**json.loads(Path(path).read_text()), "tried_at": None} if Path(path).exists() else None
+
 def replace(source, target, real=os.replace):
-    durable = "/_segments/" in str(target) or str(target).endswith(".json") and "/_batches/" in str(target)
+    of_batch = str(target).endswith(".json") and "/_batches/" in str(target)
+    durable = "/_segments/" in str(target) or of_batch and noted(source) != noted(target)
     if not (durable and os.environ["DIE"] == "before"):
         real(source, target)
     if durable:
@@ -211,6 +249,7 @@ def test_a_run_killed_before_and_after_every_durable_step_submits_no_row_twice_a
     assert pq.read_table(out / "data")["response"].to_pylist() == [f"answer to: question {i}" for i in range(8)]
 
 
+@pytest.mark.parametrize("case", [name if name == "openai" else slow(name) for name in CASES], indirect=True)
 def test_what_a_server_does_wrong_in_passing_is_done_again(
     case: Case, server: BatchServer, infer: Infer, write_jsonl: Write
 ) -> None:
@@ -310,6 +349,27 @@ def test_a_refused_key_stops_at_once_and_the_run_goes_on_later(
     assert len(server.submitted) == 1
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_account_without_money_fails_no_row_and_the_run_goes_on_later(
+    case: Case, whole: bool, server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    if whole and case.engine == "anthropic":
+        pytest.skip("its batches do not fail whole")
+    if whole:
+        server.batch_fate = lambda number: "billing_hard_limit_reached" if number == 0 else "ok"
+    else:
+        server.fate = by_text({f"question {i}": ["error402"] for i in (1, 2, 5)})
+    data = write_jsonl(conversations(9))
+    with pytest.raises(Stopped, match="the account has no money") as stopped:
+        infer(data, *case.overrides(server, "engine.max_retries=0"), engine=case.engine)
+    assert stopped.value.code == ErrorCode.ACCOUNT_EMPTY
+    server.batch_fate = lambda number: "ok"
+    assert infer(data, *case.overrides(server), engine=case.engine).exit_status == 0
+    assert [row["response"] for row in infer.rows()] == [f"answer to: question {i}" for i in range(9)]
+    again = [] if whole and case.engine == "fireworks" else [9] if whole else [3]  # its failed jobs keep their answers
+    assert [len(ids) for _, ids in server.submitted] == [9, *again]
+
+
 def test_starting_over_does_not_forget_batches_under_way(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
     server.delay_s = 60
     data = write_jsonl(conversations(3))
@@ -317,7 +377,7 @@ def test_starting_over_does_not_forget_batches_under_way(server: BatchServer, in
         threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         with pytest.raises(Exception, match="go on at the provider"):
             infer(data, *CASES["openai"].overrides(server), engine="openai")
-    with pytest.raises(ConfigError, match="would forget 1 batches under way"):
+    with pytest.raises(ConfigError, match="would forget 1 batch under way"):
         infer(data, *CASES["openai"].overrides(server, "run.resume=false"), engine="openai")
 
 
@@ -329,6 +389,86 @@ def test_a_short_file_of_results_is_fetched_again(
     server.lose_results_after = 3
     assert infer(write_jsonl(conversations(9)), *case.overrides(server), engine=case.engine).exit_status == 0
     assert len(server.submitted) == 1 and [row["attempts"] for row in infer.rows()] == [1] * 9
+
+
+@pytest.mark.parametrize("fate", [[], ["missing"]], ids=["all rows there", "one row missing"])
+def test_files_decide_where_the_provider_counts_more_answers_than_rows(
+    fate: list[str], case: Case, server: BatchServer, infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector, "INCOMPLETE_S", 0.0)
+    server.overcount, server.fate = 2, by_text({"question 3": fate})
+    assert infer(write_jsonl(conversations(5)), *case.overrides(server), engine=case.engine).exit_status == 0
+    assert [row["attempts"] for row in infer.rows()] == [1, 1, 1, 2 if fate else 1, 1]
+
+
+def test_a_fetch_that_does_not_wait_ends_with_overcounted_batches_and_so_does_a_cancelled_one(
+    server: BatchServer, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector, "INCOMPLETE_S", 0.0)
+    server.overcount, server.delay_s, server.fate = 2, 0.0, by_text({"question 1": ["missing"] * 9})
+    data, case = write_jsonl(conversations(3)), CASES["openai"]
+    for end in ("fetch", "cancel"):
+        out = tmp_path / end
+        keys = case.overrides(server, f"dataset.path={data}", f"output.path={out}", "engine.max_retries=0")
+        args = ["engine=openai", *(key for key in keys if not key.startswith("run.mode"))]
+        assert batch_main(["submit", *args]) == 0
+        if end == "cancel":
+            server.jobs[server.submitted[-1][0]].cancelled = 1.0
+        statuses = [batch_main(["fetch", *args]) for _ in range(collector.INCOMPLETE_READS)]
+        assert statuses[-1] == WITH_FAILURES
+
+
+def test_a_dry_run_says_how_many_batches_there_will_be_and_sends_nothing(
+    server: BatchServer, infer: Infer, write_jsonl: Write
+) -> None:
+    rows = [*conversations(25), *({**row, "model": "m-2"} for row in conversations(3))]
+    more = ["engine.provider.batch.rows=10", "run.dry_run=true"]
+    infer(write_jsonl(rows), *CASES["openai"].overrides(server, *more), engine="openai")
+    said = " ".join(infer.printed.split())
+    assert (
+        "batches about 4, with 28 requests and 0.0 MB in all; one holds at most 10 requests and 200 MB of one model" in said
+    )
+    assert "answers come within 24 h" in said and not server.asked
+
+
+def test_the_steps_take_the_output_alone(
+    server: BatchServer, write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out, server.delay_s = write_jsonl(conversations(3)), tmp_path / "out", 3600.0
+    keys = CASES["openai"].overrides(server, f"dataset.path={data}", f"output.path={out}", "engine=openai")
+    assert batch_main(["submit", *(key for key in keys if not key.startswith("run.mode"))]) == 0
+    assert batch_main(["status", str(out)]) == 0
+    assert "3 rows under way in 1 batch" in capsys.readouterr().err.splitlines()[-1]
+    assert cost.main([str(out)]) == 0
+    assert "3 requests are in batches at the provider; the cost is not known yet." in capsys.readouterr().out
+    server.jobs[server.submitted[0][0]].delay_s = 0.0
+    assert batch_main(["fetch", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["rows"]["done"] == 3
+    capsys.readouterr()
+    assert cost.main([str(out), "--by", "lane", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(group["lane"], group["requests"], group["cost_usd"]) for group in told["groups"]] == [
+        ("batch", 3, manifest["cost_usd"])
+    ]
+
+
+def test_the_url_of_results_may_be_relative(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
+    server.relative_urls = True
+    assert infer(write_jsonl(conversations(3)), *CASES["anthropic"].overrides(server), engine="anthropic").exit_status == 0
+
+
+def test_the_ledger_is_read_once_a_round_and_not_for_each_batch(
+    server: BatchServer, infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    for module in (collector, executor):
+        monkeypatch.setattr(module, "read_index", lambda *args: reads.append(args) or read_index(*args))
+    more = ["engine.provider.batch.rows=3"]
+    assert (
+        infer(write_jsonl(conversations(30)), *CASES["openai"].overrides(server, *more), engine="openai").exit_status == 0
+    )
+    assert len(server.submitted) == 10 and len(reads) <= 3
 
 
 def test_odd_characters_in_an_answer_do_not_cut_its_line(
@@ -379,6 +519,7 @@ def test_rounds_are_counted_over_steps(server: BatchServer, tmp_path: Path, writ
 # --- step by step
 
 
+@pytest.mark.parametrize("case", [name if name == "openai" else slow(name) for name in CASES], indirect=True)
 def test_the_steps_of_eagleray_batch(
     case: Case, server: BatchServer, tmp_path: Path, write_jsonl: Write, capfd: pytest.CaptureFixture[str], local_ray: None
 ) -> None:
@@ -445,6 +586,46 @@ def test_a_program_submits_and_fetches_by_what_was_asked(case: Case, server: Bat
     assert found[0].engine == case.engine
 
 
+def test_a_program_gets_embeddings_of_a_batch(server: BatchServer) -> None:
+    asked: list[Any] = [{"task": "embed", "inputs": {"text": f"text {i}"}} for i in range(3)]
+    with load_engine("openai", **CASES["openai"].keys(server)) as engine:
+        id = engine.infer_batch(asked)
+        until(lambda: engine.get_batch_status(id).status.value != "in_progress")
+        found = engine.get_batch_results(id, asked)
+        assert [row.values["embedding"].tolist() for row in found] == [vector(f"text {i}").tolist() for i in range(3)]
+        with pytest.raises(ConfigError, match="infer_batch takes one task at a time, not chat, embed"):
+            engine.infer_batch([*asked, ask("a")])
+
+
+def test_embeddings_go_in_geminis_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", KEY)
+    texts = [f"text {i}" for i in range(4)]
+    rows: list[Any] = [{"task": "embed", "inputs": {"text": text}} for text in texts]
+    with (
+        GeminiBatchServer(bad=frozenset(["text 2"])) as gemini,
+        load_engine("gemini", model="gemini-embedding-001", base_url=f"{gemini.url}/v1beta/openai") as engine,
+    ):
+        first, second = (engine.infer_batch(rows, {"dimensions": 4}) for _ in range(2))
+        assert engine.get_batch_status(first).status.value == "in_progress"
+        until(lambda: engine.get_batch_status(first).status.value == "completed")
+        found = engine.get_batch_results(first, rows, {"dimensions": 4})
+        for at in (0, 1, 3):
+            assert found[at].values["embedding"] == pytest.approx(vector(texts[at], 4))
+            assert found[at].cost_usd == pytest.approx(tokens(texts[at]) * 0.075e-6)  # half the live price
+        assert found[2].error is not None and found[2].error.type == "bad_request"
+        assert [batch.id for batch in engine.list_batches()] == [second, first]
+        engine.cancel_batch(second)
+        assert engine.get_batch_status(second).status.value == "cancelled"
+        assert gemini.keys == {KEY} and gemini.batches["batches/0"]["metadata"]["model"] == "gemini-embedding-001"
+        with pytest.raises(ConfigError, match=r"engine=gemini does not support task=chat \(it supports embed\)"):
+            engine.infer_batch([ask("a")])
+        wire = wire_of(engine, "embed")[1]
+        made = gemini.batches[f"batches/{first}"]["metadata"]
+        name = Requests(made["displayName"], "m", 4, 1, io.BytesIO)
+        assert wire.find(name, None, 0.0, set()) == first and wire.find(name, None, 0.0, {first}) is None
+        wire.client.close()
+
+
 def test_a_program_cancels(case: Case, server: BatchServer) -> None:
     server.delay_s = 60
     with load_engine(case.engine, **case.keys(server)) as engine:
@@ -478,7 +659,7 @@ def test_a_batch_of_a_program_keeps_to_the_declared_limit(server: BatchServer) -
 
 def test_engines_without_a_batch_api_name_those_that_have_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
-    able = "anthropic, fireworks, openai, openai_compatible, parasail, together"
+    able = "anthropic, fireworks, gemini, openai, openai_compatible, parasail, together"
     for engine in (load_engine("echo"), load_engine("deepseek", model="m")):
         with pytest.raises(ConfigError, match=f"engine={engine.kind} has no batch API; these have one: {able}"):
             engine.infer_batch(conversations(1))

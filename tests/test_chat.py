@@ -103,6 +103,8 @@ def test_bytes_that_are_no_text_end_no_conversation(server: ProviderServer) -> N
 def test_what_cannot_be_loaded_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert chat.main(["engine=llamacpp", "engine.model=nowhere.gguf"]) == 2
     assert capsys.readouterr().err.startswith("eagleray: ")
+    assert chat.main(["engine=echo", "task=embed"]) == 2
+    assert "task=embed: eagleray chat has conversations only" in capsys.readouterr().err
     assert chat.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "/system" in text and "generation.temperature" in text

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from engines.errors import ConfigError
 from engines.registry import load_engine
-from jobs import cli, infer
+from jobs import cli, infer, status
 from jobs.cli import JOBS
-from jobs.compose import compose
 from pipeline.config import known_keys
+from pipeline.configuration.compose import compose
 from tests.support.infer import ask
+from tests.support.marks import slow
+from tests.support.outputs import durable, write
+from tests.support.processes import family, finish, gone, own_ray, until
 
 GOOD = ["engine=echo", "dataset.path=in.jsonl", "output.path=out"]
 
@@ -43,6 +50,13 @@ def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[st
     ("override", "said"),
     [
         ("engine=llamcpp", "there is no engine 'llamcpp' (did you mean 'llamacpp'?)"),
+        ("engine=ollama", "use engine=openai_compatible engine.base_url=http://localhost:11434/v1"),
+        ("engine=lm-studio", "use engine=openai_compatible engine.base_url=http://localhost:1234/v1"),
+        ("engine=llama-server", "use engine=openai_compatible engine.base_url=http://localhost:8080/v1"),
+        (
+            "engine.fallback=[groq]",
+            "engine.base_url=https://api.groq.com/openai/v1 engine.api_key_env=GROQ_API_KEY",
+        ),
         ("engine.modle=x", "there is no key 'engine.modle' (did you mean 'engine.model'?)"),
         ("engin.model=x", "did you mean 'engine.model'?"),
         ("generation.temprature=1", "did you mean 'generation.temperature'?"),
@@ -85,7 +99,8 @@ def test_cfg_job_prints_the_whole_configuration(capsys: pytest.CaptureFixture[st
         ("dataset.path=a,b", 'either a list, "dataset.path=[a,b]"'),
         ("dataset.path=in.json", "did you mean 'in.jsonl'?"),
         ("dataset.limit=0", "dataset.limit must be at least 1, not 0"),
-        ("engine.model=${oc.env:NO_SUCH_VARIABLE}", "'NO_SUCH_VARIABLE' not found"),
+        ("generation.stop=['${x}']", "generation.stop[0]: ${…} refers to another value, which cannot be found or used"),
+        ("engine.model=${oc.env:NO_SUCH_VARIABLE}", "engine.model: the environment variable NO_SUCH_VARIABLE is not set"),
         ("engine.headers.X Y=c", "cannot read 'engine.headers.X Y=c'"),
         ("engine.max_concurrency=0", "engine.max_concurrency must be at least 1, not 0"),
         ("engine.price.inpt=1", "did you mean 'engine.price.input'?"),
@@ -142,6 +157,18 @@ def test_an_unknown_job_is_refused_with_the_nearest(
     assert "did you mean 'infer'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", ["infer --help", "models openai", "engines", "--help", "completion zsh"])
+def test_a_reader_that_leaves_is_no_error(words: str) -> None:
+    """As `| head`: the pipe is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    command = [sys.executable, "-m", "jobs.cli", *words.split()]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    assert done.returncode == 0 and "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_open_keys_need_no_plus_and_values_may_hold_anything() -> None:
     config = compose(
         [*GOOD, "engine.kwargs.latency_s=0.1", "dataset.columns.prompt=question", "engine.headers.x-a=b",
@@ -153,6 +180,49 @@ def test_open_keys_need_no_plus_and_values_may_hold_anything() -> None:
     assert config.engine.price.input == 2.5
     assert config.dataset.template == 'It\'s "{{ question }}"'
     assert config.dataset.path == "s3://b/in/*.parquet"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("dataset.columns={prompt: body, id: ticket_id}", {"prompt": "body", "id": "ticket_id"}),
+        ("dataset.columns={model: null}", {"model": None}),
+        ("engine.kwargs={latency_s: 0.1, a: {b: [1, x]}}", {"latency_s": 0.1, "a": {"b": [1, "x"]}}),
+        ('engine.kwargs={"a": {"b": [1, true, null]}, "c": "x, y"}', {"a": {"b": [1, True, None]}, "c": "x, y"}),
+        ("engine.headers={X-A: b, Referer: https://x.y/z}", {"X-A": "b", "Referer": "https://x.y/z"}),
+        ("engine.headers={X-A: it's}", {"X-A": "it's"}),
+        ("engine.extra_body={user: u, nested: {n: 1}}", {"user": "u", "nested": {"n": 1}}),
+        ("engine.extra_body={}", {}),
+        ("engine.provider={wire: chat}", {"wire": "chat"}),
+        ("engine.provider.finish_reasons={eos: stop}", {"eos": "stop"}),
+        ("hardware.label_selector={zone: a}", {"zone": "a"}),
+        ("generation.logit_bias={50256: -100}", {50256: -100}),
+        ('generation.tools=[{"type": "function", "function": {"name": "f"}}]',
+         [{"type": "function", "function": {"name": "f"}}]),
+        ('dataset.template={"system": "s", "user": "{{ q }}, please"}', {"system": "s", "user": "{{ q }}, please"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_mappings_and_lists_arrive_as_they_were_typed(override: str, expected: Any, sign: str) -> None:
+    value: Any = compose([*GOOD, sign + override])
+    for name in override.partition("=")[0].split("."):
+        value = value[name] if isinstance(value, dict) else getattr(value, name)
+    assert value == expected
+
+
+def test_a_mapping_is_added_to_the_keys_of_the_option() -> None:
+    config = compose(["engine=openrouter", "engine.provider={images: false}", *GOOD[1:]])
+    assert (config.engine.provider["wire"], config.engine.provider["images"]) == ("chat", False)
+
+
+@pytest.mark.parametrize("job", ["infer", "plan"])
+@pytest.mark.parametrize("module", [False, True], ids=["command", "module"])
+def test_each_job_takes_mappings(job: str, module: bool) -> None:
+    start = ["jobs." + job] if module else ["jobs.cli", job]
+    words = [*GOOD, "dataset.columns={prompt: body, id: ticket_id}", "engine.kwargs={latency_s: 0.1}", "--cfg", "job"]
+    done = subprocess.run([sys.executable, "-m", *start, *words], capture_output=True, text=True, check=True)
+    assert "    prompt: body\n    id: ticket_id\n" in done.stdout
+    assert "  kwargs:\n    latency_s: 0.1\n" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -267,7 +337,7 @@ def test_the_exit_status_tells_rows_that_failed_from_none(
     base = ["engine=echo", f"dataset.path={data}", f"output.path={tmp_path}/out"]
     assert infer.main([*base, "engine.kwargs.failure_rate=0.5"]) == 3
     assert infer.main(base) == 0
-    assert "30 of 30 rows answered" in capsys.readouterr().err
+    assert "30 of 30 rows done" in capsys.readouterr().err
     assert infer.main([*base, "engine.kwargs.latencys=1", "run.resume=false"]) == 2
     assert "did you mean 'latency_s'?" in capsys.readouterr().err
 
@@ -292,6 +362,79 @@ def test_the_printed_configuration_can_be_read_back(capsys: pytest.CaptureFixtur
 def test_the_command_and_the_module_say_the_same(job: str) -> None:
     texts = [
         subprocess.run([sys.executable, "-m", *module], capture_output=True, text=True, check=True).stdout
-        for module in ([f"jobs.{job}", "--help"], ["jobs.cli", job, "--help"])
+        for module in ([f"jobs.{job.replace('-', '_')}", "--help"], ["jobs.cli", job, "--help"])
     ]
     assert texts[0] == texts[1] != ""
+
+
+def test_an_env_file_sets_what_the_environment_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys.env"
+    file.write_text("# a comment\n\nEAGLERAY_A=a=b\nexport EAGLERAY_B='two words' # why\nEAGLERAY_C=file\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("EAGLERAY_C", "environment")
+    for name in ("EAGLERAY_A", "EAGLERAY_B"):
+        monkeypatch.setenv(name, "")  # so that it is restored after the test
+        monkeypatch.delenv(name)
+    assert infer.main(["--env-file", str(file), *GOOD, "--cfg", "job"]) == 0
+    assert [os.environ[f"EAGLERAY_{name}"] for name in "ABC"] == ["a=b", "two words", "environment"]
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "said"),
+    [
+        ("A=s3cr3t", 0o640, "can be read by other users: run chmod 600"),
+        ("A=s3cr3t", 0o604, "can be read by other users: run chmod 600"),
+        ("A=1\ns3cr3t", 0o600, "line 2 is not of the form NAME=value"),
+        ("A=s3cr3t with spaces", 0o600, "line 1 is not of the form NAME=value"),
+        ("A='s3cr3t", 0o600, "line 1 is not of the form NAME=value"),
+        (None, 0o600, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_wrong_env_file_is_refused_without_its_content(
+    content: str | None, mode: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.env"
+    if content is not None:
+        file.write_text(content)
+        file.chmod(mode)
+    assert infer.main(["--env-file", str(file), *GOOD]) == 2
+    printed = "".join(capsys.readouterr())
+    assert said in printed and "s3cr3t" not in printed and "docs/errors.md#a-file-with-api-keys" in printed
+
+
+def test_an_input_without_rows_is_reported(local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text("\n")
+    out = tmp_path / "out"
+    assert infer.main(["engine=echo", f"dataset.path={tmp_path}/in.jsonl", f"output.path={out}"]) == 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "There was nothing to do: the input has no rows" in printed and "0 of 0 rows done" in printed
+    assert status.main([str(out)]) == 0
+    assert "complete: the input has no rows" in capsys.readouterr().out
+    assert "Complete: the input has no rows." in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["group", slow("all"), slow("all but Ray's server")])
+def test_sigterm_to_all_processes_ends_a_run_that_can_be_continued(to: str, tmp_path: Path) -> None:
+    """`timeout` and service managers signal more than the command itself. Ray then waits a minute for its server."""
+    data, out = write(tmp_path / "in.jsonl", 2000), tmp_path / "out"
+    command = [
+        sys.executable, "-m", "jobs.infer", "engine=echo", "engine.kwargs.latency_s=0.5", "engine.max_concurrency=4",
+        "run.flush_s=0.1", f"dataset.path={data}", f"output.path={out}",
+    ]  # fmt: skip
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own_ray(), start_new_session=True)
+    until(lambda: durable(out), run)
+    members = [psutil.Process(run.pid), *family(run.pid)]
+    if to == "group":
+        os.killpg(run.pid, signal.SIGTERM)
+    else:
+        for process in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if to == "all" or process.name() != "gcs_server":  # on a busy machine it ends last
+                    process.terminate()
+    printed = finish(run, 130)
+    assert "interrupted" in printed and "To continue: eagleray infer" in printed
+    assert "GCS" not in printed
+    psutil.wait_procs(members, timeout=30)
+    assert all(gone(process.pid) for process in members)
+    assert durable(out) >= 4

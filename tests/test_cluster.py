@@ -18,7 +18,6 @@ from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger_index import read_index
 from tests.support.clusters import Raylets, standing_cluster
 from tests.support.clusters import raylets as raylets
-from tests.support.marks import slow
 from tests.support.outputs import check, durable, write
 from tests.support.processes import family, finish, folder, own_ray, title, until, wait_gone
 
@@ -34,15 +33,16 @@ def start(data: Path, out: Path, env: dict[str, str], *more: str) -> subprocess.
 # -- a cluster that is up already -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cpus", [1, slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2])
 def test_a_cluster_that_is_up_is_joined_and_one_or_two_logical_cpus_are_enough(cpus: int, tmp_path: Path) -> None:
     data, out = write(tmp_path / "in.jsonl", 1000), tmp_path / "out"
     with standing_cluster(cpus) as env:
         # The replicas reserve every CPU there is: reading must not wait for one.
         greedy = ("dataset.chunk_bytes=2000", "hardware.cpus=1", f"hardware.replicas={cpus}")
-        assert "1,000 of 1,000 rows answered" in " ".join(finish(start(data, out, env, *greedy)).split())
+        assert "1,000 of 1,000 rows done" in " ".join(finish(start(data, out, env, *greedy)).split())
         assert check(out, 1000)["this_run"]["asked"] == 1000
-        assert "Nothing new to ask" in finish(start(data, out, env, "dataset.chunk_bytes=2000"))
+        assert "No request was sent" in finish(start(data, out, env, "dataset.chunk_bytes=2000"))
         write(data, 1100)
         finish(start(data, out, env))
         assert check(out, 1100)["this_run"]["asked"] == 100
@@ -74,7 +74,7 @@ def test_replicas_spread_over_the_nodes_and_a_node_that_joins_is_used(raylets: R
     raylets.tell("add", "third")
     until(lambda: raylets.busy() == {"head", "second", "third"}, run)
     finish(run)
-    assert check(out, rows)["this_run"] == {"asked": rows, "failed": 0, "engine_deaths": 0}
+    assert check(out, rows)["this_run"] == {"asked": rows, "failed": 0, "requests_sent": rows, "engine_deaths": 0}
 
 
 @pytest.mark.slow
@@ -117,6 +117,7 @@ def test_a_dispatcher_that_is_killed_costs_no_row_and_nothing_durable_is_asked_a
 # -- what a run shows and leaves --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_answers_are_readable_while_others_are_still_on_their_way_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     rows = 200
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
@@ -140,7 +141,7 @@ def test_answers_are_readable_while_others_are_still_on_their_way_and_ctrl_c_lea
     relatives = family(run.pid)
     assert any("ray::Worker" in title(process) for process in relatives)
     os.killpg(run.pid, signal.SIGINT)
-    assert "the same command goes on from here" in " ".join(finish(run, 130).split())
+    assert "the same command continues" in " ".join(finish(run, 130).split())
     wait_gone(relatives)
     assert durable(out) == len(set(answers))
 

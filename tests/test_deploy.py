@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import configparser
+import base64
 import copy
 import json
 import os
@@ -23,9 +23,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from jobs.compose import compose
-from pipeline.executors.live.live_run import GRACE_S
-from pipeline.run import WITH_FAILURES, WRONG
+from pipeline.configuration.compose import compose
 from tests.support import kuberay
 from tests.support.clusters import Raylets
 from tests.support.clusters import raylets as raylets
@@ -80,6 +78,7 @@ def test_the_locked_versions_are_those_that_the_extras_ask_for() -> None:
 
 # -- KubeRay ----------------------------------------------------------------------------------------------------------
 
+DOCS = (ROOT / "docs/cluster.md").read_text()
 MANIFESTS = {"jobs/rayjob.yaml": kuberay.RAYJOB, "jobs/raycronjob.yaml": kuberay.RAYCRONJOB}
 
 
@@ -94,10 +93,19 @@ def test_manifests_are_what_kuberay_takes(name: str) -> None:
     job = manifest["spec"].get("jobTemplate", manifest["spec"])
     assert job["rayClusterSpec"]["rayVersion"] == version("ray")
     words = shlex.split(job["entrypoint"])
+    if words[0] == "sh":  # as the script does
+        assert words[1] == "/home/ray/eagleray/jobs/nightly.sh" and "COPY --chown=ray . /home/ray/eagleray" in DOCS
+        words = ["eagleray", "infer", *words[4:], f"dataset.path={words[2]}/data", f"output.path={words[3]}"]
     assert words[:2] == ["eagleray", "infer"]
     config = compose(words[2:])
     config.check()
-    assert "${" not in str(config.output.path)
+    assert str(config.output.path).startswith("s3://bucket/")
+    for template in templates:  # keys come from the secret that the docs make, and no variable of the manifest is a secret
+        (container,) = template["spec"]["containers"]
+        assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["eagleray"]
+        assert {variable["name"] for variable in container.get("env", ())} <= {"RAY_JOB_STOP_WAIT_TIME_S"}
+    assert "kubectl create secret generic eagleray --from-env-file=keys.env" in (ROOT / name).read_text()
+    assert "runtimeEnvYAML" not in job
 
     broken = copy.deepcopy(manifest)
     broken["spec"].setdefault("jobTemplate", {})["rayCluster"] = {}
@@ -108,36 +116,20 @@ def test_manifests_are_what_kuberay_takes(name: str) -> None:
         kuberay.check(templates[0], "V1PodTemplateSpec")
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kubectl_makes_the_secret_from_a_key_file(tmp_path: Path) -> None:
+    (command,) = re.findall("^kubectl create secret .*", DOCS, re.MULTILINE)
+    (tmp_path / "keys.env").write_text("# keys.env\nOPENAI_API_KEY=sk-a=b\n")
+    words = [*shlex.split(command), "--dry-run=client", "-o", "json"]
+    made = json.loads(subprocess.run(words, cwd=tmp_path, check=True, capture_output=True).stdout)
+    kuberay.check({name: made[name] for name in ("apiVersion", "kind", "data")}, "V1Secret")
+    assert {name: base64.b64decode(value) for name, value in made["data"].items()} == {"OPENAI_API_KEY": b"sk-a=b"}
+    assert made["metadata"]["name"] == "eagleray"
+
+
 def test_both_manifests_run_on_the_same_cluster() -> None:
     job, cron = load("jobs/rayjob.yaml")["spec"], load("jobs/raycronjob.yaml")["spec"]["jobTemplate"]
     assert {**job, "entrypoint": ""} == {**cron, "entrypoint": ""}
-
-
-# -- one machine ------------------------------------------------------------------------------------------------------
-
-
-def test_the_systemd_units_run_every_night_a_command_that_is_right(tmp_path: Path) -> None:
-    service, timer = (ROOT / f"jobs/eagleray-nightly.{kind}" for kind in ("service", "timer"))
-    units = configparser.RawConfigParser(strict=True, interpolation=None)
-    units.optionxform = str  # type: ignore[assignment,method-assign]
-    units.read([service, timer], encoding="utf-8")
-    # As systemd reads it: systemd.service(5), "Command lines". A single one of either would stand for something else.
-    line = units["Service"]["ExecStart"]
-    assert not {"$", "%"} & {*line.replace("$$", "").replace("%%", "")}
-    words = [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(line)]
-    assert words[:2] == ["/srv/eagleray/.venv/bin/eagleray", "infer"]
-    config = compose(words[2:])
-    config.check()
-    assert re.fullmatch(r"/data/scores/\d{4}-\d\d-\d\d", str(config.output.path))
-    assert float(units["Service"]["TimeoutStopSec"]) >= config.run.drain_s + GRACE_S
-    assert units["Service"]["SuccessExitStatus"] == str(WITH_FAILURES)
-    assert units["Service"]["RestartPreventExitStatus"] == str(WRONG)
-    if verify := shutil.which("systemd-analyze"):  # what it says of a key or a value that it does not know is a warning
-        for unit in (service, timer):
-            text = unit.read_text().replace("/srv/eagleray/.venv/bin/eagleray", "/bin/true")
-            (tmp_path / unit.name).write_text(text)
-        done = subprocess.run([verify, "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True)
-        assert done.returncode == 0 and "eagleray" not in done.stderr, done.stderr
 
 
 # -- spot -------------------------------------------------------------------------------------------------------------
@@ -197,6 +189,8 @@ def test_a_spot_notice_becomes_a_drain(cloud: str, metadata: ThreadingHTTPServer
         from ray._private.state import state
         ray.init(logging_level="ERROR")
         idle = [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
-        print(json.dumps([*state.get_draining_nodes(), *idle]))"""
+        print("FOUND", json.dumps([*state.get_draining_nodes(), *idle]))"""
     seen = subprocess.run([sys.executable, "-c", code], env=raylets.env, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert json.loads(seen.stdout.splitlines()[-1]) == [node]
+    # Ray writes to the standard output, too, also after the script.
+    (found,) = [line for line in seen.stdout.splitlines() if line.startswith("FOUND ")]
+    assert json.loads(found.removeprefix("FOUND ")) == [node]

@@ -13,7 +13,6 @@ from pipeline.monitor.status import RunStatus
 
 def dispatcher(rows: int) -> Dispatcher:
     made = Dispatcher([], None, [None], False)  # type: ignore[arg-type]  # nothing is read here
-    made.feed.buffer_rows = 1000
     made.run_status.fed = True
     names = [f"r{i}" for i in range(rows)]
     made.queue.add(PendingRequest(name.encode(), name, b"", 0, 0) for name in names)
@@ -32,6 +31,18 @@ def test_a_call_of_a_worker_that_died_takes_no_rows_with_it() -> None:
         assert await d.pull("w1", 4, 0, []) is None
         again = await d.pull("w2", 4, 0, [])
         assert again is not None and again.ids == ["r0", "r1", "r2", "r3"]
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_was_ended_while_it_joined_gets_no_part_of_the_rows() -> None:
+    async def scene() -> None:
+        d = dispatcher(4)
+        await d.leave("w1")
+        await d.join("w1")
+        assert not d.table.joined and not d.run_status.replicas
+        lease = await d.pull("w2", 4, 0, [])
+        assert lease is not None and len(lease) == 4
 
     asyncio.run(scene())
 

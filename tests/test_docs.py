@@ -1,10 +1,12 @@
 """Every example of the documentation is executed; what needs a model or a bucket nobody has here is at least composed.
 
-The examples of docs/engines.md, which need models and servers, are in test_docs_engines.py.
+The examples of docs/engines.md, which need models and servers, are in test_docs_engines.py. test_howto.py executes pages
+that show how to do a task.
 """
 
 from __future__ import annotations
 
+import datetime
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -12,18 +14,22 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from engines.errors import ConfigError, EaglerayError, ErrorCode, ErrorType
+from engines.config import EngineConfig
+from engines.errors import ConfigError, EaglerayError, ErrorCode, ErrorType, unknown_kwarg
+from engines.prices import priced
 from engines.registry import REGISTRY, missing_package
 from jobs import infer, plan
 from jobs.cli import JOBS
-from jobs.compose import compose
 from jobs.guide import anchor, place, see_type
 from pipeline import run
 from pipeline.config import known_keys
+from pipeline.configuration.compose import compose
+from pipeline.configuration.run_file import RunFile
 from pipeline.errors import Stopped
 from pipeline.executors.stop_reasons import stop_reason
 from pipeline.monitor.status import RunStatus
 from pipeline.signals import INTERRUPTED
+from tests.support.marks import slow
 from tests.support.pages import (
     CONFIGURED,
     PAGES,
@@ -39,9 +45,28 @@ from tests.support.pages import (
 )
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+MORE_PAGES = [ROOT / "CHANGELOG.md", ROOT / "bench" / "results.md"]
 COMMANDS = [command for page in PAGES for command in commands(page)]
 HERE = [c for c in COMMANDS if c.runs and c.page not in ("engines.md", "adding-an-engine.md")]
 ANCHORS = {page.resolve(): anchors(page) for page in PAGES}
+
+
+# -- models -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_models_of_the_examples_are_in_the_price_lists_and_stay_for_a_while() -> None:
+    """The lists have only models that the provider still has on the day of the list."""
+    named = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named |= set(re.findall(r"engine=(openai|anthropic|gemini) engine\.model=(\S+)", text))
+        named |= {(kind.lower(), model) for kind, model in re.findall(r'(OpenAI|Anthropic)Engine\(model="([^"]+)"', text)}
+    assert len(named) >= 3
+    for kind, model in named:
+        price = priced(EngineConfig(kind, model))
+        assert price.known and price.as_of is not None, (kind, model)
+        soon = datetime.date.fromisoformat(price.as_of) + datetime.timedelta(days=60)
+        assert price.ends is None or datetime.date.fromisoformat(price.ends) > soon, (kind, model)
 
 
 # -- commands -----------------------------------------------------------------------------------------------------------
@@ -52,6 +77,7 @@ def test_the_docs_show_enough_examples() -> None:
     assert len([c for c in COMMANDS if c.page == "engines.md"]) >= 40
     assert len([c for c in HERE if c.job == "infer"]) >= 5
     assert [c for c in HERE if c.job == "plan"]
+    assert len([c for c in COMMANDS if c.language == "sh"]) >= 20
     assert {c.job for c in COMMANDS} <= set(JOBS)
 
 
@@ -65,41 +91,39 @@ def own_files(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.job in CONFIGURED], ids=str)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.job in CONFIGURED and c.language != "sh"], ids=str)
 def test_every_command_is_a_valid_configuration(command: Command, own_files: str) -> None:
     if command.page == "adding-an-engine.md":
         pytest.skip("its engine is made in test_docs_engines.py")
     config_dir = own_files if "--config-dir" in command.text else None
-    compose(command.overrides, config_dir).check(runs=command.job in ("infer", "batch"))
+    run_file = RunFile.read(command.run_file) if command.run_file else None
+    compose(command.overrides, config_dir, run_file=run_file).check(runs=command.job in ("infer", "batch"))
 
 
 @pytest.mark.parametrize("command", [c for c in HERE if c.job == "plan"], ids=str)
 def test_the_plans_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert plan.main(command.overrides) in (0, 3)
+    assert plan.main([*filter(None, [command.run_file]), *command.overrides]) in (0, 3)
 
 
-@pytest.mark.parametrize("command", [c for c in HERE if c.job == "infer"], ids=str)
+# Other tests cover the columns and templates of datasets.md.
+@pytest.mark.parametrize(
+    "command", [slow(c) if c.page in ("datasets.md", "concepts.md") else c for c in HERE if c.job == "infer"], ids=str
+)
 def test_the_commands_run(command: Command, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    args = [arg for arg in command.overrides if not arg.startswith("output.path=")]
-    status = infer.main([*args, f"output.path={tmp_path}/out", "generation.max_tokens=8"])
+    args = [*filter(None, [command.run_file]), *command.overrides]
+    args = [arg for arg in args if not arg.startswith("output.path=")]
+    shorter = [] if any(arg.startswith("task=") for arg in args) else ["generation.max_tokens=8"]
+    status = infer.main([*args, f"output.path={tmp_path}/out", *shorter])
     assert status in (0, 3)
     assert (tmp_path / "out" / "manifest.json").exists() != ("run.dry_run=true" in args)
-
-
-def test_the_library_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = [block for block in blocks(README) if block.language == "python"]
-    exec(compile(block.text, "README.md", "exec"), {})
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) >= 2
-    assert all(line.endswith("None") for line in lines[-1:])
 
 
 # -- what the pages name ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES], ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for link in links(page):
         path, _, name = link.partition("#")
@@ -114,7 +138,7 @@ def test_every_key_that_a_page_names_exists(page: Path) -> None:
     sections = {key.partition(".")[0] for key in known_keys()}
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)):
         named = re.match(rf"({'|'.join(sections)})\.(\w+)", code)
-        if named and "(" not in code and named[2] != "py":
+        if named and "(" not in code and named[2] not in ("py", "yaml"):
             assert f"{named[1]}.{named[2]}" in known_keys(), f"{page.name}: {code}"
 
 
@@ -174,20 +198,20 @@ def test_every_error_type_and_exit_status_is_explained() -> None:
 @pytest.mark.parametrize(
     ("error", "where"),
     [
-        (ConfigError("there is no key 'engine.modle' (did you mean 'engine.model'?)"), "configuration.md#enginemodel"),
-        (ConfigError("there is no engine 'llamcpp' (did you mean 'llamacpp'?)"), "configuration.md#engine"),
-        (ConfigError("there is no hardware '9xh100' (known: …)"), "configuration.md#hardware"),
-        (ConfigError("there is no key 'run.budgett' (known: …)"), "configuration.md#run"),
-        (ConfigError("run.max_error_rate must be between 0 and 1, not 2"), "configuration.md#runmax_error_rate"),
-        (ConfigError("engine.kwargs.n_ctxx is not known to engine=llamacpp"), "engines.md#llamacpp"),
-        (missing_package("vllm") or ConfigError("engine=vllm needs the package 'vllm'", code=ErrorCode.PACKAGE_MISSING),
+        (ConfigError("x", key="engine.model"), "configuration.md#enginemodel"),
+        (ConfigError("x", key="engine"), "configuration.md#engine"),
+        (ConfigError("x", key="engine=nosuch"), "configuration.md#engine"),
+        (ConfigError("engine.model is in the text, which does not matter", key="run"), "configuration.md#run"),
+        (ConfigError("run.max_error_rate is wrong"), "errors.md#2-wrong-configuration"),
+        (unknown_kwarg("n_ctxx", "llamacpp", ()), "engines.md#llamacpp"),
+        (missing_package("vllm") or ConfigError("x", code=ErrorCode.PACKAGE_MISSING, key="engine=vllm"),
          "engines.md#vllm"),
         (ConfigError("x", code=ErrorCode.KEY_MISSING, key="engine.api_key_env"), "configuration.md#engineapi_key_env"),
         (ConfigError("x", code=ErrorCode.OUTPUT_BUSY), "errors.md#another-run-writes-there"),
         (ConfigError("'a' is not of the form key=value"), "errors.md#2-wrong-configuration"),
         (Stopped("x", code=ErrorCode.KEY_REFUSED), "errors.md#auth"),
-        (stop_reason(compose(["run.max_errors=12"]).run, RunStatus(failed=12)), "errors.md#too-many-failed-rows"),
-        (Stopped("something new; the same command goes on from here"), "errors.md#4-stopped-early"),
+        (stop_reason(compose(["run.max_errors=12"]).run, RunStatus(rows_failed=12)), "errors.md#too-many-failed-rows"),
+        (Stopped("something new; the same command continues"), "errors.md#4-stopped-early"),
     ],
 )  # fmt: skip
 def test_an_error_says_where_it_is_explained(error: EaglerayError, where: str) -> None:
@@ -200,13 +224,35 @@ def test_every_place_that_an_error_may_name_exists() -> None:
         assert leads_somewhere(place(ConfigError("", code=code))), code
         assert leads_somewhere(place(Stopped("", code=code))), code
     for key in known_keys():
-        assert leads_somewhere(place(ConfigError(f"{key} is wrong"))), key
-        assert place(ConfigError("it is wrong", key=key)) == place(ConfigError(f"{key} is wrong"))
-        assert leads_somewhere(place(ConfigError(f"there is no {key.partition('.')[0]} 'x'")))
+        for name in (key, f"{key}.inner", key.partition(".")[0]):
+            assert leads_somewhere(place(ConfigError("x", key=name))), name
+            assert place(ConfigError("x", key=name)).startswith("docs/configuration.md#")
     for kind in REGISTRY:
-        assert leads_somewhere(place(ConfigError(f"engine.kwargs.x is not known to engine={kind}"))), kind
+        assert leads_somewhere(place(ConfigError("x", key=f"engine={kind}"))), kind
         assert place(ConfigError("x", key=f"engine={kind}")) == f"docs/engines.md#{kind}"
     assert leads_somewhere(place(Stopped(""))) and leads_somewhere(place(ConfigError("")))
+
+
+@pytest.mark.parametrize(
+    ("override", "anchor"),
+    [
+        ("engine=llamcpp", "configuration.md#engine"),
+        ("hardware=9xh100", "configuration.md#hardware"),
+        ("run.budgett=1", "configuration.md#runbudget_usd"),
+        ("run.wholly=1", "configuration.md#run"),
+        ("run.max_error_rate=2", "configuration.md#runmax_error_rate"),
+        ("run.flush_s=null", "configuration.md#runflush_s"),
+        ("dataset.columns.promt=q", "configuration.md#datasetcolumns"),
+        ("engine.fallback=[{engine: echo, timeout_s: 0}]", "configuration.md#enginetimeout_s"),
+        ("output.columns=[a]", "configuration.md#outputcolumns"),
+    ],
+)
+def test_a_wrong_override_ends_with_its_place_in_the_docs(
+    override: str, anchor: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    assert infer.main(["engine=echo", f"dataset.path={tmp_path}/in.jsonl", f"output.path={tmp_path}/o", override]) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"(see docs/{anchor})")
 
 
 def test_a_wrong_configuration_ends_with_its_place_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:

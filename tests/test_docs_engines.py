@@ -23,15 +23,15 @@ import pytest
 import engines
 from engines import load_engine
 from engines.config import config_from_keys
-from engines.registry import HTTP_ENGINES, REGISTRY, engine_class
+from engines.registry import HTTP_ENGINES, REGISTRY, capabilities_of, engine_class
 from jobs import infer
-from jobs.compose import compose
+from pipeline.configuration.compose import compose
 from tests.support.batch_server import BatchServer
 from tests.support.checkpoint import adapter_dir, checkpoint_dir
 from tests.support.google_account import google_account
 from tests.support.infer import ask
 from tests.support.marks import slow
-from tests.support.pages import PAGES, ROOT, Block, Command, blocks, commands, generator
+from tests.support.pages import PAGES, ROOT, Block, Command, blocks, commands
 from tests.support.provider_server import ProviderServer
 
 ENGINES, ADDING = ROOT / "docs" / "engines.md", ROOT / "docs" / "adding-an-engine.md"
@@ -93,7 +93,15 @@ def server() -> Iterator[ProviderServer]:
 # -- commands -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [slow_with_vllm(c) for c in commands(ENGINES) if c.runs], ids=str)
+@pytest.mark.parametrize(
+    "command",  # test_transformers.py and other commands of the page cover the slow ones
+    [
+        slow(c) if "engine=transformers" in c.text or c.text.endswith("out/llamacpp") else slow_with_vllm(c)
+        for c in commands(ENGINES)
+        if c.runs
+    ],
+    ids=str,
+)
 def test_commands_with_local_engines_run(command: Command, local_ray: None, tmp_path: Path) -> None:
     need(command.text)
     text = with_real_paths(command.text)
@@ -109,7 +117,7 @@ ASKED = [
     c
     for page in PAGES
     for c in commands(page)
-    if c.job == "infer" and kind_of(c) in REMOTE and "--config-dir" not in c.text
+    if c.job == "infer" and c.language != "sh" and kind_of(c) in REMOTE and "--config-dir" not in c.text
 ]
 
 
@@ -132,9 +140,13 @@ def test_commands_with_remote_engines_are_answered(command: Command, server: Pro
 
 # -- programs -----------------------------------------------------------------------------------------------------------
 
-PROGRAMS = [
-    b for page in PAGES for b in blocks(page) if b.language == "python" and page.name not in ("README.md", ADDING.name)
-]
+# test_notebook.py runs docs/python.md, whose programs are the cells of one notebook. test_serve_tasks.py runs
+# docs/serving.md, and test_howto.py those after it.
+OTHERS = (
+    ADDING.name, "python.md", "serving.md", "score-a-table.md", "from-ray-data-llm.md", "tasks.md", "deduplicate.md",
+    "perplexity-filter.md", "best-of-n.md", "quality-classifier.md",
+)  # fmt: skip
+PROGRAMS = [b for page in PAGES for b in blocks(page) if b.language == "python" and page.name not in OTHERS]
 
 
 @pytest.mark.parametrize("block", map(slow_with_vllm, PROGRAMS), ids=str)
@@ -174,12 +186,14 @@ def check_only(block: Block) -> None:
     assert found
 
 
-def test_the_table_of_engines_says_what_each_engine_itself_says() -> None:
-    """The generator reads the sources of local engines, for their libraries need not be here."""
-    capabilities = generator().capabilities
+def test_the_capabilities_of_an_engine_are_known_without_its_library() -> None:
+    """The registry has them, for the library of a local engine need not be here."""
     for kind, package in LOCAL.items():
+        found = capabilities_of(config_from_keys(kind, {}))
         if importlib.util.find_spec(package) is not None:
-            assert capabilities(kind) == engine_class(kind).capabilities
+            able = engine_class(kind).capabilities
+            assert found.tasks <= able.tasks  # those of the configured model
+            assert dataclasses.replace(found, tasks=able.tasks) == able
 
 
 # -- adding one ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +25,16 @@ from pipeline.executors.live.engine_journal import (
     JournalReading,
     journal_place,
     remove_journals,
+    remove_orphans,
     take_journal,
 )
 from pipeline.executors.live.replicas import ReplicaActor, ReplicaPool
+from pipeline.executors.live.scratch import Scratch, remove_leftovers
 from pipeline.executors.live.worker import WorkerConfig
+from tests.support.infer import Infer, ask
+from tests.support.processes import until
+
+Write = Callable[..., Path]
 
 
 def killed() -> tuple[object, object, str]:
@@ -74,19 +87,23 @@ def test_no_journal_is_looked_for_of_a_worker_that_has_left(
     local_ray: None, tmp_path: Path, dispatcher_lives: bool
 ) -> None:
     import ray
+    from ray.exceptions import RayActorError
 
     dispatcher = ray.remote(Dispatcher).options(num_cpus=0).remote([], None, [None], False)
     worker = WorkerConfig(EngineConfig(kind="echo"), GenerationParams(), str(tmp_path), 1.0, 1.0, 1.0, 0)
-    pool = ReplicaPool(None, worker, None, dispatcher, 1)  # type: ignore[arg-type]  # it starts no replica
+    pool = ReplicaPool(None, worker, [], dispatcher, 1)  # it starts no replica
     paths = []
     for name in ("w1", "w2"):
         actor, place, path = killed()
         paths.append(Path(path))
-        pool.replicas.append(ReplicaActor(name, actor, None, None, journal=place))
+        pool.replicas.append(ReplicaActor(name, actor, None, None, None, journal=place))  # type: ignore[arg-type]
         ray.get(dispatcher.join.remote(name))
     ray.get(dispatcher.leave.remote("w1"))
     if not dispatcher_lives:
-        ray.kill(dispatcher)
+        ray.kill(dispatcher)  # returns before the actor is dead
+        with pytest.raises(RayActorError):
+            while True:
+                ray.get(dispatcher.workers_gone.remote())
     pool.stop_all()
     deadline = time.monotonic() + 60  # on a busy machine the tasks end later than `stop_all`
     while (paths[1].exists() or paths[0].exists() != dispatcher_lives) and time.monotonic() < deadline:
@@ -94,6 +111,26 @@ def test_no_journal_is_looked_for_of_a_worker_that_has_left(
     # The file of the first is no longer looked for: that worker said that it has removed it.
     assert [path.exists() for path in paths] == [dispatcher_lives, False]
     paths[0].unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_a_worker_without_rows_has_no_journal(infer: Infer, write_jsonl: Write) -> None:
+    import ray
+
+    session = Path(ray.get_runtime_context().get_temp_dir()) / ray.get_runtime_context().get_session_name()
+    seen: set[Path] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            seen.update(session.glob("*.journal"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    infer(write_jsonl([ask("only")]), "engine.kwargs.latency_s=5", "hardware.replicas=2", "hardware.cpus=0.1")
+    ended.set()
+    watcher.join()
+    assert len(seen) == 1  # two replicas, one row
 
 
 def test_a_worker_on_a_node_that_is_gone_is_known_to_be_there(local_ray: None, tmp_path: Path) -> None:
@@ -114,3 +151,97 @@ def test_a_journal_holds_what_is_inside_until_it_is_closed(tmp_path: Path) -> No
     assert take_journal(str(path)) == [(1, 0)] and not path.exists()
     journal.close()
     assert take_journal(str(path)) is None
+
+
+# A driver on a cluster that stands. It makes a journal in a worker, and is killed.
+DRIVER = """
+import os, signal, ray
+from pipeline.executors.live.engine_journal import EngineJournal, journal_place
+ray.init(log_to_driver=False, logging_level="ERROR")
+class Worker:
+    def begin(self):
+        self.journal = EngineJournal(journal_place().path, 4)
+        return self.journal.path
+worker = ray.remote(Worker).options(num_cpus=0).remote()
+print(ray.get(worker.begin.remote()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_journals_that_a_killed_driver_left_are_removed_by_the_next_worker_and_no_others(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private.state import state
+
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    printed = subprocess.run([sys.executable, "-c", DRIVER], env=environment, capture_output=True, text=True, check=False)
+    left = Path(printed.stdout.strip())
+    assert left.exists()
+    job = left.name.removesuffix(".journal")[-8:]
+    until(lambda: any(found["JobID"] == job and found["IsDead"] for found in state.job_table()))
+    # A journal of a run that goes on, of a job that Ray does not know, and files of others.
+    ours = ray.get_runtime_context().get_job_id()
+    kept = [
+        f"eagleray-{'a' * 24}{ours}.journal",
+        f"eagleray-{'a' * 24}ffffffff.journal",
+        f"eagleray-x{job}.journal",
+        "notes",
+    ]
+    for name in kept:
+        (left.parent / name).write_text("")
+    try:
+        remove_orphans(str(left.parent / kept[0]))
+        assert not left.exists() and all((left.parent / name).exists() for name in kept)
+    finally:
+        for name in kept:
+            (left.parent / name).unlink()
+
+
+def test_the_files_of_ray_that_a_killed_driver_left_are_removed_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os; from pipeline.executors.live.scratch import Scratch; Scratch(); os.kill(os.getpid(), 9)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    (left,) = tmp_path.iterdir()
+    (tmp_path / "eagleray-mine").mkdir()  # without the driver's file
+    running, kept = Scratch(), Scratch()
+    kept.keep()
+    # Some process of that Ray still works.
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(left)])
+    try:
+        # `Popen` returns before the kernel shows the new command line.
+        until(lambda: os.fsencode(left) in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+        remove_leftovers()
+        assert left.exists()
+    finally:
+        process.kill()
+        process.wait()
+    remove_leftovers()
+    assert not left.exists()
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == {"eagleray-mine", Path(running.path).name, Path(kept.path).name}
+    running.remove()
+    assert not Path(running.path).exists()
+
+
+def test_a_new_scratch_directory_is_locked_before_another_run_can_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lock = fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX:  # at this moment another run starts
+            remove_leftovers()
+        lock(file, how)
+
+    monkeypatch.setattr("pipeline.executors.live.scratch.fcntl.flock", late)
+    scratch = Scratch()
+    remove_leftovers()
+    assert Path(scratch.path).is_dir()
+    scratch.remove()
+    assert not any(tmp_path.iterdir())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,54 +12,14 @@ import pytest
 from rich.console import Console
 
 from engines import ConfigError
-from jobs.compose import compose
 from jobs.status import main as status_main
+from pipeline.configuration.compose import compose
 from pipeline.executors import registry
 from pipeline.run import STOPPED, WITH_FAILURES, Outcome, run
 from tests.support.infer import ask
-from tests.support.length_executor import LengthExecutor
+from tests.support.length_executor import Job, LengthExecutor
 
 Write = Callable[..., Path]
-
-
-@pytest.fixture
-def length() -> Iterator[type[LengthExecutor]]:
-    kind = type("Length", (LengthExecutor,), {"passes": []})
-    registry.register("length", kind)
-    yield kind
-    registry.unregister("length")
-
-
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of a run needs Ray but the live executor and outputs of many parts."""
-
-    def fail() -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr("pipeline.executors.live.cluster.running_ray", fail)
-
-
-class Job:
-    def __init__(self, out: Path) -> None:
-        self.out, self.printed = out, ""
-
-    def __call__(self, data: Path, *overrides: str) -> Outcome:
-        console = Console(file=io.StringIO(), width=200)
-        base = ["engine=echo", f"dataset.path={data}", f"output.path={self.out}", "run.mode=length"]
-        try:
-            return run(compose([*base, *overrides]), console)
-        finally:
-            self.printed = console.file.getvalue()  # type: ignore[attr-defined]
-
-    def answers(self) -> list[str | None]:
-        answers: list[str | None] = pq.read_table(self.out / "data")["response"].to_pylist()
-        return answers
-
-
-@pytest.fixture
-def job(tmp_path: Path, length: type[LengthExecutor], no_ray: None) -> Job:
-    return Job(tmp_path / "out")
 
 
 def test_a_third_executor_makes_a_whole_output(
@@ -71,12 +30,14 @@ def test_a_third_executor_makes_a_whole_output(
     assert outcome.exit_status == WITH_FAILURES and job.answers() == ["3", "5", None, None, "3"]
     manifest = json.loads((job.out / "manifest.json").read_text())
     assert manifest == json.loads(json.dumps(outcome.manifest))
-    assert manifest["rows"] == {"total": 5, "done": 3, "failed": 2, "invalid": 1, "requests": 3}
+    assert manifest["rows"] == {
+        "total": 5, "done": 3, "failed": 2, "invalid": 1, "truncated": 0, "requests": 3, "duplicates": 1,
+    }  # fmt: skip
     assert manifest["errors"] == {"invalid_input": 1, "bad_request": 1}
-    assert manifest["this_run"] == {"asked": 3, "failed": 1, "engine_deaths": 0}
+    assert manifest["this_run"] == {"asked": 3, "failed": 1, "requests_sent": 3, "engine_deaths": 0}
     assert manifest["lengths"] == 3 and manifest["batches"] == [] and manifest["cost_usd"] == 0.0
     assert (length.prepared, length.closed) == (1, 1)
-    assert "of 5, 2 failed (1 unreadable)" in (job.out / "report.html").read_text()
+    assert "of 5, 2 failed (1 invalid)" in (job.out / "report.html").read_text()
     errors = pq.read_table(job.out / "errors")
     assert [error["type"] for error in errors["error"].to_pylist()] == ["invalid_input", "bad_request"]
     assert not (job.out / "_run.json").exists()
@@ -88,9 +49,9 @@ def test_a_run_goes_on_from_its_ledger(job: Job, length: type[LengthExecutor], w
     data = write_jsonl([ask("one"), ask("?")])
     job(data)
     assert job(data, "run.retry_failed=false").manifest["rows"]["failed"] == 1
-    assert length.passes == [2, 0] and "the output is up to date" in job.printed
+    assert length.passes == [2] and "the output is up to date" in job.printed  # it is not read again
     job(data)  # asks what failed
-    assert length.passes == [2, 0, 1]
+    assert length.passes == [2, 1]
     assert job(data, "run.resume=false").manifest["this_run"]["asked"] == 2
 
 
@@ -99,7 +60,7 @@ def test_rows_that_an_executor_leaves_out_are_asked_in_another_pass(
 ) -> None:
     length.skip_first = ["three"]
     outcome = job(write_jsonl([ask("one"), ask("three"), ask("?")]))
-    assert length.passes == [2, 1] and "1 rows have no answer yet; asking them." in job.printed
+    assert length.passes == [2, 1] and "1 row has no result yet: the missing requests are sent now." in job.printed
     assert job.answers() == ["3", "5", None] and outcome.manifest["this_run"]["asked"] == 3
 
 

@@ -141,4 +141,4 @@ def test_a_manifest_without_figures_is_no_status(tmp_path: Path, capsys: pytest.
 
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     assert main([str(tmp_path)]) == 2
-    assert "manifest.json is not one of eagleray's" in capsys.readouterr().err
+    assert "manifest.json was not written by Eagleray" in capsys.readouterr().err

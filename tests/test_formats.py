@@ -1,6 +1,7 @@
 """Rows to conversations: each format, overrides, templates, and the reasons for rows that are none."""
 
 import copy
+import dataclasses
 import json
 import pickle
 from decimal import Decimal
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from engines.errors import ConfigError, EngineError
 from engines.params import GenerationParams
 from pipeline.dataset.formats import OUTPUT_COLUMNS, ArrowRow, Parsed, RowParser, passthrough_names
-from pipeline.dataset.source import list_file_splits, read_file_split
+from pipeline.dataset.read import read_file_split
+from pipeline.dataset.source import list_file_splits
 from pipeline.storage.exact_json import loads
 
 HI = [{"role": "user", "content": "hi"}]
@@ -55,15 +57,9 @@ def test_messages_come_as_a_list_or_as_json_text(format: str, as_text: bool) -> 
         },
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "1", "tool_call_id": "c1"},
-        {"role": "assistant", "content": "done"},
     ]
     row = {"id": "a", "messages": json.dumps(messages) if as_text else messages}
     assert parse(row, format) == Parsed(messages, "a")
-
-
-def test_a_conversation_that_ends_with_the_assistant_keeps_its_end() -> None:
-    messages = [*HI, {"role": "assistant", "content": "hello"}]
-    assert parse({"messages": messages}).messages == messages
 
 
 @pytest.mark.parametrize(
@@ -88,11 +84,13 @@ def test_messages_that_are_no_conversation_are_refused(messages: Any, reason: st
 def test_a_row_without_a_conversation_names_its_columns() -> None:
     assert refusal({"question": "x", "n": 1}) == (
         "no messages, conversations, body, prompt or turns among the columns question, n "
-        "(map one with dataset.columns or dataset.template)"
+        "(to ask the text in 'question': dataset.columns.prompt=question; to ask several columns: dataset.template)"
     )
     assert refusal({"prompt": "x"}, "messages").startswith("no messages among the columns prompt (")
     assert refusal({}).startswith("no messages, conversations, body, prompt or turns among the columns none")
     assert "c19, … (" in refusal({f"c{i}": 1 for i in range(30)})
+    assert refusal({"id": 1, "prompt": None}) == "the column 'prompt' is null"
+    assert refusal({"messages": None, "prompt": None}) == "the columns 'messages' and 'prompt' are null"
 
 
 def test_auto_decides_for_each_row_by_what_is_not_null() -> None:
@@ -159,9 +157,17 @@ def test_a_column_called_model_that_is_no_text_is_data_unless_it_is_mapped() -> 
 
 
 def test_overrides_of_the_wrong_shape_are_refused() -> None:
-    assert refusal({"prompt": "x", "generation": [1]}) == "generation must be an object, not a list"
-    assert refusal({"prompt": "x", "tools": "hammer"}).startswith("tools is text that is not JSON")
-    assert refusal({"prompt": "x", "tools": {"a": 1}}) == "tools must be a list, not an object"
+    data = "(dataset.columns.{}=null makes it data)"
+    reason = f"the column 'tools' {data.format('tools')} must be a list, not an object"
+    assert refusal({"prompt": "x", "tools": {"a": 1}}) == reason
+    assert refusal({"prompt": "x", "tools": "[{"}).startswith(f"the column 'tools' {data.format('tools')} is text that is")
+    assert refusal({"prompt": "x", "generation": {"temprature": 1}}) == (
+        f"the column 'generation' {data.format('generation')} has 'temprature', which is not a generation parameter "
+        "(did you mean 'temperature'?)"
+    )
+    assert refusal({"prompt": "x", "g": [1]}, columns={"prompt": "prompt", "generation": "g"}) == (
+        "the column 'g' must be an object, not a list"
+    )
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -189,7 +195,7 @@ def test_a_mapped_column_that_is_not_there_or_null_is_named() -> None:
     [
         ({"format": "mesages"}, r"there is no format 'mesages' \(did you mean 'messages'\?\)"),
         ({"columns": {"promt": "x"}}, r"there is no role 'promt' \(did you mean 'prompt'\?\)"),
-        ({"columns": {"prompt": 5}}, r"dataset\.columns\.prompt must be the name of a column, not 5"),
+        ({"columns": {"prompt": 5}}, r"dataset\.columns\.prompt must be the name of a column or null, not 5"),
         ({"columns": {"prompt": "a"}, "format": "messages"}, r"prompt is not read with dataset\.format=messages"),
         ({"columns": {"prompt": "a"}, "template": "x"}, r"both say where the conversation is"),
         ({"template": "{{ a "}, r"dataset\.template: line 1: unexpected end of template"),
@@ -222,7 +228,9 @@ def test_a_prompt_is_a_user_message_with_an_optional_system_message() -> None:
 @pytest.mark.parametrize("value, kind", [(5, "int"), (True, "bool"), ({"a": 1}, "an object"), (1.5, "float")])
 def test_a_prompt_that_is_no_text_is_refused(value: Any, kind: str) -> None:
     assert refusal({"prompt": value}) == f"prompt must be text, not {kind}"
-    assert refusal({"prompt": "x", "system": value}) == f"system must be text, not {kind}"
+    assert refusal({"p": "x", "s": value}, columns={"prompt": "p", "system": "s"}) == (
+        f"the column 's' must be text, not {kind}"
+    )
 
 
 def test_a_prompt_that_is_not_utf8_is_refused() -> None:
@@ -246,7 +254,7 @@ def test_the_body_of_a_batch_line_gives_messages_and_overrides() -> None:
     }  # fmt: skip
     for format in ("auto", "openai_batch"):
         parsed = parse(row, format)
-        assert parsed == Parsed(HI, "r-1", parsed.generation, "gpt-4o-mini")
+        assert parsed == Parsed(HI, "r-1", parsed.generation, "gpt-4o-mini", extra_body={"user": "u"})
         assert parsed.generation == expected
     assert GenerationParams.parse(expected).stop == ["X"]
     assert parse(row | {"body": json.dumps(body)}) == parse(row)
@@ -261,9 +269,9 @@ def test_fields_of_a_body(body: dict[str, Any], expected: dict[str, Any]) -> Non
 
 
 def test_a_body_without_messages_says_what_it_is_for() -> None:
-    row = {"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}
-    assert refusal(row) == "body has no messages (its url is '/v1/embeddings')"
-    assert refusal({"body": "x"}).startswith("body is text that is not JSON")
+    row = {"custom_id": "a", "url": "/v1/responses", "body": {"input": "x"}}
+    assert refusal(row) == "body has no messages (its url is '/v1/responses')"
+    assert refusal({"body": "x"}).startswith("body is text, not a request in JSON")
     assert refusal({"body": [1]}) == "body must be an object, not a list"
     assert refusal({"body": {"messages": {"a": 1}}}) == "messages must be a list, not dict"
 
@@ -304,11 +312,6 @@ def test_sharegpt_function_calls_are_bound_to_their_observations() -> None:
     assert messages[3] == {"role": "tool", "content": "sunny", "tool_call_id": "call_0"}
     assert [call["id"] for call in messages[4]["tool_calls"]] == ["call_1", "call_2"]
     assert [message["tool_call_id"] for message in messages[5:7]] == ["call_1", "call_2"]
-
-
-def test_a_system_turn_wins_over_the_system_column() -> None:
-    turns = [{"from": "system", "value": "turn"}, {"from": "human", "value": "x"}]
-    assert [m["content"] for m in parse({"conversations": turns, "system": "column"}).messages] == ["turn", "x"]
 
 
 def test_messages_under_the_sharegpt_name_are_messages() -> None:
@@ -410,55 +413,6 @@ def test_sharegpt_and_batch_bodies_come_from_structs_too(tmp_path: Path) -> None
     assert parse(second) == Parsed(HI, None, {"max_tokens": 5})
 
 
-# --- templates -------------------------------------------------------------------------------------------------------
-
-
-def rendered(template: Any, **columns: Any) -> Any:
-    return parse(columns, template=template).messages
-
-
-def test_a_template_is_the_user_message_or_several_messages() -> None:
-    assert rendered("Q: {{ q }}\n", q="why?") == [{"role": "user", "content": "Q: why?\n"}]
-    both = [{"role": "system", "content": "in fr"}, {"role": "user", "content": "why?"}]
-    assert rendered({"system": "in {{ lang }}", "user": "{{ q }}"}, lang="fr", q="why?") == both
-    turns = [{"role": "system", "content": "in {{ lang }}"}, {"role": "user", "content": "{{ q }}"}]
-    assert rendered(turns, lang="fr", q="why?") == both
-
-
-def test_a_template_sees_columns_by_name_and_as_row() -> None:
-    assert rendered("{{ row['a b'] }} {{ x.y[0] }}", **{"a b": 1, "x": {"y": [2]}})[0]["content"] == "1 2"
-    assert rendered("{{ x | tojson }}", x={"é": ["<ü>", 2**70]})[0]["content"] == '{"é": ["<ü>", 1180591620717411303424]}'
-    assert rendered("{% for m in c %}{{ m }};{% endfor %}", c=["a", "b"])[0]["content"] == "a;b;"
-    assert rendered("{{ x if x is defined else 'none' }} {{ n or '' }}", n=None)[0]["content"] == "none "
-    assert rendered("<{{ x }}>", x="<b>&")[0]["content"] == "<<b>&>"
-
-
-def test_a_template_row_keeps_its_id_and_overrides() -> None:
-    parsed = parse({"id": 3, "q": "x", "messages": "not read", "generation": {"seed": 1}}, template="{{ q }}")
-    assert parsed == Parsed([{"role": "user", "content": "x"}], "3", {"seed": 1})
-
-
-@pytest.mark.parametrize(
-    "template, reason",
-    [
-        ("{{ question }}", "the template failed: 'question' is undefined; this row has q, n"),
-        ("{{ q.nope }}", "the template failed: 'str object' has no attribute 'nope'"),
-        ("{{ ''.__class__ }}", "the template failed: SecurityError: access to attribute '__class__' of 'str' object"),
-        ("{{ q.__class__.__mro__ }}", "the template failed: SecurityError: "),
-        ("{{ row.clear() }}", "the template failed: SecurityError: "),
-        ("{{ 1 / 0 }}", "the template failed: ZeroDivisionError: division by zero"),
-        ("{{ q + 1 }}", "the template failed: TypeError: "),
-        ("{% for i in range(10**9) %}{% endfor %}", "the template failed: OverflowError: Range too big"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "the template failed: RecursionError"),
-        ("{{ '\\ud800' }}", "the template failed: UnicodeEncodeError: "),
-        ("{% include 'x' %}", "the template failed: TypeError: no loader for this environment"),
-        ("{{ n }}", "the template prints a null; write {{ column or '' }} where a value may be null"),
-    ],
-)
-def test_a_template_that_fails_is_the_rows_failure(template: str, reason: str) -> None:
-    assert refusal({"q": "x", "n": None}, template=template).startswith(reason)
-
-
 # --- our own output as input -----------------------------------------------------------------------------------------
 
 OURS: dict[str, Any] = {
@@ -541,7 +495,58 @@ def test_any_row_is_a_conversation_or_an_invalid_input(columns: dict[str, Any], 
     assert row == before
 
 
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "assistant", "tool", "function", "robot", 3])},
+        optional={
+            "content": TEXT | st.none() | st.just([{"type": "text", "text": "a"}]), "name": TEXT | st.none(),
+            "function_call": st.none() | st.just({"name": "f", "arguments": "{}"}), "tool_calls": st.just([{"id": "1"}]),
+        },
+    ),
+    max_size=4,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    columns=st.fixed_dictionaries(
+        {"messages": MESSAGES},
+        optional={"id": TEXT, "system": TEXT, "model": TEXT, "engine": TEXT, "conversation_id": TEXT, "prompt": TEXT},
+    ),
+    format=st.sampled_from(["auto", "messages", "oumi", "openai_batch"]),
+    last_answer=st.sampled_from(["drop", "keep", "continue"]),
+    arrow=st.booleans(),
+)
+def test_the_short_way_of_plain_messages_gives_the_same(
+    columns: dict[str, Any], format: str, last_answer: str, arrow: bool
+) -> None:
+    def parse(parser: RowParser) -> Any:
+        try:
+            parsed = parser.parse(ArrowRow(columns) if arrow else columns)
+        except EngineError as error:
+            return str(error)
+        assert not parsed.only_text or all(isinstance(message["content"], str) for message in parsed.messages)
+        return dataclasses.replace(parsed, only_text=False)
+
+    short, long = RowParser(format, last_answer=last_answer), RowParser(format, last_answer=last_answer)
+    long._not_plain = None
+    assert parse(short) == parse(long)
+
+
 @settings(deadline=None, max_examples=100)
 @given(value=st.recursive(st.none() | st.integers() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)))
 def test_json_is_read_as_the_standard_library_reads_it(value: Any) -> None:
     assert loads(json.dumps(value).encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [({"body": "Hello"}, "to ask this text: dataset.columns.prompt=body"),
+     ({"id": "1", "Text": "Hello"}, "to ask the text in 'Text': dataset.columns.prompt=Text; to ask several columns"),
+     ({"content": "a", "question": "b"}, "dataset.columns.prompt=question"), ({"note": "a"}, "dataset.columns.prompt=note"),
+     ({"a": "1", "b": "2"}, "(map one with dataset.columns or dataset.template)")],
+)  # fmt: skip
+def test_the_error_names_the_column_that_may_hold_the_text(row: dict[str, Any], hint: str) -> None:
+    with pytest.raises(EngineError) as error:
+        RowParser().parse(row)
+    assert hint in str(error.value)

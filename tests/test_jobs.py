@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -78,7 +80,8 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Standing]:
     ports = [free_port() for _ in range(4)]
-    env = {**own_ray(), **TOKEN, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    pod = {"EAGLERAY_POD_KEY": "sk-" + secrets.token_hex(16)}
+    env = {**own_ray(), **TOKEN, **pod, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with folder() as path:
         command = [
             RAY, "start", "--head", "--num-cpus=2", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
@@ -114,19 +117,20 @@ def words(process: psutil.Process) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 def test_a_submitted_job_is_small_readable_and_ends_with_its_status(cluster: Standing, tmp_path: Path) -> None:
     data, out = write(tmp_path / "in.jsonl", 300), tmp_path / "out"
     cluster.submit("whole", "engine=echo", *args(data, out))
     assert cluster.ended("whole") == ("SUCCEEDED", 0)
     check(out, 300)
     logs = " ".join(cluster.ray("job", "logs", "whole").split())
-    assert "300 of 300 rows answered" in logs and "Traceback" not in logs
+    assert "300 of 300 rows done" in logs and "Traceback" not in logs
     uploaded = list(cluster.path.glob("**/working_dir_files/_ray_pkg_*"))
     files = [
         file for folder in uploaded if folder.is_dir() for file in folder.rglob("*") if "__pycache__" not in file.parts
     ]
     assert any(file.name == "infer.py" for file in files) and not any(file.name == "test_jobs.py" for file in files)
-    assert sum(file.stat().st_size for file in files) < 2 << 20
+    assert sum(file.stat().st_size for file in files) < 3 << 20
 
     data.write_text(data.read_text() + "no json\n")
     cluster.submit("with-failures", "engine=echo", *args(data, out))
@@ -140,6 +144,72 @@ def test_a_submitted_job_is_small_readable_and_ends_with_its_status(cluster: Sta
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["file", "pod"])
+def test_the_keys_of_a_job_reach_the_replicas_and_neither_metadata_nor_logs(
+    way: str, cluster: Standing, server: ProviderServer, tmp_path: Path
+) -> None:
+    """`file`: `--env-file`. `pod`: the variables of Ray's own processes, as a pod of KubeRay has them from a secret."""
+    id, data, out = f"keyed-by-{way}", write(tmp_path / "in.jsonl", 40), tmp_path / "out"
+    server.key = "sk-" + secrets.token_hex(16) if way == "file" else cluster.env["EAGLERAY_POD_KEY"]
+    server.latency_s = 1.0
+    given = [*remote(server), *args(data, out), f"engine.api_key_env=EAGLERAY_{way.upper()}_KEY"]
+    if way == "file":
+        file = tmp_path / "keys.env"
+        file.write_text(f"# keys\nexport EAGLERAY_FILE_KEY='{server.key}'\n")
+        file.chmod(0o600)
+        given = ["--env-file", str(file), *given]
+    cluster.submit(id, *given)
+    cluster.until(id, lambda: durable(out) > 0)
+    during = told(cluster, id)
+    assert durable(out) < 40
+    if way == "file" and os.geteuid() == 0:  # all that Ray's server has: also the arguments of constructors
+        (gcs,) = [process for process in psutil.process_iter() if re.search(f"gcs_server .*{cluster.path}", title(process))]
+        during["memory of the GCS"] = memory(gcs.pid)
+    assert cluster.ended(id) == ("SUCCEEDED", 0), cluster.ray("job", "logs", id)
+    check(out, 40)
+    places = [path for folder in (cluster.path, out) for path in folder.rglob("*") if path.is_file()]
+    after = {**told(cluster, id), **{str(path): path.read_bytes() for path in places}}
+    after["ray job"] = (cluster.ray("job", "list") + cluster.ray("job", "logs", id)).encode()
+    assert [name for name, text in (*during.items(), *after.items()) if str(server.key).encode() in text] == []
+    # They are about this job.
+    for name in during.keys() & {"jobs", "actors", "the Jobs API", "the command lines", "memory of the GCS"}:
+        assert id.encode() in during[name] or str(out).encode() in during[name], name
+    assert b"raylet" in during["the processes"] and b"Worker" in during["the actors of the dashboard"]
+
+
+def told(cluster: Standing, id: str) -> dict[str, bytes]:
+    """All that Ray tells about a job: the state API, the Jobs API, the pages of the dashboard, and the command lines."""
+    found = {"the command lines": "\n".join(map(title, psutil.process_iter())).encode()}
+    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
+    with httpx.Client(base_url=cluster.env["RAY_API_SERVER_ADDRESS"], headers=headers, timeout=60) as dashboard:
+
+        def get(*paths: str) -> bytes:
+            return b"".join(dashboard.get(path).raise_for_status().content for path in paths)
+
+        for kind in ("jobs", "actors", "workers", "tasks", "objects", "runtime_envs"):
+            found[kind] = get(f"/api/v0/{kind}?detail=1&limit=1000")
+        found["the Jobs API"] = get("/api/jobs/", f"/api/jobs/{id}", f"/api/jobs/{id}/logs")
+        found["the actors of the dashboard"] = get("/logical/actors")
+        nodes = get("/nodes?view=summary")
+        (node,) = json.loads(nodes)["data"]["summary"]
+        found["the processes"] = nodes + get(f"/nodes/{node['raylet']['nodeId']}")
+    return found
+
+
+def memory(pid: int) -> bytes:
+    """The memory that a process can write to."""
+    found = []
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as file:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            first, _, last = line.split()[0].partition("-")
+            if line.split()[1].startswith("rw"):
+                file.seek(int(first, 16))
+                with contextlib.suppress(OSError):
+                    found.append(file.read(int(last, 16) - int(first, 16)))
+    return b"".join(found)
+
+
+@pytest.mark.slow
 def test_a_job_that_is_stopped_finishes_what_is_in_flight_and_goes_on_when_submitted_again(
     cluster: Standing, server: ProviderServer, tmp_path: Path
 ) -> None:
@@ -149,7 +219,7 @@ def test_a_job_that_is_stopped_finishes_what_is_in_flight_and_goes_on_when_submi
     cluster.ray("job", "stop", "stopped")
     assert cluster.ended("stopped")[0] == "STOPPED"
     logs = " ".join(cluster.ray("job", "logs", "stopped").split())
-    assert "the same command goes on from here" in logs
+    assert "the same command continues" in logs
     assert durable(out) == len(server.requests) < 400
     cluster.submit("again", *remote(server), *args(data, out))
     assert cluster.ended("again") == ("SUCCEEDED", 0)
@@ -198,6 +268,22 @@ def scraped(cluster: Standing) -> dict[str, float]:
     return found
 
 
+def test_a_histogram_gets_an_even_sample_of_many_times() -> None:
+    from pipeline.monitor.metrics import Metrics
+
+    seen: list[float] = []
+    metrics = object.__new__(Metrics)
+    metrics.found = {"times": SimpleNamespace(observe=seen.append)}
+    metrics._observe("times", [0.0005, *(float(n) for n in range(1, 301)), 0.0005])
+    assert seen == list(range(1, 301))
+    seen.clear()
+    metrics._observe("times", [float(n) for n in range(1, 2001)])
+    assert seen == list(range(1, 2001, 4))
+    seen.clear()
+    metrics._observe("times", [0.0005])
+    assert not seen
+
+
 @pytest.mark.slow
 def test_prometheus_sees_rows_tokens_cost_and_waits(cluster: Standing, server: ProviderServer, tmp_path: Path) -> None:
     data, out = write(tmp_path / "in.jsonl", 1500), tmp_path / "out"
@@ -209,15 +295,15 @@ def test_prometheus_sees_rows_tokens_cost_and_waits(cluster: Standing, server: P
 
     def enough() -> bool:
         seen.update(scraped(cluster))
-        return seen.get("eagleray_rows_total ok", 0) > 300
+        return seen.get("eagleray_requests_total ok", 0) > 300
 
     cluster.until("measured", enough)
-    assert seen["eagleray_rows_total bad_request"] == 3
+    assert seen["eagleray_requests_total bad_request"] == 3
     assert seen["eagleray_throttled_total"] == 6
     assert seen["eagleray_retries_total"] >= 6
     assert seen["eagleray_tokens_total input"] > 0 and seen["eagleray_tokens_total output"] > 0
     assert seen["eagleray_cost_usd_total"] == pytest.approx(seen["eagleray_tokens_total input"] / 1e6)
-    assert 0 < seen["eagleray_rows_in_flight"] <= 2 * 8 and seen["eagleray_rows_at_hand"] >= 0
+    assert 0 < seen["eagleray_requests_in_flight"] <= 2 * 8 and seen["eagleray_requests_at_hand"] >= 0
     assert seen["eagleray_latency_seconds_count"] >= 300 and seen["eagleray_queue_wait_seconds_count"] >= 300
     assert seen["eagleray_limiter_wait_seconds_total"] >= 0
     board = json.loads((ROOT / "docs/grafana.json").read_text())

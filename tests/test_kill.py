@@ -12,15 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engines import load_engine
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import list_segments
 from pipeline.storage.ledger_index import Index, read_index
-from tests.support.marks import slow
 from tests.support.outputs import write
 from tests.support.processes import PATIENCE_S, end, family, title, until, wait_gone
 
@@ -105,7 +106,8 @@ def workers(relatives: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in relatives if "ray::Worker" in title(process)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, slow(signal.SIGTERM)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_drain_say_how_to_go_on_and_resume(tmp_path: Path, number: signal.Signals) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
     write(data, ROWS)
@@ -117,8 +119,8 @@ def test_ctrl_c_and_sigterm_drain_say_how_to_go_on_and_resume(tmp_path: Path, nu
         run.send_signal(number)  # as `ray job stop` does
     _, printed = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 130, printed
-    assert "finishing" in printed
-    assert "the same command goes on from here" in printed
+    assert "in flight" in printed.partition("waiting for ")[2]
+    assert "the same command continues" in printed
     done = len(durable(out)[0])
     assert 0 < done < ROWS
     assert not (out / "manifest.json").exists()
@@ -128,14 +130,44 @@ def test_ctrl_c_and_sigterm_drain_say_how_to_go_on_and_resume(tmp_path: Path, nu
     assert json.loads((out / "manifest.json").read_text())["this_run"]["asked"] == ROWS - done
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_output_at_once(tmp_path: Path) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
     write(data, ROWS)
-    first = start(data, out)
+    first = start(data, out, "engine.max_concurrency=1")  # it would take more than a minute
     until(lambda: durable(out)[1], first)
     second = start(data, out)
     _, printed = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 2
     assert "another run is writing into" in printed
+    first.send_signal(signal.SIGINT)  # it goes on until then
     _, printed = first.communicate(timeout=PATIENCE_S)
-    assert first.returncode == 0, printed
+    assert first.returncode == 130, printed
+    last = start(data, out)
+    _, printed = last.communicate(timeout=PATIENCE_S)
+    assert last.returncode == 0, printed
+    assert len(durable(out)[0]) == ROWS
+
+
+@pytest.mark.slow
+def test_embeddings_of_a_killed_run_are_kept_and_the_others_are_asked(tmp_path: Path) -> None:
+    data, out, rows = tmp_path / "in.jsonl", tmp_path / "out", 2000
+    data.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(rows)))
+    run = start(data, out, "task=embed")
+    until(lambda: len(durable(out)[0]) > 100, run)
+    relatives = family(run.pid)
+    strike("everything", run, relatives)
+    run.communicate(timeout=PATIENCE_S)
+    end(relatives)
+    before = len(durable(out)[0])
+    assert 0 < before < rows
+    run = start(data, out, "task=embed")
+    _, printed = run.communicate(timeout=PATIENCE_S)
+    assert run.returncode == 0, printed
+    assert json.loads((out / "manifest.json").read_text())["this_run"]["asked"] == rows - before
+    table = pq.read_table(out / "data")
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 8)
+    with load_engine("echo") as engine:
+        again = engine.infer([{"task": "embed", "inputs": {"text": text}} for text in table["text"].to_pylist()])
+    vectors = np.stack(table["embedding"].to_numpy())
+    assert np.array_equal(vectors, np.stack([completion.values["embedding"] for completion in again]))

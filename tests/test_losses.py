@@ -63,13 +63,15 @@ def ray(env: dict[str, str], code: str) -> Any:
     script = "import json, ray; from ray.util import state; ray.init(log_to_driver=False, logging_level='ERROR')\n" + code
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    # Ray writes to the standard output, too, also after the script.
+    (found,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return json.loads(found.removeprefix("FOUND "))
 
 
 ACTORS = """
 from ray._private.state import actors
 found = [a for a in actors().values() if a["State"] == "ALIVE"]
-print(json.dumps([[a["ActorClassName"], a["Address"]["NodeID"], a["Pid"]] for a in found]))
+print("FOUND", json.dumps([[a["ActorClassName"], a["Address"]["NodeID"], a["Pid"]] for a in found]))
 """
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import datetime
+import importlib.resources
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -16,25 +20,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import engines.remote.engine
+import engines.remote.sender
 from engines import load_engine
-from engines.config import EngineConfig, Price, config_from_keys
-from engines.errors import Failure
+from engines.config import RATES, EngineConfig, Price, config_from_keys
+from engines.errors import ConfigError, Failure
+from engines.fallback_prices import most_expensive
 from engines.params import GenerationParams
-from engines.prices import price_of, priced
+from engines.prices import listed_prices, price_of, priced
+from engines.registry import preflight
 from engines.remote import anthropic_messages, bedrock_converse, openai_chat
 from engines.remote.engine import RemoteEngine
 from engines.remote.provider import Provider
 from engines.types import Completion
 from engines.usage import Usage
 from jobs import status as status_job
-from jobs.compose import compose
 from jobs.infer import changed
 from jobs.infer import main as infer_main
 from jobs.reading import open_output
+from pipeline.configuration.compose import compose
 from pipeline.errors import Interrupted, Stopped
 from pipeline.executors.cost_budget import CostBudget, read_spent
 from pipeline.executors.live.recorder import LeasedRow
+from pipeline.executors.live.refusals import RefusalGate
 from pipeline.executors.live.worker import Worker, WorkerConfig
 from pipeline.output.cost import old_costs
 from pipeline.storage.filesystem import resolve
@@ -42,6 +49,7 @@ from pipeline.storage.ledger import TOKENS, Record, list_segments, read_segment,
 from pipeline.storage.ledger_index import UNKNOWN, read_index
 from tests.support.batch_server import BatchServer
 from tests.support.infer import Infer, ask
+from tests.support.outputs import figure
 from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
@@ -52,7 +60,7 @@ SHAPE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required":
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.remote.engine, "BACKOFF_FIRST_S", 0.005)
+    monkeypatch.setattr(engines.remote.sender, "BACKOFF_FIRST_S", 0.005)
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "sk-0123456789")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
@@ -129,6 +137,11 @@ def manifest_of(infer: Infer) -> dict[str, Any]:
         ({"prompt_tokens": 10, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 50}}, Usage(10, 10, 2)),
         (None, Usage(known=False)),
         ({"prompt_tokens": 10}, Usage(10, known=False)),
+        # Three keys, of which one says more than the counts.
+        (
+            {"prompt_tokens": 10, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}},
+            Usage(10, 4, known=False),
+        ),
     ],
 )  # fmt: skip
 def test_the_usage_of_chat_completions(found: Any, expected: Usage) -> None:
@@ -196,6 +209,112 @@ def test_price_lists_of_the_user_reach_row_models_and_fallbacks(tmp_path: Path) 
     assert compose(other, str(tmp_path)).engine.fallback[0]["price"]["input"] == 7
 
 
+HAIKU = {"input": 0.1, "cached_input": 0.01, "cache_write": 0.125, "output": 0.5}
+LONG = {"tokens": 100_000, "input": 0.5, "cached_input": 0.05, "cache_write": 0.625, "output": 2.5}
+
+
+def test_a_long_request_has_the_rates_of_long_requests_for_all_its_tokens() -> None:
+    price = Price(**HAIKU, above=LONG)
+    assert price.cost(Usage(100_000, 0, 10)) == pytest.approx((100_000 * 0.1 + 10 * 0.5) / 1e6)
+    assert price.cost(Usage(100_001, 1, 10, 1000)) == pytest.approx((99_000 * 0.5 + 0.05 + 1000 * 0.625 + 10 * 2.5) / 1e6)
+    with_batch = Price(
+        **HAIKU, above=LONG, batch={"input": 0.04, "output": 0.2, "above": {"tokens": 7, "input": 1, "output": 2}}
+    )
+    assert with_batch.in_batch(0.5).cost(Usage(5, 0, 1)) == pytest.approx((5 * 0.04 + 0.2) / 1e6)
+    assert with_batch.in_batch(0.5).cost(Usage(8, 0, 1)) == pytest.approx((8 * 1 + 2) / 1e6)
+    assert price.in_batch(0.5).cost(Usage(100_001, 0, 0)) == pytest.approx(100_001 * 0.25 / 1e6)
+    assert price.in_batch(1.0) == price
+
+
+def test_a_price_of_ones_own_is_that_of_batches_and_long_requests_too() -> None:
+    listed = EngineConfig("openai", "m", provider={"prices": {"m": {**HAIKU, "above": LONG, "batch": HAIKU}}})
+    assert priced(listed) == Price(**HAIKU, above=LONG, batch=HAIKU)
+    price = priced(dataclasses.replace(listed, price=Price(input=0.2)))
+    assert price == Price(**{**HAIKU, "input": 0.2})
+    assert price.in_batch(0.5).input == 0.1
+
+
+@pytest.mark.parametrize(("day", "read"), [("2027-04-01", "2027-04-01"), ('"2027-04-01"', "2027-04-01"), ("soon", None)])
+def test_the_last_day_of_a_model_may_have_quotes(day: str, read: str | None, tmp_path: Path) -> None:
+    (tmp_path / "openai.yaml").write_text(f"as_of: 2026-11-01\nmodels:\n  m: {{input: 7, output: 8, ends: {day}}}\n")
+    config = EngineConfig("openai", "m")
+    if read is not None:
+        assert priced(config, tmp_path).ends == read
+        return
+    with pytest.raises(ConfigError, match="ends must be a day such as 2027-04-01, not 'soon'"):
+        priced(config, tmp_path)
+
+
+def test_the_packaged_prices_have_long_requests_batches_and_last_days() -> None:
+    haiku = priced(EngineConfig("anthropic", "claude-haiku-5-5"))
+    assert (haiku.input, haiku.above) == (0.1, LONG) and haiku.batch["input"] == 0.05
+    assert priced(EngineConfig("anthropic", "claude-sonnet-4-5")).ends == "2026-11-30"
+    own = priced(EngineConfig("openai", "ft:gpt-4o-mini-2024-07-18:my-org::abc"))
+    assert (own.input, own.output) == (0.3, 1.2)
+    assert not priced(EngineConfig("anthropic", "claude-opus-4-10")).known
+    # A model that the provider switched off has no price.
+    assert not priced(EngineConfig("openai", "o1")).known
+
+
+@pytest.mark.parametrize("kind", ["anthropic", "gemini", "openai"])
+def test_a_packaged_list_leaves_no_rate_out_where_a_neighbour_has_it(kind: str) -> None:
+    """A rate that is missing would be charged as plain input."""
+    listed = listed_prices(importlib.resources.files("conf") / "price" / f"{kind}.yaml")["models"]
+    assert len(listed) > 10
+    for model, entry in listed.items():
+        named = set(entry) & set(RATES)
+        for part in (entry.get("above"), entry.get("batch"), entry.get("batch", {}).get("above")):
+            assert not part or named <= set(part), (kind, model)
+
+
+def test_a_budget_expects_the_rates_of_the_lane_and_of_long_prompts() -> None:
+    config = EngineConfig(
+        "anthropic", "claude-haiku-5-5", price=Price(**HAIKU, above=LONG, batch={"input": 1, "output": 2})
+    )
+    live, batch = most_expensive(config), most_expensive(config, batch=True)
+    assert (live.at(100_000).input, live.at(100_001).input, live.at(100_001).output) == (0.1, 0.5, 2.5)
+    assert (batch.input, batch.output, batch.above) == (1, 2, {})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("engine.price.batch.input=1", "engine.price.batch needs input and output"),
+        ("engine.price.above.input=1 engine.price.above.output=2", "engine.price.above needs tokens"),
+        (
+            "engine.price.batch.input=1 engine.price.batch.output=2 engine.price.batch.outputs=3",
+            "engine.price.batch has no 'outputs'",
+        ),
+        (
+            "engine.price.batch.input=-1 engine.price.batch.output=2",
+            "engine.price.batch.input must be a number of at least 0",
+        ),
+    ],
+)
+def test_a_wrong_price_is_refused(keys: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        compose(["engine=openai", "engine.model=x", "dataset.path=x", "output.path=y", *keys.split()]).check()
+
+
+def test_preflight_warns_of_a_models_last_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+    today = datetime.date.today()
+    for days, expected in ((400, []), (59, ["the provider switches m off on"]), (0, ["the provider switched m off on"])):
+        ends = str(today + datetime.timedelta(days=days))
+        found = preflight(
+            config_from_keys("openai", {"model": "m", "price": {"input": 1, "output": 2, "ends": ends}}), thorough=False
+        )
+        assert [finding.is_warning for finding in found] == [True] * len(expected)
+        assert all(finding.text.startswith(text) for finding, text in zip(found, expected, strict=True))
+
+
+def test_lambda_says_that_it_ended_and_still_asks_a_given_server(server: ProviderServer) -> None:
+    with pytest.raises(ConfigError, match="ended on 2025-09-25.*engine=together"):
+        load_engine("lambda", model="m", api_key_env="PATH")
+    with load_engine("lambda", model="m", base_url=server.url, api_key_env="PATH") as engine:
+        assert engine.infer([ask("a")])[0].error is None
+
+
 def test_the_key_cache_write_is_known() -> None:
     engine = compose(["engine=openai", "engine.model=x", "engine.price.cache_write=2"]).engine
     assert engine.price.cache_write == 2
@@ -221,6 +340,16 @@ def test_tries_without_an_answer_are_priced_by_their_usage(server: ProviderServe
     assert (lost.attempts, lost.cost_usd, lost.usage.output) == (2, None, 20)  # nobody knows what the lost answer cost
     assert busy.attempts == 3 and busy.cost_usd == pytest.approx(PRICE.of(100, 0, 20))  # such refusals are free
     assert refused.error is not None and (refused.attempts, refused.cost_usd) == (0, 0)
+
+
+def test_tries_of_a_row_do_not_add_up_to_a_long_prompt(server: ProviderServer) -> None:
+    said(server, "null", usage(60, 10), answer=None)
+    said(server, "null", usage(60, 20))
+    price = {"input": 1, "output": 2, "above": {"tokens": 100, "input": 5, "output": 10}}
+    with load_engine("openai_compatible", model="m", base_url=server.url, price=price) as engine:
+        [completion] = engine.infer([ask("null")])
+    assert (completion.attempts, completion.usage.input) == (2, 120)
+    assert completion.cost_usd == pytest.approx((120 * 1 + 30 * 2) / 1e6)
 
 
 def test_a_refusal_is_paid(server: ProviderServer) -> None:
@@ -281,9 +410,10 @@ def test_a_bug_after_a_paid_request_has_an_unknown_cost(server: ProviderServer, 
     keys = {"model": "m", "base_url": server.url, "price": {"input": 3, "output": 15}}
     config = config_from_keys("openai_compatible", keys)
     worker = Worker(WorkerConfig(config, GenerationParams(), str(tmp_path), 1.0, 1.0, 1.0, 0), "w1", None)
-    worker.queue.append(LeasedRow(1, 0, 0, b"k" * 32, "a", json.dumps(ask("a")).encode()))
-    worker.ended = True
+    worker.waiting.rows.append(LeasedRow(1, 0, 0, b"k" * 32, "a", json.dumps(ask("a")).encode()))
+    worker.waiting.ended = True
     with Buggy(config) as engine:
+        worker.gate = RefusalGate(worker.recorder, engine, False)
         asyncio.run(worker._slot(engine, 0))
     [found] = worker.recorder.records
     assert len(server.requests) == 1 and "a bug of ours" in found.completion.error.message  # type: ignore[union-attr]
@@ -336,6 +466,7 @@ def as_before(out: Path) -> None:
         pq.write_table(table.drop_columns(["cost_usd", "superseded"]), path)
 
 
+@pytest.mark.slow
 def test_an_old_ledger_is_priced_as_before_and_the_manifest_says_so(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
@@ -371,6 +502,7 @@ def test_old_batches_are_known_by_their_writer(tmp_path: Path) -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_manifest_adds_failed_tries_and_counts_all_requests(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
@@ -409,7 +541,9 @@ def test_a_row_of_unknown_cost_makes_the_sum_null_and_the_rest_stays_known(
     assert manifest["cost_known_usd"] == pytest.approx(PRICE.of(100, 0, 10)) == pytest.approx(manifest["spent_usd"])
     assert manifest["cost_parts_usd"] is None
     assert [row["usage"] and row["usage"]["output"] for row in infer.rows()] == [10, None]
-    assert "not known for 1 requests" in (infer.out / "report.html").read_text()
+    page = (infer.out / "report.html").read_text()
+    assert figure(page, "Cost") == figure(page, "Cost of a million rows") == "unknown" and "for 1 request; " in page
+    assert [(cost["requests"], cost["cost_usd"]) for cost in manifest["costs"]] == [(2, None)]
 
 
 def test_row_models_and_several_prices_in_one_output(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:
@@ -422,6 +556,7 @@ def test_row_models_and_several_prices_in_one_output(infer: Infer, write_jsonl: 
     assert manifest["cost_parts_usd"] is None  # no one price adds up to it
 
 
+@pytest.mark.slow
 def test_a_later_price_does_not_change_what_was_paid(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:
     for text in ("a", "b"):
         said(server, text, usage(100, 10))
@@ -431,6 +566,7 @@ def test_a_later_price_does_not_change_what_was_paid(infer: Infer, write_jsonl: 
     assert manifest_of(infer)["cost_usd"] == pytest.approx(PRICE.of(100, 0, 10) * 101)
 
 
+@pytest.mark.slow
 def test_an_answer_without_usage_counts_against_the_budget_as_the_most_it_can_cost(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
@@ -450,6 +586,7 @@ def test_an_answer_without_usage_counts_against_the_budget_as_the_most_it_can_co
     assert told["cost_usd"] is None and f"run.budget_usd={2 * limit:g}" in told["command"]
 
 
+@pytest.mark.slow
 def test_the_command_after_a_budget_stop_has_a_higher_budget(
     local_ray: None, tmp_path: Path, write_jsonl: Write, server: ProviderServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -457,7 +594,7 @@ def test_the_command_after_a_budget_stop_has_a_higher_budget(
     argv = ["engine=openai_compatible", *remote(server, *PRICED, "generation.max_tokens=10"), f"dataset.path={data}",
             f"output.path={tmp_path / 'out'}", "run.budget_usd=0.001"]  # fmt: skip
     assert infer_main(argv) == 4
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("To go on: ")]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("To continue: ")]
     assert line.endswith(" run.budget_usd=0.002") and "run.budget_usd=0.001" not in line
     assert changed("eagleray infer 'a=b c'", {}) == "eagleray infer 'a=b c'"
 
@@ -500,9 +637,12 @@ def test_batches_of_a_library_user_are_priced(write_jsonl: Write) -> None:
 
 def test_the_batch_price_is_data_by_provider_and_model_and_has_a_date() -> None:
     rule = {"match": "^dear", "batch": {"price": 0.75}}
-    for kind in ("openai", "anthropic", "together", "fireworks", "parasail", "openai_compatible"):
+    for kind in ("openai", "anthropic", "together", "fireworks", "parasail"):
         batch = compose([f"engine={kind}", "engine.model=m"]).engine.provider["batch"]
         assert 0 < batch["price"] <= 1 and str(batch["price_as_of"]) >= "2026-11"
+    assert (
+        "price" not in compose(["engine=openai_compatible", "engine.model=m"]).engine.provider["batch"]
+    )  # unknown servers
     provider = {**compose(["engine=openai", "engine.model=m"]).engine.provider, "models": [rule]}
     price = {"input": 4, "output": 8}
     with load_engine("openai", model="m", base_url="http://localhost:1", provider=provider, price=price) as engine:
@@ -511,6 +651,7 @@ def test_the_batch_price_is_data_by_provider_and_model_and_has_a_date() -> None:
         assert (engine.batch_share("dear-1"), engine.batch_share("m")) == (0.75, 0.5)
 
 
+@pytest.mark.slow
 def test_paid_tries_of_a_row_that_goes_back_when_the_run_ends_are_not_forgotten(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:

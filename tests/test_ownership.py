@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import pytest
 
 from engines.errors import ConfigError, ErrorCode
 from jobs.batch import main as batch_main
-from jobs.compose import compose
 from jobs.infer import main as infer_main
 from jobs.plan import main as plan_main
+from pipeline.configuration.compose import compose
 from pipeline.dataset.source import list_file_splits
 from pipeline.errors import Stopped
 from pipeline.output.ownership import NEW, OLD, OWN, Ownership, check_inputs, same_dataset, same_typed
-from pipeline.storage.filesystem import canonical_place, resolve
+from pipeline.storage.filesystem import canonical_place, child, resolve
 from pipeline.storage.output_files import MARKER
 from tests.support.infer import Infer, ask
 from tests.support.outputs import snapshot
@@ -88,7 +88,9 @@ def test_a_project_folder_is_refused_before_anything_is_touched(
 
 def test_a_folder_beside_the_dataset_that_is_not_empty_is_refused(infer: Infer, write_jsonl: Write) -> None:
     put(infer.out, {"notes.txt": "n"})
-    with pytest.raises(ConfigError, match=r"is not empty and not an output of Eagleray's \(it holds notes.txt\)") as raised:
+    with pytest.raises(
+        ConfigError, match=r"is not empty, and is not an output of Eagleray \(it contains notes.txt\)"
+    ) as raised:
         infer(write_jsonl([ask("a")]))
     assert raised.value.code == ErrorCode.OUTPUT_NOT_OURS
     assert snapshot(infer.out) == {"notes.txt": b"n"}
@@ -103,7 +105,7 @@ def test_the_batch_steps_refuse_a_folder_that_is_not_an_output_and_write_nothing
     words = [step, "engine=openai", "engine.model=m", f"dataset.path={write_jsonl([ask('a')])}"]
     before = sorted(tmp_path.rglob("*"))
     assert batch_main([*words, f"output.path={tmp_path / 'mine'}"]) == 2
-    assert "not an output of Eagleray's (it holds notes.txt)" in capsys.readouterr().err
+    assert "not an output of Eagleray (it contains notes.txt)" in capsys.readouterr().err
     assert batch_main([*words, f"output.path={tmp_path / 'new'}"]) == 0
     assert "0 rows under way in 0 batches" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
@@ -148,6 +150,7 @@ def test_an_input_inside_the_output_is_an_error_on_stores(dataset: str, out: str
         check_inputs(dataset, out)
 
 
+@pytest.mark.slow
 def test_an_output_below_the_dataset_is_no_input(infer: Infer, write_jsonl: Write, tmp_path: Path) -> None:
     infer.out = tmp_path / "in" / "out"
     data = write_jsonl([ask("a"), ask("b")], "in/x.jsonl").parent
@@ -166,6 +169,7 @@ STRAY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_strays_survive_resuming_shrinking_and_starting_over(infer: Infer, write_jsonl: Write) -> None:
     infer(write_jsonl([ask("a"), ask("b")]), "engine.kwargs.failure_rate=1")
     put(infer.out, STRAY)
@@ -195,12 +199,13 @@ def test_a_file_in_the_way_is_an_error_before_a_row_is_asked(infer: Infer, write
     assert snapshot(infer.out) == before
 
 
+@pytest.mark.slow
 def test_a_part_in_the_way_is_found_before_any_part_is_overwritten(
     infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.output import finalize
 
-    monkeypatch.setattr(finalize.plan_jobs, "__defaults__", (10,))
+    monkeypatch.setattr(finalize.plan_jobs, "__defaults__", (0.0, 10))
     infer(write_jsonl([ask(f"{i}") for i in range(10)]))
     put(infer.out, {"data/part-00002.parquet": "mine"})
     before = snapshot(infer.out / "data")
@@ -214,6 +219,7 @@ def test_a_part_in_the_way_is_found_before_any_part_is_overwritten(
     assert len(infer.rows()) == 30
 
 
+@pytest.mark.slow
 def test_a_manifest_that_is_taken_away_leaves_its_parts_eaglerays(infer: Infer, write_jsonl: Write) -> None:
     data = write_jsonl([ask("a")])
     infer(data)
@@ -249,6 +255,13 @@ def test_a_directory_without_answers_takes_another_dataset(infer: Infer, write_j
     assert infer(write_jsonl([ask("a")])).exit_status == 0
 
 
+def test_an_entry_of_a_directory_keeps_the_options_of_its_uri() -> None:
+    options = "?endpoint_override=127.0.0.1:9000&scheme=http&region=us-east-1"
+    assert child(f"s3://b/out/{options}", "errors") == f"s3://b/out/errors{options}"
+    assert resolve(child(f"s3://b/out{options}", "errors"))[1] == "b/out/errors"
+    assert child("out/", "errors") == "out/errors" and child("what?a=b", "errors") == "what?a=b/errors"
+
+
 def test_spellings_of_a_dataset_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     put(tmp_path, {"in/a.jsonl": "", "in/x[1].jsonl": ""})
@@ -282,6 +295,7 @@ def test_which_datasets_are_the_same() -> None:
 # -- outputs of before the marker -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["complete", "stopped"])
 def test_an_old_output_is_adopted_for_its_own_dataset(infer: Infer, tmp_path: Path, name: str) -> None:
     shutil.copytree(OLD_OUTPUTS, tmp_path / "p")
@@ -353,14 +367,6 @@ def test_outputs_and_links_are_no_input_twice(tmp_path: Path) -> None:
         list_file_splits(tmp_path / "in" / "old")
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    for name, value in S3Server.environment.items():
-        monkeypatch.setenv(name, value)
-    with S3Server() as server:
-        yield server
-
-
 def test_on_a_store_directories_of_others_are_refused_and_outputs_are_no_input(s3: S3Server) -> None:
     s3.put("in/a.jsonl", line("a").encode())
     s3.put("mine/data/notes.txt", b"n")
@@ -375,7 +381,7 @@ def test_on_a_store_directories_of_others_are_refused_and_outputs_are_no_input(s
     assert names_of(s3.uri("in")) == ["a.jsonl"]
     assert names_of(s3.uri("in/*/data/*.parquet")) == ["old/data/part-00000.parquet"]
     assert look(s3.uri("in"), s3.uri("out")).state == NEW and s3.objects("") == before
-    look(s3.uri("in"), s3.uri("in/out")).begin()
+    look(s3.uri("in"), s3.uri("in/out")).settle()
     s3.put("in/out/data/part-00000.jsonl", line("x").encode())
     assert names_of(s3.uri("in")) == ["a.jsonl"]
     with pytest.raises(ConfigError, match="data/part-00000.jsonl was not written by Eagleray"):

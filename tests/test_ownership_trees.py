@@ -1,6 +1,6 @@
 """Random directory trees: a run changes no byte that Eagleray did not write, also a run that is killed.
 
-EAGLERAY_TREES sets the number of trees (60 by default). 500 trees take some minutes.
+EAGLERAY_TREES sets the number of trees (20 by default). 500 trees take some minutes.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from engines.errors import ConfigError
-from jobs.compose import compose
+from pipeline.configuration.compose import compose
 from pipeline.errors import Stopped
 from pipeline.executors import registry
 from pipeline.run import run
 from pipeline.storage.output_files import MARKER
 from tests.support.infer import ask
 from tests.support.length_executor import LengthExecutor
-from tests.support.marks import slow
 from tests.support.outputs import snapshot
 
-TREES = int(os.environ.get("EAGLERAY_TREES", "60"))
+TREES = int(os.environ.get("EAGLERAY_TREES", "20"))
 OLD_OUTPUTS = Path(__file__).parent / "data" / "output_v0"
 
 FOLDERS = ("", "a", "a/b", "out", "out/data", "out/errors", "out/_segments", "out/_batches", "data")
@@ -172,9 +171,8 @@ infer(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
 """
 
 
-@pytest.mark.parametrize(
-    "more", [(), slow(("run.resume=false",)), slow(("output.format=jsonl",))], ids=["resume", "anew", "jsonl"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("run.resume=false",), ("output.format=jsonl",)], ids=["resume", "anew", "jsonl"])
 def test_a_run_that_is_killed_at_any_write_keeps_the_users_files_and_can_be_finished(
     tmp_path: Path, more: tuple[str, ...]
 ) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,11 +16,13 @@ from engines.errors import ConfigError
 from pipeline.dataset import plan
 from pipeline.errors import Stopped
 from pipeline.executors.live import cluster
+from pipeline.executors.live.remote_index import IndexActor, RemoteIndex
 from pipeline.storage import ledger_snapshot
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import list_segments
-from pipeline.storage.ledger_index import read_index
+from pipeline.storage.ledger_index import Index, read_index
 from tests.support.infer import Infer, ask
+from tests.support.processes import until
 
 Write = Callable[..., Path]
 
@@ -55,10 +58,35 @@ def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = ray.nodes()
     monkeypatch.setattr(plan, "SMALL_BYTES", -1)
     monkeypatch.setattr(ledger_snapshot, "SMALL_BYTES", -1)
-    monkeypatch.setattr(cluster, "FAR_ROWS", -1)
+    monkeypatch.setattr(cluster, "REMOTE_INDEX_ROWS", -1)
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, *nodes])
 
 
+def test_a_task_that_looks_keys_up_keeps_its_cpus(local_ray: None, tmp_path: Path) -> None:
+    """Else its node starts one more task for each one that waits: all parts of an output would be written at once."""
+    import ray
+
+    started = tmp_path / "started"
+
+    def slowly_made() -> Index:
+        until(started.exists)
+        time.sleep(2)
+        return Index.empty()
+
+    def look() -> float:
+        started.touch()
+        assert RemoteIndex(actor, [], np.zeros(0, np.int64), 0).find([bytes(32)]).tolist() == [-1]
+        return time.time()
+
+    actor = ray.remote(IndexActor).options(num_cpus=0).remote([ray.remote(num_cpus=0)(slowly_made).remote()])
+    first = ray.remote(num_cpus=2)(look).remote()
+    until(started.exists)
+    second = ray.remote(num_cpus=1)(lambda: time.time()).remote()
+    assert ray.get(first) <= ray.get(second)
+    ray.kill(actor)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("large", [False, True])
 def test_many_files_and_small_parts_keep_the_order(
     infer: Infer, write_jsonl: Write, tmp_path: Path, large: bool, request: pytest.FixtureRequest
@@ -72,6 +100,7 @@ def test_many_files_and_small_parts_keep_the_order(
     assert [r["id"] for r in infer.rows()][:2] == ["0.jsonl:1", "0.jsonl:2"]
 
 
+@pytest.mark.slow
 def test_a_large_run_goes_on_from_its_ledger_and_counts_each_request_once(
     infer: Infer, write_jsonl: Write, as_if_large: None
 ) -> None:
@@ -82,7 +111,9 @@ def test_a_large_run_goes_on_from_its_ledger_and_counts_each_request_once(
     failed = first.manifest["rows"]["failed"] // 2
     assert failed > 5
     assert again.manifest["this_run"]["asked"] == 100 + failed
-    assert again.manifest["rows"] == {"total": 600, "done": 600, "failed": 0, "invalid": 0, "requests": 300}
+    assert again.manifest["rows"] == {
+        "total": 600, "done": 600, "failed": 0, "invalid": 0, "truncated": 0, "requests": 300, "duplicates": 300,
+    }  # fmt: skip
     assert again.manifest["tokens"] == {"input": 600, "cached_input": 0, "output": 600, "cache_write": 0, "reasoning": 0}
     assert [r["response"] for r in infer.rows()] == [f"a {i // 2}" for i in range(600)]
 
@@ -98,7 +129,9 @@ def test_bad_rows_become_error_rows_at_their_place_and_the_rest_is_answered(infe
     assert errors[1]["message"].startswith("in.jsonl:2: ")
     assert "messages is empty" in errors[2]["message"]
     assert "unknown role 'robot'" in errors[3]["message"]
-    assert outcome.manifest["rows"] == {"total": 5, "done": 2, "failed": 3, "invalid": 3, "requests": 2}
+    assert outcome.manifest["rows"] == {
+        "total": 5, "done": 2, "failed": 3, "invalid": 3, "truncated": 0, "requests": 2, "duplicates": 0,
+    }  # fmt: skip
 
 
 def test_on_bad_input_fail_stops_with_the_place(infer: Infer, write_jsonl: Write) -> None:
@@ -118,12 +151,70 @@ def test_sampled_requests_are_asked_once_for_each_row(infer: Infer, write_jsonl:
     assert asked(infer) == 50
 
 
+def sampled(*overrides: str) -> tuple[str, ...]:
+    return ("generation.temperature=1.0", *overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("large", [False, True])
+def test_sampled_rows_that_share_an_id_are_each_asked_and_keep_their_answers(
+    infer: Infer, write_jsonl: Write, tmp_path: Path, large: bool, request: pytest.FixtureRequest
+) -> None:
+    if large:
+        request.getfixturevalue("as_if_large")
+    rows = [ask("write a program", id=f"task/{n % 2}") for n in range(40)]
+
+    def run(rows: list[dict[str, object]]) -> int:
+        for name, some in (("a", rows[:15]), ("b", rows[15:30]), ("c", rows[30:])):
+            write_jsonl(some, f"in/{name}.jsonl")
+        outcome = infer(tmp_path / "in", *sampled("dataset.chunk_bytes=400"))
+        assert outcome.manifest["rows"]["requests"] == len(rows)
+        assert [row["id"] for row in infer.rows()] == [row["id"] for row in rows]
+        return asked(infer) if "No request was sent" not in infer.printed else 0
+
+    assert run(rows) == 40
+    assert run(rows) == 0
+    assert run([*rows, ask("write a program", id="task/0")]) == 1
+    assert run([ask("something else", id="task/9"), *rows, ask("write a program", id="task/0")]) == 1
+    segments = list_segments(*resolve(str(infer.out)))
+    lost = pq.read_metadata(segments[0]).num_rows
+    Path(segments[0]).unlink()
+    assert run([ask("something else", id="task/9"), *rows, ask("write a program", id="task/0")]) == lost
+
+
+def test_four_rows_of_one_task_get_four_answers(infer: Infer, write_jsonl: Write) -> None:
+    infer(write_jsonl([ask("a", id="task/0") for _ in range(4)]), *sampled())
+    assert asked(infer) == 4
+
+
+@pytest.mark.slow
+def test_an_edited_image_is_asked_again_and_going_back_gives_the_first_answer_back(
+    infer: Infer, write_jsonl: Write, tmp_path: Path
+) -> None:
+    image = tmp_path / "a.png"
+    part = {"type": "image_url", "image_url": {"url": str(image)}}
+    path = write_jsonl([{"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, part]}]}, ask("text")])
+    image.write_bytes(b"one")
+    infer(path)
+    first = infer.out / "manifest.json"
+    contents = json.loads(first.read_text())["input"]["contents"]
+    infer(path)
+    assert "No request was sent" in infer.printed
+    image.write_bytes(b"other")
+    infer(path)
+    assert asked(infer) == 1
+    image.write_bytes(b"one")
+    infer(path)
+    assert asked(infer) == 0 and "up to date" not in infer.printed  # the output had the other answer
+    assert json.loads(first.read_text())["input"]["contents"] == contents
+
+
 def test_running_again_asks_nothing(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(100)])
     infer(path)
     before = {p: p.stat().st_mtime_ns for p in (infer.out / "data").iterdir()}
     infer(path, "engine.max_concurrency=3", "hardware.replicas=2")
-    assert "Nothing new to ask" in infer.printed
+    assert "No request was sent" in infer.printed
     assert {p: p.stat().st_mtime_ns for p in (infer.out / "data").iterdir()} == before
 
 
@@ -136,6 +227,7 @@ def test_appended_and_changed_rows_are_the_only_ones_asked(infer: Infer, write_j
     assert [r["response"] for r in infer.rows()] == [*map(str, range(41)), "changed", *map(str, range(42, 100)), "new"]
 
 
+@pytest.mark.slow
 def test_another_temperature_asks_all_and_going_back_asks_none(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(20)])
     infer(path)
@@ -161,6 +253,7 @@ def test_a_changed_column_that_is_not_asked_reaches_the_output(infer: Infer, wri
     assert infer.rows()[0]["note"] == "new"
 
 
+@pytest.mark.slow
 def test_a_torn_and_a_deleted_segment_cost_their_own_rows_only(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(300)])
     infer(path, "engine.kwargs.latency_s=0.2", "engine.max_concurrency=16", "run.flush_s=0.1")
@@ -184,6 +277,7 @@ def test_a_torn_and_a_deleted_segment_cost_their_own_rows_only(infer: Infer, wri
     assert [r["response"] for r in infer.rows()] == [str(i) for i in range(300)]
 
 
+@pytest.mark.slow
 def test_failed_rows_are_kept_asked_again_and_can_be_left(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(200)])
     outcome = infer(path, "engine.kwargs.failure_rate=0.2")
@@ -194,7 +288,7 @@ def test_failed_rows_are_kept_asked_again_and_can_be_left(infer: Infer, write_js
     assert len(bad) == failed
     assert bad.column_names == ["id", "messages", "error"]
     assert infer(path, "engine.kwargs.failure_rate=0.2", "run.retry_failed=false").exit_status == 3
-    assert "Nothing new to ask" in infer.printed
+    assert "No request was sent" in infer.printed
     assert infer(path).exit_status == 0
     assert asked(infer) == failed
     assert not list((infer.out / "errors").iterdir())
@@ -242,6 +336,7 @@ def test_parquet_input_keeps_its_types(infer: Infer, tmp_path: Path) -> None:
         assert out[name].combine_chunks() == table[name].combine_chunks()
 
 
+@pytest.mark.slow
 def test_a_stale_longer_output_leaves_nothing_behind(infer: Infer, write_jsonl: Write, tmp_path: Path) -> None:
     for i in range(3):
         write_jsonl([ask(f"{i}-{j}") for j in range(40_000 if i == 0 else 10)], f"in/{i}.jsonl")
@@ -253,6 +348,7 @@ def test_a_stale_longer_output_leaves_nothing_behind(infer: Infer, write_jsonl: 
     assert len(infer.rows()) == 20
 
 
+@pytest.mark.slow
 def test_limit_takes_the_first_rows_over_files(infer: Infer, write_jsonl: Write, tmp_path: Path) -> None:
     for i in range(3):
         write_jsonl([ask(f"{i}-{j}") for j in range(4)], f"in/{i}.jsonl")
@@ -268,6 +364,7 @@ def test_a_second_run_into_the_same_output_says_so(infer: Infer, write_jsonl: Wr
         infer(path)
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_its_engine_is_found_and_the_others_are_answered(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(400)])
     outcome = infer(path, "engine.kwargs.crash_rate=0.005", "engine.kwargs.latency_s=0.01", "engine.max_concurrency=8")
@@ -283,6 +380,7 @@ def test_a_row_that_kills_its_engine_is_found_and_the_others_are_answered(infer:
     assert [r["response"] for r in rows if not r["error"]] == [str(i) for i in range(400) if not rows[i]["error"]]
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_an_engine_full_of_rows_is_found_by_bisection(infer: Infer, write_jsonl: Write) -> None:
     import ray
 
@@ -305,11 +403,13 @@ def test_a_row_that_kills_an_engine_full_of_rows_is_found_by_bisection(infer: In
     assert not list(session.glob("*.journal"))
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_on_everything_stops_the_run_with_the_reason(infer: Infer, write_jsonl: Write) -> None:
     with pytest.raises(Stopped, match="engines died 3 times in a row"):
         infer(write_jsonl([ask(f"{i}") for i in range(20)]), "engine.kwargs.crash_rate=1", "run.max_engine_deaths=2")
 
 
+@pytest.mark.slow
 def test_too_many_errors_stop_the_run_and_keep_what_is_done(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(3000)])
     slow = ["engine.kwargs.failure_rate=0.5", "engine.kwargs.latency_s=0.05", "engine.max_concurrency=32"]
@@ -329,7 +429,7 @@ def test_an_engine_that_cannot_load_is_a_configuration_error(infer: Infer, write
 def test_dry_run_counts_and_writes_nothing(infer: Infer, write_jsonl: Write) -> None:
     outcome = infer(write_jsonl([ask("a"), ask("a"), ask("b"), "{"]), "run.dry_run=true")
     assert outcome.exit_status == 3
-    assert "4 rows in 1 files: 2 requests to ask, 1 duplicates, 0 already answered, 1 cannot be read." in infer.printed
+    assert "4 rows in 1 file: 0 done, 1 invalid, 3 open: 2 requests to send, 1 duplicate." in infer.printed
     assert not infer.out.exists()
 
 
@@ -377,6 +477,7 @@ def test_columns_of_different_types_in_two_files_become_json_text(infer: Infer, 
     assert infer.table()["x"].to_pylist() == ['"1.10"', '"/w=="', str(2**60)]
 
 
+@pytest.mark.slow
 def test_numbers_as_names_in_the_configuration_reach_manifest_and_report(infer: Infer, write_jsonl: Write) -> None:
     data = write_jsonl([ask("a")])
     outcome = infer(data, "generation.logit_bias={50256: -100}", "generation.seed=99999999999999999999999")

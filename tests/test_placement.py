@@ -15,9 +15,9 @@ import pytest
 
 from engines import ConfigError
 from engines.config import EngineConfig
-from jobs.compose import compose
-from pipeline.config import HardwareConfig
+from pipeline.configuration.compose import compose
 from pipeline.executors.live.placement import Placement, lack, placement, room, spread
+from pipeline.hardware import HardwareConfig
 from tests.support.infer import Infer, ask
 from tests.support.processes import folder
 
@@ -51,8 +51,8 @@ def test_profiles_are_divided_by_the_parallel_sizes(
 
 @pytest.mark.parametrize(
     ("profile", "sizes", "said"),
-    [("8xh100", {TP: 16}, "16 GPUs of one node are asked for, and hardware.gpus_per_node is 8"),
-     ("8xh100", {TP: 8, PP: 2}, "a replica of 16 GPUs does not fit on 1 nodes of 8"),
+    [("8xh100", {TP: 16}, "16 GPUs of one node are needed, and hardware.gpus_per_node is 8"),
+     ("8xh100", {TP: 8, PP: 2}, "a replica of 16 GPUs does not fit on 1 node of 8"),
      ("8xh100", {TP: 0}, "engine.kwargs.tensor_parallel_size must be a number of at least 1, not 0")],
 )  # fmt: skip
 def test_sizes_that_cannot_be_placed_are_refused(profile: str, sizes: dict[str, int], said: str) -> None:
@@ -86,7 +86,7 @@ def test_what_is_missing_is_told() -> None:
     wants = placement(HardwareConfig(replicas=3, cpus=1, gpus=4), EngineConfig(kind="echo"))
     assert lack(wants, [node(8, 8), node(8, 4)]) is None
     assert lack(wants, [node(8, 8), node(8, 4, alive=False)]) == (
-        "there is room for 2 of 3 replicas: each asks for 1 CPUs, 4 GPUs, 0 GiB; the cluster has 1 nodes, "
+        "there is room for 2 of 3 replicas: each asks for 1 CPU, 4 GPUs, 0 GiB; the cluster has 1 node, "
         "the largest with 8 CPUs, 8 GPUs, 64 GiB"
     )
     over = placement(HardwareConfig(gpus=None, cpus=1), EngineConfig(kind="vllm", kwargs={TP: 4, PP: 2}))
@@ -96,6 +96,7 @@ def test_what_is_missing_is_told() -> None:
     assert room(labelled, [node(1, zone="a", spot="yes")]) == 0
 
 
+@pytest.mark.slow
 def test_a_machine_without_gpus_says_so_at_once(tmp_path: Path) -> None:
     data = tmp_path / "in.jsonl"
     data.write_text(json.dumps(ask("hi")) + "\n")
@@ -105,7 +106,7 @@ def test_a_machine_without_gpus_says_so_at_once(tmp_path: Path) -> None:
         [sys.executable, "-m", "jobs.cli", *command], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
-    assert "there is room for 0 of 1 replicas: each asks for 1 CPUs, 1 GPUs" in done.stderr.replace("\n", " ")
+    assert "there is room for 0 of 1 replica: each asks for 1 CPU, 1 GPU" in done.stderr.replace("\n", " ")
 
 
 def test_a_cluster_that_may_grow_is_waited_for(infer: Infer, write_jsonl: Any) -> None:
@@ -121,7 +122,7 @@ import json, subprocess, sys, time
 import ray
 from ray.cluster_utils import Cluster
 from engines.config import EngineConfig
-from pipeline.config import HardwareConfig
+from pipeline.hardware import HardwareConfig
 from pipeline.executors.live.placement import end, placement, start
 
 small = {"num_cpus": 4, "num_gpus": 4, "object_store_memory": 80 << 20}
@@ -138,7 +139,7 @@ OTHER = '''
 import sys, time
 import ray
 from engines.config import EngineConfig
-from pipeline.config import HardwareConfig
+from pipeline.hardware import HardwareConfig
 from pipeline.executors.live.placement import placement, start
 class Here:
     def here(self): return "placed"

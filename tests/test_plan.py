@@ -14,9 +14,11 @@ import pytest
 
 from engines import load_engine
 from engines.config import EngineConfig
+from engines.identity import identity
 from engines.local.memory_estimate import Footprint, footprint, weights_bytes
 from engines.local.prompt_renderer import prompt_renderer
 from engines.params import GenerationParams
+from engines.registry import REGISTRY, EngineKind
 from jobs import plan
 from tests.support.checkpoint import gguf_path, smollm2_checkpoint  # noqa: F401
 from tests.support.infer import ask
@@ -222,7 +224,7 @@ def test_gpus_of_unknown_memory_are_said_to_be(
 ) -> None:
     base = ["engine=transformers", f"engine.model={checkpoint(LLAMA_8B)}", "hardware=gpu"]
     status, text = planned(*base)
-    assert (status, "not known: hardware.gpu_memory tells" in text) == (0, True)
+    assert (status, "unknown: set hardware.gpu_memory" in text) == (0, True)
     assert planned(*base, "hardware.gpu_memory=80")[0] == 0
     status, text = planned(*base, "hardware.gpu_memory=16")
     assert (status, "the weights need 570.9 MiB more" in text) == (3, True)
@@ -250,6 +252,8 @@ def test_a_gguf_file_is_read_by_its_header(planned: Callable[..., tuple[int, str
     assert packaged is not None
     assert (packaged.weight_bytes, packaged.context) == (134_515_008 * 2, 512)  # it runs as F16
     assert packaged.kv_bytes == 30 * 3 * 64 * (16 + 8.5) / 8
+    exact = footprint(EngineConfig("llamacpp", "smollm2", kwargs={"requantize": "f32"}))
+    assert exact is not None and exact.kv_bytes == 2 * 30 * 3 * 64 * 4  # a cache as precise as the weights
     # llama.cpp reserves all its sequences: 90 MiB each.
     base = ["hardware.memory=1", "engine.kwargs.n_ctx=4096"]
     assert planned(*base, "engine.kwargs.n_seq_max=4")[0] == 0
@@ -271,6 +275,16 @@ def test_prompts_are_counted_as_the_engines_count(smollm2_checkpoint: Path) -> N
         assert found.count(QUESTION["messages"], GenerationParams()) == completion.usage.input
 
 
+def test_a_model_in_a_format_of_its_own_has_no_known_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, "parrot", EngineKind("engines.echo:EchoEngine", holds_model=True, own_format=True))
+    (tmp_path / "words.json").write_text("{}")
+    config = EngineConfig("parrot", str(tmp_path / "words.json"))
+    assert (footprint(config), prompt_renderer(config)) == (None, None)
+    weights = identity(config).values["weights"]
+    (tmp_path / "words.json").write_text('{"legs": "wings"}')
+    assert weights != identity(config).values["weights"]  # the content is part of the key all the same
+
+
 def test_rows_that_are_too_long_or_not_valid_are_found(
     write_jsonl: Callable[..., Path], planned: Callable[..., tuple[int, str]]
 ) -> None:
@@ -287,11 +301,11 @@ def test_rows_that_are_too_long_or_not_valid_are_found(
     base = [f"dataset.path={write_jsonl(rows)}", "engine.kwargs.n_ctx=256"]
     status, text = planned(*base, "generation.max_tokens=100")
     assert status == 3
-    assert "27 in 1 files: 22 requests to ask, 1 duplicates" in text
-    assert "invalid 4 cannot be asked" in text
+    assert "27 in 1 file: 22 requests to send, 1 duplicate" in text
+    assert "invalid 4 rows cannot be read" in text
     assert "in.jsonl:24: invalid JSON" in text
     assert "messages is empty" in text
-    assert "1 prompts do not fit 256 tokens; 1 answers may be cut short" in text
+    assert "1 prompt does not fit into the context of 256 tokens; 1 answer may be truncated" in text
     assert "endless: 331 tokens and 100 for the answer" in text
     assert "greedy: " in text
     assert "by the model's tokenizer and template" in text
@@ -305,9 +319,9 @@ def test_without_a_tokenizer_prompts_are_estimated_and_said_to_be(
     data = write_jsonl([ask("x" * 4000)])
     base = ["engine=vllm", "hardware=8xh100", f"engine.model={checkpoint(LLAMA_8B)}", f"dataset.path={data}"]
     status, text = planned(*base)
-    assert (status, "1,008 (estimated: 4 bytes of JSON each)" in text) == (0, True)
+    assert (status, "1,008 (estimated: 4 bytes of JSON a token)" in text) == (0, True)
     assert planned(*base, "engine.kwargs.max_model_len=1000")[0] == 3
-    assert "time not known beforehand" in text
+    assert "time unknown: measure" in text
 
 
 def test_cost_and_time_of_a_provider(write_jsonl: Callable[..., Path], planned: Callable[..., tuple[int, str]]) -> None:
@@ -323,10 +337,10 @@ def test_cost_and_time_of_a_provider(write_jsonl: Callable[..., Path], planned: 
     assert "cost at most $0.14 by the list price of 20" in planned(*base)[1]
     unlisted = [*base[:-1], "engine.model=gpt-nobody-knows"]
     status, text = planned(*unlisted, "engine.requests_per_minute=100")
-    assert "output tokens about (nothing bounds all of them; see generation.max_tokens) 256,000" in text
+    assert "output tokens about (not all answers have a limit: set generation.max_tokens) 256,000" in text
     assert "about 5.0 minutes by engine.requests_per_minute" in text
-    assert "cost not known" in text
-    assert "too long not known" in text
+    assert "cost unknown" in text
+    assert "too long unknown" in text
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.server
 import json
+import re
 import socket
 import threading
 import time
@@ -19,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engines.remote.concurrency
-import engines.remote.engine
+import engines.remote.sender
 from engines import Completion, load_engine
 from engines.base import Engine
 from engines.config import EngineConfig
 from engines.errors import ConfigError
 from engines.params import GenerationParams
+from engines.remote.auth import Auth
 from engines.remote.concurrency import AdaptiveSemaphore, RetryBudget
 from engines.remote.errors import failure, observed, retry_after
 from engines.remote.rate_limits import SLACK_S, Limits, RateLimiter, Reservation, ReserveRequest
@@ -40,7 +42,7 @@ WIRES = ["openai_compatible", "anthropic", "bedrock"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits are short, and the clouds' credentials are there."""
-    monkeypatch.setattr(engines.remote.engine, "BACKOFF_FIRST_S", 0.005)
+    monkeypatch.setattr(engines.remote.sender, "BACKOFF_FIRST_S", 0.005)
     monkeypatch.setattr(engines.remote.concurrency, "PROBE_FIRST_S", 0.02)
     monkeypatch.setattr(engines.remote.concurrency, "PROBE_MOST_S", 0.05)
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -155,6 +157,10 @@ def test_the_key_is_cut_from_errors_and_goes_nowhere_by_redirect(server: Provide
     (done,) = infer(load("openai"), "x")
     assert done.error is not None
     assert done.error.message == "HTTP 401: Incorrect API key provided: ***"
+    headers = {"authorization": "Bearer sk-of-a-header-0123456789", "x-api-key": "sk-of-a-header-0123456789"}
+    for name, value in headers.items():
+        (done,) = infer(load(headers={name: value}), "x")
+        assert done.error is not None and done.error.message == "HTTP 401: Incorrect API key provided: ***"
     with ProviderServer() as elsewhere:
         server.key = None
         server.plan["y"] = ["redirect"]
@@ -162,6 +168,22 @@ def test_the_key_is_cut_from_errors_and_goes_nowhere_by_redirect(server: Provide
         assert done.error is not None
         assert "redirects are not followed" in done.error.message
         assert not elsewhere.times
+
+
+@pytest.mark.parametrize("length", [12, 20, 25])
+def test_the_beginning_of_a_key_at_the_end_of_a_cut_text_is_removed_too(length: int) -> None:
+    key = "sk-proj-0123456789abcdefg"
+    auth = Auth({}, key)
+    assert auth.clean(f"the key {key[:length]}") == "the key ***"
+    assert auth.clean(f"{key[:length]}, {key} and sk-proj-***") == "***, *** and sk-proj-***"
+
+
+def test_every_part_of_a_header_with_secrets_is_removed(load: Load) -> None:
+    engine: Any = load(
+        headers={"Cookie": "session=0123456789; user=ann; id=abcdefghij", "api-key": "short", "x-trace": "on"}
+    )
+    said = "session=0123456789; user=ann; id=abcdefghij, short, on"
+    assert engine.auth.clean(said) == "*** *** ***, ***, on"
 
 
 def test_retry_after_is_a_floor(server: ProviderServer, load: Load) -> None:
@@ -208,16 +230,16 @@ def test_overload_halves_what_is_in_flight_and_answers_let_it_grow_back(server: 
     server.fault = lambda text, attempt: "429" if attempt == 1 and text in ("row 3", "row 40") else None
     done = infer(engine, *(f"row {i}" for i in range(60)))
     assert all(completion.error is None for completion in done)
-    assert engine.semaphore.threshold < 16
+    assert engine.remote.semaphore.threshold < 16
     infer(engine, *(f"more {i}" for i in range(800)))
-    assert engine.semaphore.limit == 16
+    assert engine.remote.semaphore.limit == 16
 
 
 def test_other_errors_do_not_shrink_it(server: ProviderServer, load: Load) -> None:
     engine: Any = load(max_concurrency=8)
     server.fault = lambda text, attempt: {0: "500", 1: "400", 2: "reset"}.get(int(text) % 10) if attempt == 1 else None
     infer(engine, *map(str, range(100)))
-    assert engine.semaphore.limit == 8
+    assert engine.remote.semaphore.limit == 8
 
 
 @given(maximum=st.integers(1, 9), steps=st.lists(st.sampled_from(["take", "answer", "overload"]), max_size=60))
@@ -246,10 +268,10 @@ def test_slots_are_never_more_than_their_limit(maximum: int, steps: list[str]) -
 def test_a_dead_server_is_only_probed_until_the_outage_is_said(load: Load, server: ProviderServer) -> None:
     server.fault = lambda text, attempt: "502"
     engine = load(max_concurrency=32)
-    engine.max_outage_s = 0.5
+    engine.remote.max_outage_s = 0.5
     done = infer(engine, *(f"row {i}" for i in range(64)))
-    assert engine.outage is not None
-    assert "HTTP 502" in engine.outage
+    assert engine.remote.outage is not None
+    assert "HTTP 502" in engine.remote.outage
     assert all(completion.error and completion.error.retryable for completion in done)
     # 64 rows would have made 6 requests each: here, those in flight at first, and then one at a time.
     assert len(server.times) < 32 + 60
@@ -260,17 +282,39 @@ def test_rows_wait_out_an_outage(server: ProviderServer, load: Load) -> None:
     engine = load(max_concurrency=16, max_retries=2)
     done = infer(engine, *(f"row {i}" for i in range(40)))
     assert [completion.text for completion in done] == [f"row {i}" for i in range(40)]
-    assert engine.outage is None
+    assert engine.remote.outage is None
 
 
 def test_retries_have_a_budget() -> None:
     budget = RetryBudget(share=0.2, least_per_s=1.0, maximum=10)
-    waits = [budget.wait_s() for _ in range(20)]
-    assert waits[:5] == [0] * 5
-    assert waits[-1] > 10
+    waits = [budget.take() for _ in range(7)]
+    assert waits[:5] == [0] * 5 and all(0.5 < wait <= 1 for wait in waits[5:])
+    for _ in range(5):
+        budget.answered(retried=False)
+    assert budget.take() == 0 and budget.take() > 0
+    budget.answered(retried=True)
+    assert budget.take() == 0
     for _ in range(200):
-        budget.answered()
-    assert budget.wait_s() == 0
+        budget.answered(retried=False)
+    assert budget.tokens == 10
+
+
+def test_rows_that_were_refused_together_come_back_as_fast_as_they_are_answered(server: ProviderServer, load: Load) -> None:
+    server.fault = lambda text, attempt: "429" if attempt == 1 else None
+    engine = load(max_concurrency=200)
+    engine.remote.retries.least_per_s = 1e-6  # no retry but those that are left or given back
+    done = infer(engine, *(f"row {i}" for i in range(200)))
+    assert all(completion.error is None for completion in done) and len(server.times) == 400
+
+
+def test_the_time_in_the_queue_does_not_count_as_time_of_failures(server: ProviderServer, load: Load) -> None:
+    """A row that waits for a rate limit for long has its retries all the same."""
+    server.fault = lambda text, attempt: "500" if attempt == 1 else None
+    engine = load(requests_per_minute=240)
+    engine.remote.max_outage_s = 0.3
+    done = infer(engine, *(f"row {i}" for i in range(8)))
+    assert [completion.attempts for completion in done] == [2] * 8
+    assert all(completion.error is None for completion in done)
 
 
 def test_a_dead_endpoint_is_left_out_and_comes_back(server: ProviderServer, load: Load) -> None:
@@ -309,7 +353,7 @@ def test_drain_gives_back_what_waits(server: ProviderServer, load: Load) -> None
         tasks = [asyncio.create_task(engine.generate(to_request(ask(text), base))) for text in ("later", *"abcdefgh")]
         while not server.attempts["later"]:
             await asyncio.sleep(0.01)
-        engine.drain()
+        engine.remote.drain()
         return await asyncio.gather(*tasks)
 
     done = asyncio.run(go())
@@ -322,6 +366,7 @@ def test_drain_gives_back_what_waits(server: ProviderServer, load: Load) -> None
 # -- limits -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(rate=st.integers(60, 60_000), late=st.lists(st.floats(0, SLACK_S), min_size=8, max_size=8), dies=st.booleans())
 def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late: list[float], dies: bool) -> None:
@@ -393,6 +438,7 @@ def test_those_who_wait_are_served_in_their_order() -> None:
      ({"x-ratelimit-limit-tokens": "", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1m2.5s"}, 60.0,
       {}),
      ({"x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "3"}, 0.0, {"requests": 500}),
+     ({"x-ratelimit-limit-requests": "-1", "x-ratelimit-limit-tokens": "0"}, None, None),
      ({"anthropic-ratelimit-output-tokens-limit": "8000"}, 0.0, {"output_tokens": 8000}),
      ({"x-ratelimit-limit-requests": "many", "x-ratelimit-reset-requests": "soon"}, None, None)],
 )  # fmt: skip
@@ -504,6 +550,27 @@ def test_bedrock_sends_every_image_and_retries_by_our_rules_only(server: Provide
 def test_a_configuration_that_cannot_work_is_said(load: Load, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load(**keys)
+
+
+@pytest.mark.parametrize(
+    ("provider", "said"),
+    [({"prices": {"m": {"inputt": 1, "output": 2}}}, "engine.provider.prices: 'm' has no 'inputt' (did you mean 'input'?)"),
+     ({"prices": {"m": {"input": 1, "output": 2, "above": {"tokns": 5}}}},
+      "engine.provider.prices: 'm'.above has no 'tokns' (did you mean 'tokens'?)"),
+     ({"prices": {"m": {"input": 1, "output": 2, "batch": {"inptu": 5}}}},
+      "'m'.batch has no 'inptu' (did you mean 'input'?)"),
+     ({"prices": {"m": 3}}, "engine.provider.prices: 'm' needs input and output"),
+     ({"prices": [1]}, "engine.provider.prices maps models to their rates"),
+     ({"formats": {"regexp": "x"}}, "there is no type of response_format 'regexp' (did you mean 'regex'?)"),
+     ({"no_formats": ["json_shema"]}, "there is no type of response_format 'json_shema' (did you mean 'json_schema'?)"),
+     ({"models": [{"match": "a", "no_formats": ["jsn_schema"]}]}, "engine.provider.models.no_formats: there is no type of"),
+     ({"models": [{"match": "["}]}, "engine.provider.models: match=[ is not a regular expression"),
+     ({"defaults": {"max_tokens": "many"}}, "engine.provider.defaults.max_tokens must be a whole number"),
+     ({"auth": "bearr"}, "engine.provider.auth=bearr is not known (did you mean 'bearer'?)")],
+)  # fmt: skip
+def test_a_wrong_name_inside_a_mapping_of_the_provider_is_said(load: Load, provider: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(provider={"wire": "chat", "auth": "optional", **provider})
 
 
 def test_whole_numbers_of_any_size_and_extra_fields_are_sent(server: ProviderServer, load: Load) -> None:

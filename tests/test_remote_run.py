@@ -27,6 +27,7 @@ def remote(server: ProviderServer, *more: str) -> list[str]:
     return ["engine.model=m", f"engine.base_url={server.url}", *more]
 
 
+@pytest.mark.slow
 def test_no_row_is_lost_or_paid_twice_where_many_requests_go_wrong(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
@@ -44,6 +45,7 @@ def test_no_row_is_lost_or_paid_twice_where_many_requests_go_wrong(
     assert len(server.faults) > 10
 
 
+@pytest.mark.slow
 def test_an_outage_stops_the_run_resumably_and_drops_no_row(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
@@ -73,6 +75,7 @@ def test_a_key_that_is_refused_stops_the_run_and_is_shown_nowhere(
     assert "Incorrect API key provided: ***" in str(stopped.value)
 
 
+@pytest.mark.slow
 def test_the_drivers_key_reaches_the_workers_and_no_file(
     infer: Infer, write_jsonl: Write, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +90,7 @@ def test_the_drivers_key_reaches_the_workers_and_no_file(
             assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_parameter_nobody_could_be_asked_with_is_a_configuration_error(
     infer: Infer, write_jsonl: Write, server: ProviderServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +108,7 @@ def test_a_parameter_nobody_could_be_asked_with_is_a_configuration_error(
     assert infer(data, *remote(server, "generation.top_k=3", "engine.unsupported=drop"), engine="openai").exit_status == 0
 
 
+@pytest.mark.slow
 def test_replicas_share_one_limit_and_outlive_its_actor(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:
     data = write_jsonl([ask(f"row {i}") for i in range(60)])
     overrides = remote(server, "engine.requests_per_minute=600", "hardware.replicas=2")
@@ -125,6 +130,7 @@ def test_replicas_share_one_limit_and_outlive_its_actor(infer: Infer, write_json
     assert max(times) - min(times) > (60 - 2 * 6) / 10
 
 
+@pytest.mark.slow
 def test_an_interrupt_gives_back_what_waits_for_its_turn(infer: Infer, write_jsonl: Write, server: ProviderServer) -> None:
     data = write_jsonl([ask(f"row {i}") for i in range(50)])
 
@@ -187,8 +193,16 @@ def test_what_a_provider_wants_back_is_in_the_messages(
     message = {"role": "assistant", "content": None, "tool_calls": [signed], "reasoning_content": "hm"}
     body = {"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}], "usage": {}}
     server.plan["a"] = ["body=" + json.dumps(body)]
-    assert infer(write_jsonl([ask("a"), ask("b")]), *remote(server), engine="openai_compatible").exit_status == 0
-    first, second = infer.rows()
+    custom = {"id": "2", "type": "custom", "custom": {"name": "run", "input": "1 + 2"}}
+    asks = {"role": "assistant", "content": None, "tool_calls": [custom]}
+    server.plan["c"] = [f"body={json.dumps({**body, 'choices': [{'message': asks, 'finish_reason': 'tool_calls'}]})}"]
+    tool = {"type": "custom", "custom": {"name": "run"}}
+    data = write_jsonl([ask("a"), ask("b"), ask("c", tools=[tool])])
+    assert infer(data, *remote(server), engine="openai_compatible").exit_status == 0
+    first, second, third = infer.rows()
+    assert json.loads(third["messages"]) == [{"role": "user", "content": "c"}, asks]
+    assert json.loads(third["tool_calls"]) == [custom]
+    assert next(seen.body for seen in server.requests if seen.text == "c")["tools"] == [tool]
     assert json.loads(first["messages"]) == [{"role": "user", "content": "a"}, message]
     assert json.loads(second["messages"])[-1] == {"role": "assistant", "content": "b"}
     assert "message_fields" not in first

@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import axe_core_python
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -24,13 +25,18 @@ from engines.errors import Failure
 from engines.text import visible
 from engines.types import Completion
 from engines.usage import Usage
+from pipeline.report.advice import ADVICE, TRUNCATED
 from pipeline.report.charts import LEFT, RIGHT, WIDTH, Drawing, latency_over_time, series_of, short, short_seconds, ticks
 from pipeline.report.conversation import ROW_CHARS, shown_row
-from pipeline.report.page import SAMPLE_BYTES, write_report
+from pipeline.report.costs import cost_of, dollars
+from pipeline.report.page import write_report
+from pipeline.report.rows import SAMPLE_BYTES
+from pipeline.report.shared_texts import alike
 from pipeline.report.stats import MOST_BUCKETS, PAUSE_MS, SAMPLED, Stats
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import COMPLETION_COLUMNS, completion_columns
 from tests.support.infer import Infer, ask
+from tests.support.outputs import figure
 from tests.support.provider_server import ProviderServer
 
 Write = Callable[..., Path]
@@ -51,14 +57,7 @@ HOSTILE = [
     "\ufeffzero\u200bwidth é e\u0301 👩‍👩‍👧 اللغة العربية 日本語",
     "x" * 150_000,
 ]
-SEEN = [visible(text)[:4000] for text in HOSTILE]
-
-
-def figure(page: str, label: str) -> str:
-    """What stands in the tile of that label."""
-    found = re.search(rf"<dt>{re.escape(label)}</dt><dd>(.*?)</dd>", page)
-    assert found, label
-    return unescape(found[1])
+SEEN = [visible(text)[:2600] for text in HOSTILE]
 
 
 def in_seconds(text: str) -> float:
@@ -83,7 +82,7 @@ def test_the_figures_are_those_of_the_output(infer: Infer, write_jsonl: Write) -
     good = [row for row in table if not row["error"]]
     read, written = (np.array([row["usage"][name] for row in good]) for name in ("input", "output"))
     assert len(good) > 450
-    assert figure(page, "Rows answered") == str(sum(not row["error"] for row in infer.rows()))
+    assert figure(page, "Rows done") == str(sum(not row["error"] for row in infer.rows()))
     assert figure(page, "Output tokens") == f"{written.sum():,}"
     assert figure(page, "Input tokens") == f"{read.sum():,}"
     assert figure(page, "Cost") == f"${(2 * read.sum() + 10 * written.sum()) / 1e6:.4g}"
@@ -97,20 +96,25 @@ def test_the_figures_are_those_of_the_output(infer: Infer, write_jsonl: Write) -
     assert seconds["max"] == pytest.approx(latency.max(), rel=0.01)
     for name, q in (("p50", 0.5), ("p95", 0.95)):
         assert seconds[name] == pytest.approx(np.quantile(latency, q), rel=2 * NEAR)
-    slowest = re.findall(r'<a href="#row-(\d+)">', page)
+    slowest = re.findall(r'<a href="#row-(\d+)">', page[page.index('id="slowest"') :])
     timed = sorted(table, key=lambda row: -row["latency_s"])
     assert [int(index) for index in slowest] == [row["index"] for row in timed[:10]]
     manifest = outcome.manifest
-    counts = re.findall(r'<td class="type">(\w+)</td><td class="num">([\d,]+)</td>', page)
+    counts = re.findall(r'class="type">(\w+)</h3>\n<p class="count">([\d,]+) rows? ', page)
     assert {name: int(count.replace(",", "")) for name, count in counts} == manifest["errors"]
     assert manifest["errors"]["invalid_input"] == 1
-    assert "<bdi>in.jsonl:606</bdi></b> <bdi>invalid JSON: " in page
+    assert re.search("<bdi>in.jsonl:606</bdi>(</a>)?</b> <bdi>invalid JSON: ", page)
+    assert all(unescape(page).count(ADVICE[type]) == 1 and f"docs/errors.md#{type}" in page for type in manifest["errors"])
+    million = sum(entry["cost_usd"] for entry in manifest["costs"]) / manifest["rows"]["done"] * 1e6
+    assert figure(page, "Cost of a million rows") == dollars(million)
+    assert [(e["lane"], e["model"], e["requests"]) for e in manifest["costs"]] == [("live", "echo", len(table) - 1)]
     assert sum(manifest["cost_parts_usd"].values()) == manifest["cost_usd"]
-    answered = sum(int(n.replace(",", "")) for n in re.findall(r": ([\d,]+) answered", page))
-    failed = sum(int(n.replace(",", "")) for n in re.findall(r"answered, ([\d,]+) failed", page))
+    answered = sum(int(n.replace(",", "")) for n in re.findall(r": ([\d,]+) done", page))
+    failed = sum(int(n.replace(",", "")) for n in re.findall(r"done, ([\d,]+) failed", page))
     assert (answered, answered + failed) == (len(good), manifest["rows"]["requests"])
 
 
+@pytest.mark.slow
 def test_nothing_new_leaves_the_report_and_deleting_it_makes_it_anew(infer: Infer, write_jsonl: Write) -> None:
     path = write_jsonl([ask(f"{i}") for i in range(10)])
     infer(path)
@@ -120,7 +124,7 @@ def test_nothing_new_leaves_the_report_and_deleting_it_makes_it_anew(infer: Infe
     assert report.stat().st_mtime_ns == before
     report.unlink()
     infer(path)
-    assert "Nothing new" not in infer.printed
+    assert "No request was sent" not in infer.printed
     assert "All 10 rows." in report.read_text()
 
 
@@ -132,7 +136,7 @@ def test_an_input_column_named_done_at_is_left_alone(infer: Infer, write_jsonl: 
 def test_an_input_without_rows_has_a_report_too(infer: Infer, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n")
     infer(tmp_path / "in.jsonl")
-    assert figure((infer.out / "report.html").read_text(), "Rows answered") == "0"
+    assert figure((infer.out / "report.html").read_text(), "Rows done") == "0"
 
 
 def test_a_bug_in_the_report_costs_no_run_and_is_told(tmp_path: Path) -> None:
@@ -175,7 +179,13 @@ def stats_of(rows: list[tuple[float, float, int, bool]], cuts: list[int]) -> Sta
         part = Stats()
         ids = [f"r{at}" for at in range(start, end)]
         at = np.arange(start, end)
-        part.add(at, start, whole.slice(start, end - start), done.slice(start, end - start), ids, lambda row: {})
+        mine = whole.slice(start, end - start)
+        columns = {
+            "tokens": pc.struct_field(mine["usage"].combine_chunks(), "output"),
+            "size": pc.if_else(pc.less(mine["latency_s"], 1), "short", "long"),
+            "marks": pa.array([["a", "b"]] * len(mine)),
+        }
+        part.add(at, start, mine, done.slice(start, end - start), ids, lambda row: {}, columns)
         assert part.broken is None, part.broken
         total.merge(part)
     assert total.broken is None, total.broken
@@ -216,6 +226,17 @@ def test_the_sums_do_not_depend_on_how_the_rows_are_cut_into_parts(
             len(rows) - len(good),
             good.sum() if len(good) else 0,
         )
+        for values in stats.columns.values():
+            assert (values.rows, values.missing) == (len(good), 0)
+        assert stats.columns["size"].counts == Counter("short" if row[1] < 1 else "long" for row in rows if not row[3])
+        assert stats.columns["marks"].counts == ({"a": len(good), "b": len(good)} if len(good) else {})
+        if len(good):
+            numbers = stats.columns["tokens"]
+            assert (numbers.least, numbers.most, numbers.sum) == (good.min(), good.max(), good.sum())
+            assert sorted(numbers.numbers) == sorted(good) and numbers.counts == Counter(good.tolist())
+    for name in ("size", "marks"):
+        found = [{v: [s.at for s in shown] for v, shown in s.columns[name].examples.items()} for s in (cut, whole)]
+        assert found[0] == found[1]
     for kind in ("sample", "failed", "slowest"):
         assert [shown.at for shown in getattr(cut, kind)] == [shown.at for shown in getattr(whole, kind)]
     assert cut.examples == whole.examples
@@ -274,6 +295,30 @@ def test_a_row_shown_is_bounded_whatever_is_in_it() -> None:
     assert {"kind": "note", "text": "480 messages are left out here"} in row["turns"][4]["parts"]
 
 
+def test_texts_are_told_apart_by_what_differs() -> None:
+    begin, end = "Read this review of a customer and give it stars.\n", "\nAnswer with one number between 1 and 5."
+    texts = [f"{begin}{text}{end}" for text in ("good", "bad", "great")] + ["another question", "the same", "the same"]
+    groups = {tuple(group.at): group for group in alike(texts)}
+    assert (groups[0, 1, 2].before, groups[0, 1, 2].after) == (begin, end)
+    assert [groups[0, 1, 2].differing(text) for text in texts[:3]] == ["good", "bad", "great"]
+    assert all(not group.before for at, group in groups.items() if at != (0, 1, 2))
+    assert not alike(["equal " * 20] * 3)[0].before  # nothing differs
+
+
+@pytest.mark.parametrize(
+    ("cost", "known", "done", "total", "million"),
+    [(2.0, 2.0, 1000, "$2.00", "$2,000.00"), (None, 0.5, 1000, "unknown", "unknown"), (None, 0.0, 10, "unknown", "unknown"),
+     (1.0, 1.0, 0, "$1.00", "unknown")],
+)  # fmt: skip
+def test_an_unknown_cost_stays_unknown(cost: float | None, known: float, done: int, total: str, million: str) -> None:
+    manifest = {"cost_usd": cost, "cost_known_usd": known, "cost_unknown_requests": 7, "rows": {"done": done},
+                "config": {"engine": {"provider": {}}}}  # fmt: skip
+    found = cost_of(manifest)
+    assert (found.total, found.million, found.free) == (total, million, False)
+    assert ("for 7 requests" in found.note) == (cost is None)
+    assert [dollars(value) for value in (0.0, 7.31e-5, 0.01198, 1234.5)] == ["$0.00", "$0.000073", "$0.01198", "$1,234.50"]
+
+
 @pytest.mark.slow
 def test_a_report_of_a_million_hostile_rows_stays_small(infer: Infer, write_jsonl: Write) -> None:
     rows = [ask(f"{i} " + "<&\x01\u2028" * 4000, id="<" * 300 + str(i)) for i in range(300)]
@@ -282,31 +327,6 @@ def test_a_report_of_a_million_hostile_rows_stays_small(infer: Infer, write_json
 
 
 # -- the page, in a browser -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        reason = "needs chromium and chromedriver: apt-get install chromium chromium-driver"
-        if os.environ.get("EAGLERAY_NEEDS_BROWSER"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
-    options = ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    flags += " disable-component-update disable-sync disable-dev-shm-usage"
-    for flag in [*flags.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver_ = Chrome(options=options, service=Service(driver))
-    driver_.set_page_load_timeout(120)
-    yield driver_
-    driver_.quit()
 
 
 WEATHER = {
@@ -357,6 +377,8 @@ def report(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         rows += [ask("weather?", id="weather"), ask("twice", id="choices", generation={"n": 2})]
         rows += [{"messages": [{"role": "user", "content": content}], "id": "picture"}]
         rows += [ask(f"plain {n}", id=f"plain-{n}") for n in range(20)]
+        rows += [ask("cut", id="cut"), ask("again", id="again")]
+        server.plan |= {"cut": ["length"], "again": ["500"]}
         server.plan["weather?"] = ["body=" + json.dumps(WEATHER)]
         server.plan["twice"] = ["body=" + json.dumps(CHOICES)]
         for n in range(3):
@@ -367,7 +389,7 @@ def report(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         base = f"engine.base_url={server.url}"
         price = ["engine.price.input=1", "engine.price.cached_input=0.1", "engine.price.output=4"]
         more = ["engine.api_key_env=REPORT_KEY", "engine.model='<script>m'", *price]
-        infer(f'"{path}"', base, *more, engine="openai_compatible")
+        infer(f'"{path}"', base, *more, "engine.provider.fetches_media=true", engine="openai_compatible")
         yield infer, server
 
 
@@ -497,7 +519,7 @@ def test_the_sample_is_browsed_searched_and_filtered(page: Page) -> None:
     assert '{"broken": "<script>' in said
     page.find("no such words")
     assert place() == "none"
-    assert "No conversation is like that." in page.chat()
+    assert "No conversation matches." in page.chat()
     link = page.browser.find_element("css selector", "#slowest a")
     name = link.text
     link.click()
@@ -507,18 +529,20 @@ def test_the_sample_is_browsed_searched_and_filtered(page: Page) -> None:
 
 
 def test_the_charts_are_there(page: Page) -> None:
-    assert page("[...document.querySelectorAll('figure svg')].map(e => e.getAttribute('aria-label'))") == [
+    assert page("[...document.querySelectorAll('figure svg[role=img]')].map(e => e.getAttribute('aria-label'))") == [
+        "Input tokens",
+        "Output tokens",
         "Answers per second over time",
         "Output tokens per second over time",
         "Latency over time",
         "Latency",
-        "Input tokens",
-        "Output tokens",
+        "Queueing",
     ]
     for kind in ("answered", "tokens", "counted"):
         heights = page(f"[...document.querySelectorAll('svg .{kind}')].map(e => e.getBoundingClientRect().height)")
         assert max(heights) > 40
-    assert page("document.querySelector('svg .p95').getBoundingClientRect().width") > 50
+    lines = page("[...document.querySelectorAll('svg .p95')].map(e => e.getBoundingClientRect().width)")
+    assert sum(lines) > 10  # a line for each stretch of time with answers
     outside = "[...document.querySelectorAll('svg text, svg rect')].filter(e => { const a = e.getBoundingClientRect(), b ="
     outside += " e.ownerSVGElement.getBoundingClientRect(); return a.left < b.left - 1 || a.right > b.right + 1; })"
     assert page(f"{outside}.map(e => e.outerHTML)") == []
@@ -563,7 +587,7 @@ def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
     assert base64.b64decode(page.cdp("Page.printToPDF")["data"]).startswith(b"%PDF")
 
 
-@pytest.mark.parametrize("width", [340, 390, 768, 1280, 2200])
+@pytest.mark.parametrize("width", [340, 360, 768, 1600])
 def test_no_width_scrolls_sideways(page: Page, width: int) -> None:
     page.cdp("Emulation.setDeviceMetricsOverride", **screen(width))
     for index in range(len(HOSTILE)):
@@ -575,6 +599,58 @@ def test_no_width_scrolls_sideways(page: Page, width: int) -> None:
         "document.querySelectorAll('.figures dd').forEach(dd => { dd.textContent = '123.45 min'; })"
     )
     assert page("document.documentElement.scrollWidth") <= width
+
+
+def test_axe_finds_nothing(page: Page) -> None:
+    axe = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
+    page.cdp("Runtime.evaluate", expression=axe)
+    for width, scheme in ((360, "light"), (768, "dark"), (1600, "light")):
+        page.cdp("Emulation.setDeviceMetricsOverride", **screen(width))
+        page.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        run = "axe.run().then(found => arguments[0](found.violations.map(v => [v.impact, v.id, v.nodes[0].html])))"
+        assert page.browser.execute_async_script(run) == [], (width, scheme)
+    page.cdp("Emulation.setEmulatedMedia", media="", features=[])
+
+
+def test_the_keyboard_reaches_everything(page: Page) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    reached = []
+    for _ in range(60):
+        page.browser.switch_to.active_element.send_keys(Keys.TAB)
+        reached.append(page("document.activeElement.id || document.activeElement.getAttribute('aria-label')"))
+        if page("document.activeElement.tagName") == "SUMMARY":
+            break
+    assert {"theme", "Answers", "find", "bad", "after"} <= set(reached)
+    assert reached.index("theme") < reached.index("Answers") < reached.index("find")
+
+
+def test_truncated_answers_and_failures_have_advice(page: Page) -> None:
+    assert page("document.querySelector('#truncated .count').textContent").startswith("1 row ")
+    text = page("document.getElementById('truncated').textContent")
+    assert TRUNCATED in text and "docs/errors.md#truncated-answers" in text
+    link = page.browser.find_element("css selector", "#truncated a")
+    assert link.text == "cut"
+    link.click()
+    page.browser.execute_async_script("setTimeout(arguments[0], 100)")
+    assert page("document.querySelector('#chat h3').textContent") == "cut"
+    assert "finish reason: length" in page.chat()
+
+
+def test_each_section_names_its_scope_in_the_order_of_the_readers_questions(page: Page) -> None:
+    every, this = "all runs of this output", "this run"
+    assert page("[...document.querySelectorAll('h2')].map(e => [e.id, e.querySelector('.scope').textContent])") == [
+        ["dataset", this], ["results", every], ["problems", every], ["costs", every], ["speed", every], ["run", this],
+        ["settings", this],
+    ]  # fmt: skip
+
+
+def test_queueing_is_apart_from_the_answers_own_time(page: Page, report: tuple[Infer, ProviderServer]) -> None:
+    infer, server = report
+    rows = {row["id"]: row for row in json.loads(page("document.getElementById('rows').textContent"))}
+    tried = next(row for row in rows.values() if row["id"] == "again")
+    assert (tried["attempts"], tried["queued"] >= server.latency_s) == (2, True)  # the failed try is in it
+    assert "queued_s" not in infer.table().column_names
 
 
 def test_no_secret_is_in_the_report(report: tuple[Infer, ProviderServer]) -> None:

@@ -20,7 +20,7 @@ from engines import Engine, GenerationParams, load_engine
 from engines.errors import ConfigError
 from engines.structured import schema_error
 from engines.types import Choice, answer
-from jobs.compose import compose
+from pipeline.configuration.compose import compose
 from pipeline.context import resolve_context
 from pipeline.dataset.formats import Parsed
 from pipeline.dataset.keys import RequestHasher
@@ -93,6 +93,39 @@ def test_schema_retries_bounds_the_tries(server: ProviderServer, engine: Engine,
     [completion] = engine.infer([ask("How good?")], {"response_format": FORMAT, "schema_retries": retries})
     assert completion.error is not None and "it is not JSON" in completion.error.message
     assert len(asked) == 1 + retries
+
+
+FENCED = "```json\n{}\n```"
+
+
+@pytest.mark.parametrize(
+    ("said", "thought"),
+    [(FENCED, None), ("Here it is:\n" + FENCED + "\nAnything else?", None), ("```{}```", None), ("```json\n{}", None),
+     ("<think>four {\"score\": 1} stars?</think>\n{}", 'four {"score": 1} stars?'),
+     ("four stars</think>" + FENCED, "four stars"),
+     (FENCED.replace("{}", '{"score": "bad"}') + "\nNo, rather:\n" + FENCED, None)],
+)  # fmt: skip
+def test_json_in_a_fence_or_after_reasoning_is_taken_out_and_costs_no_retry(
+    server: ProviderServer, engine: Engine, said: str, thought: str | None
+) -> None:
+    good = json.dumps({**GOOD, "why": "it says ```x``` and </think>"})
+    asked = says(server, said.replace("{}", good))
+    [completion] = engine.infer([ask("How good?")], {"response_format": FORMAT})
+    assert completion.error is None and len(asked) == completion.attempts == 1
+    assert (completion.text, completion.reasoning) == (good, thought)
+
+
+@pytest.mark.parametrize("rest", ["</think>I cannot rate it.", '</think>{"score": "five"}', '</think>{"score": 5, "wh', ""])
+def test_a_draft_inside_the_reasoning_is_no_answer(server: ProviderServer, engine: Engine, rest: str) -> None:
+    says(server, f"<think>Perhaps\n```json\n{json.dumps(GOOD)}\n```\nNo, that is wrong.{rest}")
+    [completion] = engine.infer([ask("How good?")], {"response_format": FORMAT, "schema_retries": 0})
+    assert completion.error is not None and completion.error.type == "schema_mismatch"
+
+
+def test_json_of_a_fence_that_does_not_match_says_what_is_wrong_with_it(server: ProviderServer, engine: Engine) -> None:
+    says(server, FENCED.replace("{}", '{"score": "high"}'))
+    [completion] = engine.infer([ask("How good?")], {"response_format": FORMAT, "schema_retries": 0})
+    assert completion.error is not None and "score: 'high' is not of type 'integer'" in completion.error.message
 
 
 def test_what_was_cut_off_is_not_asked_for_again(server: ProviderServer, engine: Engine) -> None:
@@ -344,7 +377,7 @@ COLUMNS = ["dataset.template='{{ text }}'", f"generation.response_format={json.d
 def test_answers_become_columns_of_one_schema_in_every_part(
     infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.output.finalize.plan_jobs.__defaults__", (2,))
+    monkeypatch.setattr("pipeline.output.finalize.plan_jobs.__defaults__", (0.0, 2))
     rows = [
         {"text": json.dumps(GOOD), "score": "the input's own"},
         {"text": "Four stars.", "score": None},
@@ -368,6 +401,7 @@ def test_answers_become_columns_of_one_schema_in_every_part(
     assert found[1]["usage"]["output"] == 2
 
 
+@pytest.mark.slow
 def test_names_of_ours_and_places_deep_inside_are_columns_too(infer: Infer, write_jsonl: Write) -> None:
     schema = {"type": "object", "properties": {
         "reasoning": {"type": "string"},
@@ -380,11 +414,12 @@ def test_names_of_ours_and_places_deep_inside_are_columns_too(infer: Infer, writ
     assert (row["response_reasoning"], row["points"], row["tags"]) == ("r", 1.0, '[1,"a"]')
     assert row["reasoning"] is None
     infer(write_jsonl([ask(json.dumps(said))]), f"generation.response_format={json.dumps(schema)}", wanted, "output=jsonl")
-    assert infer.printed.count("Nothing new") == 0
+    assert infer.printed.count("No request was sent") == 0
     line = json.loads((infer.out / "data" / "part-00000.jsonl").read_text())
     assert (line["response_reasoning"], line["points"], line["tags"]) == ("r", 1.0, [1, "a"])
 
 
+@pytest.mark.slow
 def test_more_columns_and_other_retries_ask_no_good_row_again(infer: Infer, write_jsonl: Write) -> None:
     data = write_jsonl([{"text": json.dumps(GOOD)}, {"text": json.dumps({"score": 1})}])
     assert infer(data, *COLUMNS[:2]).manifest["this_run"]["asked"] == 2
@@ -412,7 +447,7 @@ def test_a_provider_that_is_asked_again_fills_the_columns(infer: Infer, write_js
 def test_llamacpp_scores_a_table(infer: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     outcome = infer(
-        "docs/examples/reviews.jsonl",
+        "docs/examples/reviews.csv",
         "dataset.template='Rate this review of a {{ product }}: {{ review }}'",
         "generation.response_format=docs/examples/score.json",
         "generation.max_tokens=200",
@@ -453,6 +488,7 @@ def test_a_batchs_wrong_answers_go_again_in_the_next_and_are_then_errors(
     assert [len(ids) for _, ids in batches.submitted] == [3, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_batchs_wrong_answers_may_go_live(infer: Infer, write_jsonl: Write, batches: BatchServer) -> None:
     remote = ["engine.model=m", f"engine.base_url={batches.url}/v1", "run.mode=batch", "run.batch_fallback=live"]
     data = write_jsonl([ask('say: {"score": 3}'), ask("say: three")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 
 from engines import Conversation, EngineConfig, GenerationParams, load_engine
 from engines.errors import EngineError
+from engines.types import to_request
 from jobs import plan
 from pipeline.dataset.formats import RowParser
 from pipeline.dataset.keys import RequestHasher
@@ -66,6 +69,7 @@ def test_turns_are_asked_one_after_the_other_and_the_row_holds_all_of_it(
     assert json.loads(lines[0])["messages"] == dialogue and "dialogue" not in json.loads(lines[0])
 
 
+@pytest.mark.slow
 def test_an_error_ends_the_turns_names_its_own_and_keeps_what_was_said(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
@@ -81,6 +85,16 @@ def test_an_error_ends_the_turns_names_its_own_and_keeps_what_was_said(
     infer.out = infer.out.with_name("again")
     assert infer(infer.out.with_name("out") / "errors", *remote(server), engine="openai_compatible").exit_status == 0
     assert infer.rows()[0]["response"] == "Thank you."
+
+
+def test_a_row_with_an_answer_that_was_cut_off_counts_as_cut_off(server: ProviderServer) -> None:
+    server.plan[TURNS[0]] = ["length"]
+    with load_engine("openai_compatible", model="m", base_url=server.url) as engine:
+        asked = [
+            dataclasses.replace(to_request(ask(TURNS[at]), GenerationParams()), turns=TURNS[at + 1 :]) for at in (0, 1)
+        ]
+        cut, whole = (asyncio.run(engine.generate(request)) for request in asked)
+    assert (cut.error, cut.finish_reason, whole.finish_reason) == (None, "length", "stop")
 
 
 def test_turns_may_be_in_any_column_of_a_table(infer: Infer, tmp_path: Path) -> None:
@@ -176,6 +190,7 @@ def test_batch_apis_are_not_asked_multi_turn_conversations(
     assert single["response"] == "answer to: a"
 
 
+@pytest.mark.slow
 def test_llamacpp_goes_on_from_what_was_said(infer: Infer, write_jsonl: Write) -> None:
     turns = ["What is the capital of France?", "And of Italy?"]
     data = write_jsonl([{"turns": turns}, {"turns": turns}])  # equal ones are asked once

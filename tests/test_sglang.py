@@ -17,8 +17,8 @@ from engines import ConfigError, Engine, Request, load_engine
 from engines.config import EngineConfig
 from engines.params import GenerationParams
 from engines.usage import Usage
-from pipeline.config import HardwareConfig
 from pipeline.executors.live.placement import placement
+from pipeline.hardware import HardwareConfig
 from tests.support.processes import gone, until
 from tests.support.sglang_server import install
 

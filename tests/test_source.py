@@ -18,8 +18,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines.errors import ConfigError
-from pipeline.dataset.source import FileSplit, RawRow, list_file_splits, parquet_schema, read_file_split, read_table
+from engines.errors import ConfigError, ErrorCode
+from pipeline.dataset.arrow_rows import table_schema, to_values
+from pipeline.dataset.file_split import FileSplit, RawRow
+from pipeline.dataset.read import read_file_split, read_table
+from pipeline.dataset.source import list_file_splits
 from pipeline.storage.filesystem import exists, resolve, write_atomic
 
 
@@ -110,13 +113,6 @@ def test_a_list_keeps_its_order_and_a_file_named_twice_is_read_once(tree: Path) 
     assert names([f"{tree}/b.jsonl", f"{tree}/*.jsonl", f"file://{tree}/a.jsonl"]) == ["b.jsonl", "a.jsonl"]
 
 
-def test_files_of_one_name_in_several_directories_get_names_of_their_own(tmp_path: Path) -> None:
-    for name in ("x/1/in.jsonl", "y/1/in.jsonl", "y/2/other.jsonl"):
-        write(tmp_path / name, "{}\n")
-    found = names([f"{tmp_path}/x/1/in.jsonl", f"{tmp_path}/y/1/in.jsonl", f"{tmp_path}/y/2/other.jsonl"])
-    assert found == ["x/1/in.jsonl", "y/1/in.jsonl", "y/2/other.jsonl"]
-
-
 def test_names_stay_when_the_dataset_moves(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     moved = tmp_path_factory.mktemp("elsewhere") / "data"
     before = names(str(tree))
@@ -146,8 +142,8 @@ def test_a_wrong_path_names_the_nearest_right_one(tree: Path) -> None:
 
 
 def test_a_directory_without_data_says_what_it_holds(tmp_path: Path) -> None:
-    write(tmp_path / "table.csv", "a,b\n")
-    with pytest.raises(ConfigError, match=r"no \.jsonl or \.parquet file in '.*' \(known: table\.csv\)"):
+    write(tmp_path / "table.xlsx", "")
+    with pytest.raises(ConfigError, match=r"dataset\.path: there is no data file in '.*' \(known: table\.xlsx\)"):
         list_file_splits(str(tmp_path))
 
 
@@ -158,7 +154,7 @@ def test_an_empty_path_is_refused(path: object) -> None:
 
 
 def test_an_unknown_scheme_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match=r"nothing here reads 'nosuch://' paths"):
+    with pytest.raises(ConfigError, match=r"there is no reader for 'nosuch://' paths"):
         list_file_splits("nosuch://bucket/x")
 
 
@@ -232,7 +228,7 @@ def test_a_truncated_stream_gives_its_rows_and_then_one_error(tmp_path: Path, na
     assert [row.columns["i"] for row in before] == list(range(len(before)))
     assert last.row == len(before)
     assert last.error.startswith("the file cannot be read: ")
-    assert last.error.endswith(": rows from this line on are missing")
+    assert last.error.endswith(": the rows from here on are missing")
 
 
 def test_a_damaged_gzip_stream_is_one_error_after_its_rows(tmp_path: Path) -> None:
@@ -255,8 +251,13 @@ def test_a_damaged_gzip_stream_is_one_error_after_its_rows(tmp_path: Path) -> No
         ("bad.jsonl.gz", b'{"a": 1}\n', "not a gzip file: it begins with b'{\"a\"'"),
         ("bad.jsonl.gz", b"", "not a gzip file: it begins with b''"),
         ("bad.jsonl.zst", b"nope", "not a zstd file: it begins with b'nope'"),
-        ("bad.json", b'[\n{"a": 1},\n{"a": 2}\n]\n', "one JSON array over many lines, not JSON lines"),
-        ("bad.json", b'[{"a": 1},\n{"a": 2}]\n', "one JSON array over many lines, not JSON lines"),
+        ("bad.arrow", b'{"a": 1}\n', "not an Arrow file: "),
+        ("bad.jsonl", b"PK\x03\x04rest", "an Excel or zip file: save it as CSV, or unpack it"),
+        ("bad.jsonl.gz", gzip.compress(b"name\0\0\0", mtime=0), "not text: it begins with b'name\\x00\\x00\\x00'"),
+        ("bad", b"\x7fELF\x02\x01\x01\0", "not text: it begins with b'\\x7fELF"),
+        ("bad.csv", b"a,b,a\n1,2,3\n", "a CSV file with two columns named 'a'"),
+        ("bad.csv", b"name,gr\xf6\xdfe\n", "not UTF-8 text: save it as UTF-8"),
+        ("bad.csv", b'"a"b,c\n', "not a CSV file: its header: "),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_error_row_or_refused(
@@ -271,7 +272,8 @@ def test_a_file_that_cannot_be_read_is_one_error_row_or_refused(
     for fails in ({"path": bad}, {"path": [fine, bad], "on_bad_input": "fail"}):
         with pytest.raises(ConfigError) as caught:
             list_file_splits(**fails)
-        assert str(caught.value).startswith(f"{bad} is {reason}")
+        assert str(caught.value).startswith(f"dataset.path: {bad} is {reason}")
+        assert caught.value.code == ErrorCode.INPUT_FILES
 
 
 def test_empty_files_have_no_rows(tmp_path: Path) -> None:
@@ -368,7 +370,10 @@ def test_many_brackets_that_are_not_deep_are_fine(tmp_path: Path) -> None:
 def test_a_line_over_the_limit_is_one_error_row_that_is_not_held_whole(tmp_path: Path) -> None:
     size = 9_000_000
     line = b'{"a": "' + b"x" * (size - 9) + b'"}'
-    assert one_error(tmp_path, line, max_row_bytes=1 << 20) == "the line has 9,000,000 bytes, the limit is 1,048,576"
+    assert (
+        one_error(tmp_path, line, max_row_bytes=1 << 20)
+        == "the row has 9,000,000 bytes, the limit is 1,048,576 (dataset.max_row_bytes)"
+    )
     (_, row, _) = rows(str(tmp_path / "in.jsonl"), max_row_bytes=1 << 20)
     assert row.raw == line[: 64 << 10]
 
@@ -377,12 +382,14 @@ def test_a_line_over_the_limit_is_one_error_row_that_is_not_held_whole(tmp_path:
 def test_the_limit_is_exact_at_the_end_of_a_file_too(tmp_path: Path, newline: bytes) -> None:
     path = str(write(tmp_path / "in.jsonl", b'{"a": 1}' + newline))
     assert rows(path, max_row_bytes=8) == [RawRow(0, {"a": 1}, None)]
-    assert rows(path, max_row_bytes=7) == [RawRow(0, None, "the line has 8 bytes, the limit is 7", b'{"a": 1}')]
+    assert rows(path, max_row_bytes=7) == [
+        RawRow(0, None, "the row has 8 bytes, the limit is 7 (dataset.max_row_bytes)", b'{"a": 1}')
+    ]
 
 
 def test_the_last_line_of_an_oversized_file_without_a_newline_is_reported(tmp_path: Path) -> None:
     (row,) = rows(str(write(tmp_path / "in.jsonl", b"x" * 5_000_001)), max_row_bytes=1000)
-    assert (row.row, row.error) == (0, "the line has 5,000,001 bytes, the limit is 1,000")
+    assert (row.row, row.error) == (0, "the row has 5,000,001 bytes, the limit is 1,000 (dataset.max_row_bytes)")
     assert row.raw == b"x" * (64 << 10)
 
 
@@ -390,7 +397,11 @@ def test_an_oversized_line_in_a_compressed_file_is_reported_too(tmp_path: Path) 
     text = b'{"a": 1}\n"' + b"x" * 9_000_000 + b'"\n{"a": 2}\n'
     for name, compress in (("a.gz", gzip.compress), ("a.zst", zstandard.compress)):
         found = rows(str(write(tmp_path / name, compress(text))), max_row_bytes=1 << 20)
-        assert [row.error for row in found] == [None, "the line has 9,000,002 bytes, the limit is 1,048,576", None]
+        assert [row.error for row in found] == [
+            None,
+            "the row has 9,000,002 bytes, the limit is 1,048,576 (dataset.max_row_bytes)",
+            None,
+        ]
 
 
 def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
@@ -410,7 +421,7 @@ def test_a_file_that_vanishes_or_shrinks_after_listing_is_an_error_row(tmp_path:
     path.write_text('{"a": 1}\n')
     first, last = (row for batch in read_file_split(file_split) for row in batch)
     assert (first.columns, last.row) == ({"a": 1}, 1)
-    assert last.error == "the file cannot be read: it ends at byte 9 of 18: rows from this line on are missing"
+    assert last.error == "the file cannot be read: it ends at byte 9 of 18: the rows from here on are missing"
     path.unlink()
     ((row,),) = read_file_split(file_split)
     assert row.row == 0 and row.error.startswith("the file cannot be read: ")
@@ -453,7 +464,7 @@ def test_the_size_of_the_blocks_read_does_not_matter(tmp_path: Path, monkeypatch
         assert any(row.error for row in expected)
         assert any(row.columns for row in expected)
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.dataset.source.BLOCK", block)
+            patch.setattr("pipeline.dataset.json_rows.BLOCK", block)
             assert rows(path, max_row_bytes=80, chunk_bytes=500) == expected
 
 
@@ -478,7 +489,10 @@ def test_any_json_objects_come_back_equal(tmp_path: Path, objects: list[dict[str
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary(max_size=300), name=st.sampled_from(["a.jsonl", "a.json", "a.gz", "a.zst", "a.parquet", "a"]))
+@given(
+    data=st.binary(max_size=300),
+    name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv.gz", "a.gz", "a.zst", "a.parquet", "a.arrow", "a"]),
+)
 def test_no_bytes_whatever_make_reading_raise(tmp_path: Path, data: bytes, name: str) -> None:
     fine = write(tmp_path / "fine.jsonl", "{}\n")
     for row in rows([str(write(tmp_path / name, data)), str(fine)]):
@@ -535,7 +549,7 @@ def test_parquet_values_keep_their_types(tmp_path: Path) -> None:
     assert set(second.values()) == {None}
     (file_split,) = list_file_splits(path)
     (batch,) = read_table(file_split)
-    assert batch.schema.types == parquet_schema(file_split).types
+    assert batch.schema.types == table_schema(file_split).types
     assert batch.schema.field("when").type == pa.timestamp("ns")
 
 
@@ -585,7 +599,7 @@ def test_a_damaged_row_group_is_one_error_and_the_others_are_read(tmp_path: Path
     errors = [row for row in found if row.error]
     assert [(row.row, row.columns) for row in errors] == [(1000, None)]
     assert errors[0].error.startswith("the Parquet file is damaged (")
-    assert errors[0].error.endswith("): its rows 1,000 to 1,999 are missing")
+    assert errors[0].error.endswith("): its rows 1,001 to 2,000 are missing")
     assert [row.row for row in found if not row.error] == [*range(1000), *range(2000, 3000)]
     assert [batch.num_rows for batch in read_table(file_split)] == [len(batch) for batch in read_file_split(file_split)]
     assert [batch.num_rows for batch in read_table(file_split)].count(1) == 1
@@ -604,7 +618,7 @@ def test_a_parquet_file_that_vanishes_is_an_error_row(tmp_path: Path) -> None:
 def test_a_file_with_two_columns_of_one_name_is_not_read(tmp_path: Path) -> None:
     path = str(tmp_path / "in.parquet")
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
-    with pytest.raises(ConfigError, match="is a Parquet file with two columns of one name"):
+    with pytest.raises(ConfigError, match="is a Parquet file with two columns named 'a'"):
         list_file_splits(path)
 
 
@@ -636,4 +650,39 @@ def test_a_gzip_bomb_is_read_in_pieces(tmp_path: Path) -> None:
     engine = zlib.compressobj(9, wbits=31)
     data = b"".join(engine.compress(b"x" * (1 << 20)) for _ in range(64)) + engine.flush()
     (row,) = rows(str(write(tmp_path / "bomb.jsonl.gz", data)), max_row_bytes=1 << 20)
-    assert row.error == "the line has 67,108,864 bytes, the limit is 1,048,576"
+    assert row.error == "the row has 67,108,864 bytes, the limit is 1,048,576 (dataset.max_row_bytes)"
+
+
+COLUMNS = {
+    "text": pa.array(["a", None, "ü", ""]),
+    "large_text": pa.array(["a", None, "ü", ""], pa.large_string()),
+    "bytes": pa.array([b"\xff", None, b"", b"x"]),
+    "fixed": pa.array([b"ab", None, b"cd", b"ef"], pa.binary(2)),
+    "numbers": pa.array([1, 2, 2**62 + 1, -4]),
+    "unsigned": pa.array([1, 2**64 - 1, 3, 4], pa.uint64()),
+    "with_null": pa.array([1, None, 2**62 + 1, 4]),
+    "floats": pa.array([1.5, -0.0, math.inf, 1e300]),
+    "half": pa.array([1.5, None, 2.0, 0.0], pa.float16()),
+    "flags": pa.array([True, None, False, True]),
+    "nothing": pa.nulls(4),
+    "times": pa.array([datetime.datetime(2024, 1, 1, 1, 1, 1, 7), None, datetime.datetime(1, 1, 1), None]),
+    "decimals": pa.array([Decimal("1.50"), None, Decimal("2.00"), Decimal("3.25")]),
+    "lists": pa.array([[1, 2], None, [], [None, 3]]),
+    "structs": pa.array([{"a": 1, "b": "x"}, None, {"a": None, "b": None}, {"a": 2, "b": ""}]),
+    "messages": pa.array([
+        [{"role": "user", "content": "hi", "tags": ["a"]}, {"role": "assistant", "content": None, "tags": None}],
+        None, [], [None, {"role": "user", "content": "", "tags": []}],
+    ]),
+    "empty_structs": pa.array([{}, None, {}, {}], pa.struct([])),
+    "fixed_lists": pa.array([[1, 2], None, [3, 4], [5, 6]], pa.list_(pa.int8(), 2)),
+    "maps": pa.array([[("a", 1)], None, [], [("b", None)]], pa.map_(pa.string(), pa.int64())),
+    "words": pa.array(["a", None, "a", "b"]).dictionary_encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_values_of_arrow_are_those_of_to_pylist(name: str) -> None:
+    whole = COLUMNS[name]
+    for array in (whole, whole[1:], whole[:3], whole[2:3], whole[:0], pa.chunked_array([whole[1:], whole])):
+        found, expected = to_values(array), array.to_pylist()
+        assert found == expected and repr(found) == repr(expected)

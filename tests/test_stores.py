@@ -55,7 +55,7 @@ def command(dataset: str, out: str, *more: str) -> list[str]:
 
 
 WHOLE_RUNS = [
-    pytest.param(S3Server, "parquet", id="s3"), slow(S3Server, "jsonl", id="s3-jsonl"), slow(GcsServer, "parquet", id="gs"),
+    slow(S3Server, "parquet", id="s3"), slow(S3Server, "jsonl", id="s3-jsonl"), slow(GcsServer, "parquet", id="gs"),
     slow(AzureServer, "jsonl", id="az-jsonl"),
 ]  # fmt: skip
 KILLED_RUNS = [pytest.param(S3Server, id="s3"), slow(GcsServer, id="gs"), slow(AzureServer, id="az")]
@@ -142,6 +142,8 @@ def test_of_runs_into_one_directory_on_a_store_at_most_one_goes_on(store: Store)
     assert not any(store.objects("out/").values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("store", KILLED_RUNS, indirect=True)
 def test_a_store_that_is_away_for_a_while_is_waited_for(store: Store) -> None:
     fs, root = resolve(store.uri("out"))
     tries: list[Any] = []
@@ -161,6 +163,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(store: Store) -> None:
     assert store_failed(caught.value)
 
 
+@pytest.mark.parametrize("store", KILLED_RUNS, indirect=True)
 def test_a_segment_of_a_store_that_fails_is_not_taken_for_torn(store: Store) -> None:
     fs, root = resolve(store.uri("out"))
     write_segment(fs, root, "w", [Record(b"k" * 32, "r", Completion(), 0.0)])

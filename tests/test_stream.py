@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import engines.remote.engine
+import engines.remote.sender
 from engines import load_engine
 from engines.base import Engine
 from engines.errors import EngineError
@@ -110,7 +110,7 @@ def test_an_engine_that_cannot_stream_answers_whole() -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ProviderServer]:
-    monkeypatch.setattr(engines.remote.engine, "BACKOFF_FIRST_S", 0.005)
+    monkeypatch.setattr(engines.remote.sender, "BACKOFF_FIRST_S", 0.005)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
     with ProviderServer() as running:
         yield running
@@ -146,6 +146,7 @@ def test_a_stream_that_breaks_is_an_error_and_not_asked_again(
     assert joined(pieces) == TEXT[: len(joined(pieces))] != ""
     assert completion.error is not None
     assert (completion.error.type, completion.error.retryable, completion.choices) == (type, True, [])
+    assert (completion.usage.known, completion.cost_usd) == (False, None)  # tokens that nobody counted have to be paid
     assert server.attempts[TEXT] == 1
 
 
@@ -164,6 +165,10 @@ def test_a_fallback_does_not_speak_after_the_first_engine_began(server: Provider
         assert TEXT.startswith(joined(pieces))
         pieces, completion = streamed(engine, TEXT)  # failed before it began: the other one answers
         assert (joined(pieces), completion.engine) == (TEXT, "echo")
+        server.plan[TEXT] = ["filtered"]  # a provider's filter ends the answer after its words
+        pieces, completion = streamed(engine, TEXT)
+        assert (joined(pieces), completion.finish_reason) == (TEXT, "content_filter")
+        assert completion.engine == "openai_compatible"
 
 
 class Told:
@@ -203,6 +208,7 @@ def test_calls_reasoning_and_log_probabilities_are_joined() -> None:
 def test_anthropics_calls_and_thoughts_are_joined() -> None:
     told = Told()
     parser = SSEParser(anthropic_messages.MessagesAccumulator(), told)  # type: ignore[arg-type]
+    usage = {"input_tokens": None, "output_tokens": 9}
     found: list[dict[str, Any]] = [
         {"type": "message_start", "message": {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}},
         {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
@@ -213,7 +219,7 @@ def test_anthropics_calls_and_thoughts_are_joined() -> None:
         {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": '{"x":'}},
         {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": " 1}"}},
         {"type": "content_block_stop"},
-        {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 9}},
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": usage},
         {"type": "message_stop"},
     ]
     for event in found:

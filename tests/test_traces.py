@@ -119,6 +119,7 @@ def test_every_request_is_a_span_below_the_runs_and_bears_no_text(
     assert SECRET not in json.dumps(outcome.manifest) + infer.printed
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_away_costs_a_line_and_no_row(infer: Infer, tmp_path: Path, collector: Collector) -> None:
     collector.shutdown()
     collector.server_close()
@@ -126,7 +127,7 @@ def test_a_collector_that_is_away_costs_a_line_and_no_row(infer: Infer, tmp_path
     data.write_text(json.dumps(ask("hello")) + "\n")
     outcome = infer(data, f"run.traces={collector.url}")
     assert outcome.exit_status == 0
-    assert infer.printed.count("The traces did not get through") == 1
+    assert infer.printed.count("did not accept the traces") == 1
 
 
 def test_an_address_that_is_none_is_refused(infer: Infer, tmp_path: Path) -> None:
@@ -160,4 +161,4 @@ def test_a_sampler_of_the_environment_is_heeded(
     data = tmp_path / "in.jsonl"
     data.write_text(json.dumps(ask("hello")) + "\n")
     assert infer(data, f"run.traces={collector.url}").exit_status == 0
-    assert not collector.spans and "did not get through" not in infer.printed
+    assert not collector.spans and "did not accept" not in infer.printed

@@ -19,11 +19,13 @@ import torch
 
 from engines import Completion, ConfigError, Request, load_engine
 from engines.config import EngineConfig
-from engines.errors import EngineError
+from engines.errors import EngineError, ErrorCode
+from engines.local import transformers_batching
 from engines.local.transformers import TransformersEngine
 from engines.params import GenerationParams
 from tests.support.checkpoint import smollm2_adapter, smollm2_checkpoint
 from tests.support.processes import PATIENCE_S
+from tests.support.torch_threads import one_torch_thread
 
 __all__ = ["smollm2_adapter", "smollm2_checkpoint"]
 
@@ -39,11 +41,8 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """So small a model gains little from two cores, and loses much where other processes want them, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_torch_thread():
+        yield
 
 
 def load(model: Path, **kwargs: Any) -> TransformersEngine:
@@ -341,7 +340,7 @@ def test_a_template_of_ones_own_takes_tools_variables_and_refuses_rows(smollm2_c
             {"role": "assistant", "content": None, "tool_calls": [call]},
         ]
         for choice, names in ((None, "[weather]"), ("none", "")):
-            prompt, _ = engine._prompt(messages, GenerationParams(tools=tools, tool_choice=choice))
+            prompt, _ = engine._prompt(messages, GenerationParams(tools=tools, tool_choice=choice), False)
             assert engine.loaded.tokenizer.decode(prompt) == f"Oh {names}systemRome"
         refused = one(engine, "no")
         assert refused.error is not None and refused.error.type == "invalid_input"
@@ -443,12 +442,16 @@ def test_an_adapter_that_is_not_there_is_named_in_one_line(smollm2_checkpoint: P
         assert "engine.adapter" in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_checkpoint_without_a_chat_template_is_refused(smollm2_checkpoint: Path, tmp_path: Path) -> None:
+def test_chats_of_a_checkpoint_without_a_chat_template_are_refused(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     for file in smollm2_checkpoint.iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(ConfigError, match=r"has no chat template: give one in engine\.kwargs\.chat_template"):
-        load(tmp_path)
+    with load(tmp_path) as engine:
+        pair = {"task": "loglikelihood", "inputs": {"prompt": "The capital of France is", "completion": " Paris"}}
+        chat, likelihood = engine.infer([ask(FRANCE), pair])
+    assert "has no chat template: give one in engine.kwargs.chat_template" in message_of(chat.error)
+    assert chat.error is not None and chat.error.scope == "run"  # every chat would fail: the run ends
+    assert likelihood.values["tokens"] == 1
 
 
 @pytest.mark.slow
@@ -479,6 +482,8 @@ def test_a_gguf_file_loads_by_the_librarys_own_keyword() -> None:
 def test_a_batch_too_large_for_memory_is_halved_and_a_single_row_fails_alone(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    batcher = engine.batcher
+    assert batcher is not None
     forward = engine.loaded.model.forward
     sizes: list[int] = []
 
@@ -490,12 +495,22 @@ def test_a_batch_too_large_for_memory_is_halved_and_a_single_row_fails_alone(
 
     expected = [one(engine, question, max_tokens=6).text for question in QUESTIONS]
     monkeypatch.setattr(engine.loaded.model, "forward", scarce)
+    # A batch begins when its last row is there, however late that is.
+    monkeypatch.setattr(transformers_batching, "GATHER_S", PATIENCE_S)
+    monkeypatch.setattr(batcher, "max_batch_size", 5)
     answers = engine.infer([*(ask(question, max_tokens=6) for question in QUESTIONS), ask("word " * 40)])
     assert [answer.text for answer in answers[:4]] == expected
     error = answers[4].error
-    assert error is not None and (error.type, error.retryable) == ("server", True)
+    assert error is not None and (error.type, error.code, error.retryable) == ("server", ErrorCode.OUT_OF_MEMORY, False)
     assert error.message.startswith("out of device memory on one request with ")
-    assert max(sizes) > 2
+    assert sizes[0] == 5
+    with batcher.exclusive():  # the answers come before the end of the batch
+        assert engine.lowered_to is None  # one row was too large
+    monkeypatch.setattr(batcher, "max_batch_size", 4)
+    monkeypatch.setattr(batcher, "lowered_to", None)
+    one(engine, FRANCE, n=4, temperature=1.0, max_tokens=2)
+    with batcher.exclusive():
+        assert engine.lowered_to == batcher.max_batch_size == 2
 
 
 def test_a_bug_reaches_whoever_asked_and_the_engine_goes_on(
@@ -568,6 +583,7 @@ def taken(engine: TransformersEngine) -> int:
     return engine.batcher.continuous.number
 
 
+@pytest.mark.slow
 def test_continuous_batching_answers_as_the_engines_own_batches_do(
     engine: TransformersEngine, continuous: TransformersEngine
 ) -> None:

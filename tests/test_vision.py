@@ -7,6 +7,7 @@ import copy
 import functools
 import http.server
 import io
+import logging
 import shutil
 import threading
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def ask(text: str, *urls: str) -> dict[str, Any]:
 
 
 def load(model: Path, **kwargs: Any) -> TransformersEngine:
-    return TransformersEngine(model=str(model), kwargs={"torch_dtype": "float32", **kwargs})
+    keys = {"media_private_networks": ["127.0.0.1"], "media_max_pixels": 1_000_000}
+    return TransformersEngine(model=str(model), kwargs={"torch_dtype": "float32", **kwargs}, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +129,24 @@ def test_images_come_from_files_and_from_the_web(engine: TransformersEngine, tmp
             f"{web}/a.png",
             f"{web}/missing.png",
             "data:image/png;base64,AA==",
+            f"http://127.0.0.2:{server.server_port}/a.png",
+            data_url(1, width=1001, height=1000),
         ]
         answers = engine.infer([ask("What is it?", source) for source in sources])
         server.shutdown()
     assert answers[0].text == answers[1].text == answers[2].text is not None
-    missing, broken = (answer.error for answer in answers[3:])
+    missing, broken, private, bomb = (answer.error for answer in answers[3:])
     assert missing is not None and missing.type == "invalid_input" and "404" in missing.message
-    assert broken is not None and broken.message == "Pillow cannot identify the format of an image"
+    assert broken is not None and broken.message == "an image is not a PNG, JPEG, GIF or WebP file, or it is damaged"
+    assert private is not None and "'127.0.0.2' has no public address" in private.message
+    assert bomb is not None and bomb.message == "an image has more than engine.media_max_pixels=1000000 pixels"
+
+
+def test_images_are_decoded_in_threads_of_their_own(engine: TransformersEngine, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "PIL"):  # Pillow's reader of PNG files logs each block of a file
+        engine.infer([ask("What is it?", data_url(1))])
+    threads = {record.threadName or "" for record in caplog.records if record.name.startswith("PIL.")}
+    assert threads and all(name.startswith("eagleray-media") for name in threads)
 
 
 def test_other_kinds_of_content_are_refused_by_name(engine: TransformersEngine) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import importlib.util
 import json
@@ -21,6 +20,7 @@ from engines.base import Engine
 from pipeline.errors import Stopped
 from tests.support.checkpoint import adapter_dir, checkpoint_dir, smollm2_adapters
 from tests.support.infer import Infer, ask
+from tests.support.media_server import MediaServer
 from tests.support.processes import until
 from tests.support.streams import joined, streamed
 from tests.support.structures import STRUCTURES
@@ -36,6 +36,8 @@ pytestmark = [
 
 __all__ = ["smollm2_adapters"]
 
+# A PNG file of one pixel.
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 CAPITAL = "What is the capital of France?"
 WEATHER = {
     "type": "function",
@@ -53,15 +55,25 @@ LORA = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 8}
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with load_engine(
-        "vllm", model=str(checkpoint_dir()), kwargs={**KWARGS, **LORA, "tool_call_parser": "hermes"}
-    ) as engine:
-        yield engine
+    kwargs = {**KWARGS, **LORA, "tool_call_parser": "hermes"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_THREAD_LIMIT", "1")  # vLLM's threads over the limit would leave their part of a product empty
+        with load_engine("vllm", model=str(checkpoint_dir()), kwargs=kwargs) as engine:
+            assert os.environ["OMP_THREAD_LIMIT"] == "1"
+            yield engine
 
 
 def one(engine: Engine, question: str = CAPITAL, row: dict[str, Any] | None = None, **generation: Any) -> Completion:
     (completion,) = engine.infer([ask(question, **(row or {}))], {"max_tokens": 24, **generation})
     return completion
+
+
+def test_an_answer_continues_the_beginning_and_the_fields_of_a_body_arrive(engine: Engine) -> None:
+    messages = [{"role": "user", "content": CAPITAL}, {"role": "assistant", "content": "It is the beautiful old city of"}]
+    begun, more = {"messages": messages, "continue_answer": True}, {"extra_body": {"min_tokens": 9}}
+    continued, longer = engine.infer([begun, {**begun, **more}], {"max_tokens": 12})
+    assert continued.text is not None and continued.text.startswith(" Paris"), continued
+    assert longer.error is None and longer.usage.output >= 9 > continued.usage.output
 
 
 def test_it_answers_and_counts(engine: Engine) -> None:
@@ -153,6 +165,21 @@ def test_a_row_that_cannot_be_asked_is_refused_alone(
     assert fine.text == "The capital of France"
 
 
+def test_a_task_that_would_end_the_engine_or_that_it_lacks_is_refused(engine: Engine) -> None:
+    """vLLM's worker dies where it has to compute prompt log probabilities with an adapter's `lm_head`."""
+    likelihood = {"task": "loglikelihood", "inputs": {"prompt": "a", "completion": "b"}}
+    embedding = {"task": "embed", "inputs": {"text": "a"}}
+    for row, message in (
+        (likelihood, "engine.kwargs.lora_target_modules"),
+        (embedding, "(it supports chat, loglikelihood)"),
+    ):
+        (refused,) = engine.infer([row])
+        assert refused.error is not None
+        assert refused.error.type == "invalid_input"
+        assert message in refused.error.message
+    assert one(engine).error is None
+
+
 def test_more_tokens_than_fit_are_cut_at_the_context(engine: Engine) -> None:
     completion = one(engine, "word " * 450, max_tokens=4000, row={"generation": {"temperature": 1.0, "seed": 1}})
     assert completion.error is None
@@ -160,13 +187,32 @@ def test_more_tokens_than_fit_are_cut_at_the_context(engine: Engine) -> None:
 
 
 def test_images_are_for_models_that_see(engine: Engine) -> None:
-    png = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
-    parts = [{"type": "text", "text": "What is this?"},
-             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}]  # fmt: skip
-    (completion,) = engine.infer([{"messages": [{"role": "user", "content": parts}]}])
-    assert completion.error is not None
-    assert completion.error.type == "bad_request"
-    assert "multimodal" in completion.error.message
+    def ask_about(**part: Any) -> Completion:
+        parts = [{"type": "text", "text": "What is this?"}, part]
+        (completion,) = engine.infer([{"messages": [{"role": "user", "content": parts}]}])
+        return completion
+
+    error = ask_about(type="image_url", image_url={"url": PIXEL}).error
+    assert error is not None
+    assert error.type == "bad_request"
+    assert "multimodal" in error.message
+
+
+def test_vllm_fetches_no_address_by_itself(engine: Engine) -> None:
+    """Some parts it reads by their keys, whatever their type is."""
+    with MediaServer() as server:
+        url = f"{server.url}/image"
+        parts: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": url}}, {"type": "image_url", "image_url": url},
+            {"type": "input_image", "image_url": url}, {"type": "audio_url", "audio_url": {"url": url}},
+            {"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "x", "uuid": "1", "image_url": url},
+        ]  # fmt: skip
+        answers = engine.infer([{"messages": [{"role": "user", "content": [part]}]} for part in parts])
+        for completion in answers:
+            assert completion.error is not None
+            assert completion.error.type == "invalid_input"
+            assert "'127.0.0.1' has no public address" in completion.error.message
+        assert not server.hits
 
 
 def test_rows_with_four_adapters_answer_as_each_adapter_alone(engine: Engine, smollm2_adapters: list[Path]) -> None:
@@ -236,15 +282,15 @@ def overrides(**kwargs: Any) -> list[str]:
 
 
 def test_two_replicas_share_a_dataset(infer: Infer, write_jsonl: Any) -> None:
-    rows = [ask(f"What is {i} plus {i}?", **({"adapter": str(adapter_dir())} if i % 3 else {})) for i in range(60)]
+    rows = [ask(f"What is {i} plus {i}?", **({"adapter": str(adapter_dir())} if i % 3 else {})) for i in range(24)]
     outcome = infer(
         write_jsonl([*rows, ask("word " * 800), "{broken"]), "hardware.replicas=2", *overrides(**LORA), engine="vllm"
     )
     assert outcome.exit_status == 3
     found = infer.rows()
-    assert [json.loads(row["messages"])[:1] for row in found[:60]] == [row["messages"] for row in rows]
-    assert all(row["response"] for row in found[:60])
-    assert [row["error"]["type"] for row in found[60:]] == ["context_length", "invalid_input"]
+    assert [json.loads(row["messages"])[:1] for row in found[:24]] == [row["messages"] for row in rows]
+    assert all(row["response"] for row in found[:24])
+    assert [row["error"]["type"] for row in found[24:]] == ["context_length", "invalid_input"]
 
 
 def is_core(process: psutil.Process) -> bool:
@@ -273,18 +319,20 @@ def test_an_engine_that_dies_is_replaced_and_leaves_no_process(infer: Infer, wri
 
     def kill_one() -> None:
         while not killed and not over.is_set():
-            mine = psutil.Process().children(recursive=True)  # Ray's processes are this test process's
             some_are_durable = any((infer.out / "_segments").glob("*.parquet"))
-            if some_are_durable and (fresh := [p for p in mine if is_core(p) and p.pid not in before]):
-                killed.append(fresh[0].pid)
-                with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error):
+                mine = psutil.Process().children(recursive=True)  # Ray's processes are this test process's
+                if some_are_durable and (fresh := [p for p in mine if is_core(p) and p.pid not in before]):
                     fresh[0].kill()
-            time.sleep(0.05)
+                    killed.append(fresh[0].pid)
+            time.sleep(0.02)
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
     try:
-        outcome = infer(write_jsonl(rows), *overrides(max_num_seqs=4), "generation.max_tokens=24", engine="vllm")
+        # Segments are written often: with the usual interval, a fast machine is done before the first.
+        often = ("run.flush_s=0.1", "generation.max_tokens=24")
+        outcome = infer(write_jsonl(rows), *overrides(max_num_seqs=4), *often, engine="vllm")
     finally:
         over.set()  # it must not kill the next test's engine
         thread.join()
@@ -299,4 +347,4 @@ def test_an_engine_that_cannot_start_has_a_budget_of_deaths(infer: Infer, write_
     """The cache is too small for one sequence, which vLLM's own process finds out, and dies of."""
     with pytest.raises(Stopped) as error:
         infer(write_jsonl([ask("hi")]), *overrides(kv_cache_memory_bytes=1 << 20), "run.max_engine_deaths=0", engine="vllm")
-    assert "engines died 1 times in a row without finishing a row: engine=vllm cannot start: ValueError" in str(error.value)
+    assert "engines died 1 time in a row without finishing a row: engine=vllm cannot start: ValueError" in str(error.value)

@@ -17,30 +17,40 @@ from anthropic.types import StopReason
 from anthropic.types.beta import BetaStopReason
 from anthropic.types.message_create_params import MessageCreateParamsNonStreaming as AnthropicBody
 from botocore.validate import ParamValidator
+from fireworks.types.chat.chat_completion_chunk import Choice as FireworksChunkChoice
+from fireworks.types.shared.choice import Choice as FireworksChoice
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice as OpenAIChoice
+from openai.types.chat.chat_completion_chunk import Choice as OpenAIChunkChoice
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as OpenAIBody
 from pydantic import TypeAdapter
+from together.types.chat.chat_completion import Choice as TogetherChoice
+from together.types.chat.chat_completion_chunk import Choice as TogetherChunkChoice
 
 import engines
-from engines import Completion, EngineError, load_engine
+from engines import Completion, EngineError, load_engine, registry
 from engines.config import EngineConfig, config_from_keys, packaged
 from engines.errors import ConfigError
 from engines.params import GenerationParams
 from engines.registry import HTTP_ENGINES
 from engines.remote import anthropic_messages, bedrock_converse, openai_chat
 from engines.remote.batch.factory import BATCH_APIS
-from engines.remote.provider import BATCH_WIRES, ENDINGS, Provider, endpoints, inline_refs
-from engines.remote.wire import StreamAccumulator, Wire, finish_reason
-from engines.types import Request, to_request
-from jobs.compose import compose
+from engines.remote.provider import BATCH_WIRES, ENDINGS, Provider, endpoints
+from engines.remote.schemas import inline_refs
+from engines.remote.wire_format import StreamAccumulator, WireFormat, finish_reason, read_answer
+from engines.types import Request, called, to_request
+from pipeline.configuration.compose import compose
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n" + bytes(8), b"\xff\xd8\xff\xe0" + bytes(8)
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": SCHEMA}}
-PARSED: dict[str, Wire] = {"chat": openai_chat, "messages": anthropic_messages, "converse": bedrock_converse}
+# OpenAI's tools that take free text, here of a grammar.
+CUSTOM_TOOL = {"type": "custom", "custom": {"name": "run_code", "description": "d", "format": {
+    "type": "grammar", "grammar": {"syntax": "regex", "definition": "[0-9+]+"}}}}  # fmt: skip
+CUSTOM_CALL = {"id": "c1", "type": "custom", "custom": {"name": "run_code", "input": "1+\n2"}}
+PARSED: dict[str, WireFormat] = {"chat": openai_chat, "messages": anthropic_messages, "converse": bedrock_converse}
 KEY = "sk-some-key-0123456789"
 
 
@@ -91,6 +101,10 @@ OPENAI_CASES = {
     "samples": ([{"role": "user", "content": "a"}], {"n": 3, "logprobs": 4, "seed": 1, "logit_bias": {"5": 2}, "top_p": 0.5,
                                                      "presence_penalty": 0.1, "frequency_penalty": 0.2}),
     "json": ([{"role": "user", "content": "a"}], {"response_format": {"type": "json_object"}}),
+    "custom tools": (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CUSTOM_CALL]},
+         {"role": "tool", "tool_call_id": "c1", "content": "3"}],
+        {"tools": [TOOL, CUSTOM_TOOL], "tool_choice": {"type": "custom", "custom": {"name": "run_code"}}}),
     "an image on the web": ([{"role": "user", "content": [image("https://x.example/a.png")]}], {}),
 }  # fmt: skip
 
@@ -128,7 +142,7 @@ def conforms(type: Any, body: dict[str, Any]) -> None:
 def test_bodies_are_openais(name: str, model: str) -> None:
     asked = request({**CASES, **OPENAI_CASES}[name])
     found = provider("openai", model)
-    if found.capabilities().lacks(asked.generation):
+    if found.capabilities().unsupported_parameter(asked.generation):
         pytest.skip(f"{model} does not take it; refused before this")
     conforms(OpenAIBody, openai_chat.body(asked, model, found))
 
@@ -242,6 +256,10 @@ def test_prompt_caching_marks_the_system_prompt_where_it_must_be_marked() -> Non
     asked = request(CASES["system prompts anywhere"])
     assert anthropic_messages.body(asked, "m", provider("anthropic", None, True))["system"][-1]["cache_control"]
     assert "cache_control" not in json.dumps(anthropic_messages.body(asked, "m", provider("anthropic")))
+    # No mark beside the author's own: there may be four, and one of an hour may not follow ours.
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    own = request(([{"role": "system", "content": "s"}, {"role": "user", "content": [part]}], {"max_tokens": 5}))
+    assert json.dumps(anthropic_messages.body(own, "m", provider("anthropic", None, True))).count("cache_control") == 1
     assert {"cachePoint": {"type": "default"}} in bedrock_converse.body(asked, "m", provider("bedrock", None, True))[
         "system"
     ]
@@ -338,13 +356,35 @@ def test_odd_answers_are_read(choice: dict[str, Any], text: str | None, finish: 
 
 
 def test_each_table_has_every_reason_of_the_official_sdk() -> None:
-    chat = get_args(OpenAIChoice.model_fields["finish_reason"].annotation)
     bedrock = botocore.session.get_session().get_service_model("bedrock-runtime").shape_for("StopReason").enum
-    assert set(chat) <= set(openai_chat.FINISH_REASONS)
+    for choice in (OpenAIChoice, OpenAIChunkChoice):
+        assert reasons_of(choice) <= set(openai_chat.FINISH_REASONS)
     assert set(get_args(StopReason)) | set(get_args(BetaStopReason)) == set(anthropic_messages.FINISH_REASONS)
     assert set(bedrock) == set(bedrock_converse.FINISH_REASONS)
     for wire in PARSED.values():
         assert set(wire.FINISH_REASONS.values()) <= set(ENDINGS)
+
+
+def reasons_of(choice: Any) -> set[str]:
+    """The finish reasons in the type of an SDK's choice."""
+
+    def literals(type: Any) -> Iterable[str]:
+        for argument in get_args(type):
+            yield from [argument] if isinstance(argument, str) else literals(argument)
+
+    found = set(literals(choice.model_fields["finish_reason"].annotation))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [("together", [TogetherChoice, TogetherChunkChoice]), ("fireworks", [FireworksChoice, FireworksChunkChoice])],
+)
+def test_a_providers_table_has_every_reason_of_its_own_sdk(kind: str, choices: list[Any]) -> None:
+    known = set(openai_chat.FINISH_REASONS) | set(provider(kind).finish_reasons)
+    for choice in choices:
+        assert reasons_of(choice) <= known
 
 
 def ended(wire: str, reason: Any, text: str | None = "half", kind: str | None = None) -> Completion:
@@ -362,7 +402,7 @@ def ended(wire: str, reason: Any, text: str | None = "half", kind: str | None = 
         "messages": {"content": blocks, "stop_reason": reason},
         "converse": {"output": {"message": {"content": blocks}}, "stopReason": reason},
     }[wire]
-    return PARSED[wire].completion({**payload, "usage": usage}, provider(kind) if kind else Provider())
+    return read_answer(PARSED[wire], {**payload, "usage": usage}, provider(kind) if kind else Provider())
 
 
 @pytest.mark.parametrize(
@@ -412,6 +452,8 @@ def test_an_unknown_end_is_an_error_that_is_paid_once_and_says_how_to_accept_it(
      ("gemini", "content_filter: PROHIBITED_CONTENT", "content_filter"), ("huggingface", "eos_token", "stop"),
      ("openai_compatible", "end_turn", "stop"), ("openai_compatible", "sensitive", "content_filter"),
      ("remote_vllm", "repetition", "length"), ("deepseek", "insufficient_system_resource", None),
+     ("gemini", "CONTINUATION", "length"), ("vertex", "MODEL_ARMOR", "content_filter"), ("gemini", "OTHER", None),
+     ("huggingface", "sensitive", "content_filter"), ("huggingface", "network_error", None),
      ("gemini", "function_call_filter: MALFORMED_FUNCTION_CALL", None)],
 )  # fmt: skip
 def test_providers_name_reasons_of_their_own(kind: str, reason: str, finish: str | None) -> None:
@@ -440,7 +482,7 @@ def test_an_error_beside_half_a_text_is_an_error() -> None:
     choice = {"index": 0, "message": {"content": "half"}, "finish_reason": "stop"}
     for payload in ({"choices": [{**choice, "error": error}]}, {"choices": [choice], "error": error}):
         with pytest.raises(EngineError, match="upstream is busy") as broken:
-            openai_chat.completion({**payload, "usage": usage}, Provider())
+            read_answer(openai_chat, {**payload, "usage": usage}, Provider())
         assert (broken.value.type, broken.value.retryable, broken.value.usage.output) == ("rate_limit", True, 5)  # type: ignore[union-attr]
 
 
@@ -491,6 +533,70 @@ def test_a_legacy_function_call_is_a_tool_call() -> None:
         assert found.tool_calls == [{"id": "call_0", "type": "function", "function": legacy}]
 
 
+def test_streamed_calls_that_share_an_index_are_told_apart_by_their_ids() -> None:
+    """Gemini's OpenAI endpoint gives all calls the index 0. Other servers repeat the id and the name in each piece."""
+    begun, rest = call("2", n=2), {"index": 0, "function": {"arguments": '{"n": 2}'}}
+    begun["function"] = {**begun["function"], "arguments": ""}
+    repeated = {"index": 1, "id": "3", "type": "function", "function": {"name": "weather", "arguments": '{"n"'}}
+    pieces = [{"index": 0, **call("1", n=1)}, {"index": 0, **begun}, rest, repeated]
+    pieces.append({**repeated, "function": {"name": "weather", "arguments": ": 3}"}})
+    events: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]} for piece in pieces]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    found = openai_chat.completion(streamed(openai_chat.accumulator(), events), Provider())
+    assert found.tool_calls == [call("1", n=1), call("2", n=2), call("3", n=3)]
+
+
+def test_a_stream_of_a_mistral_model_that_reasons_is_its_answer() -> None:
+    """It sends the reasoning in content parts, and then the answer as text."""
+    thinking = [[{"type": "thinking", "thinking": [{"type": "text", "text": text}]}] for text in ("Let me ", "see.")]
+    accumulator, said = openai_chat.accumulator(), []
+    for content in ["", *thinking, "Par", "is", [{"type": "text", "text": "."}]]:
+        said += list(accumulator.add({"choices": [{"index": 0, "delta": {"content": content}}]}))
+    said += list(accumulator.add({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+    found = openai_chat.completion(accumulator.payload(), Provider())
+    assert (found.text, found.reasoning, found.finish_reason) == ("Paris.", "Let me see.", "stop")
+    assert [(each.text, each.reasoning) for each in said] == [
+        ("", "Let me "), ("", "see."), ("Par", ""), ("is", ""), (".", ""),
+    ]  # fmt: skip
+
+
+def test_calls_of_custom_tools_and_of_other_types_are_kept_as_they_came() -> None:
+    other = {"id": "s1", "type": "search", "search": {"query": "q"}}  # a type that no API has yet
+    calls = [call("1", n=1), CUSTOM_CALL, other]
+    whole = {"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "tool_calls"}]}
+    pieces: list[dict[str, Any]] = [
+        {"index": 0, **call("1", n=1), "custom": None},
+        {"index": 1, "id": "c1", "type": "custom", "custom": {"name": "run_code", "input": ""}, "function": None},
+        {"index": 1, "custom": {"input": "1+"}},
+        {"index": 1, "custom": {"input": "\n2"}},
+        {"index": 2, **other},
+    ]
+    events: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]} for piece in pieces]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    for payload in (whole, streamed(openai_chat.accumulator(), events)):
+        found = openai_chat.completion(payload, Provider())
+        assert (found.finish_reason, found.text, found.tool_calls) == ("tool_calls", None, calls)
+        again = request(([{"role": "user", "content": "a"}, dict(found.message or {})], {}))
+        assert openai_chat.body(again, "m", provider("openai"))["messages"][1]["tool_calls"] == calls
+    assert [called(each) for each in calls[:2]] == [("weather", '{"n": 1}'), ("run_code", "1+\n2")]
+
+
+@pytest.mark.parametrize("kind", ["anthropic", "bedrock", "remote_vllm", "sglang", "llamacpp", "transformers", "vllm"])
+def test_custom_tools_are_refused_by_engines_that_cannot_have_them(kind: str) -> None:
+    config = config_from_keys(kind, {"model": "m"})
+    able = provider(kind).capabilities() if config.provider else registry.engine_class(kind, {}).capabilities
+    for messages_, generation, place in (
+        ([{"role": "user", "content": "a"}], {"tools": [TOOL, CUSTOM_TOOL]}, "generation.tools"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CUSTOM_CALL]}], {},
+         "messages[1].tool_calls"),
+    ):  # fmt: skip
+        refused = able.refusal(request((messages_, generation)), config)
+        said = f"engine={kind} takes functions as tools only; {place} has a tool of type 'custom'"
+        assert refused is not None and (refused.type, str(refused)) == ("invalid_input", said)
+    own = {"type": "custom", "name": "weather", "input_schema": SCHEMA}  # Anthropic's form of a function
+    assert able.refusal(request(([{"role": "user", "content": "a"}], {"tools": [TOOL, own]})), config) is None
+
+
 def test_geminis_thought_signature_goes_back_as_it_came() -> None:
     signed = {**call("1", n=1), "extra_content": {"google": {"thought_signature": "s"}}}
     whole = {
@@ -520,6 +626,26 @@ def test_reasoning_goes_back_where_the_provider_wants_it() -> None:
                               ("openai_compatible", "m", [False, True])):  # fmt: skip
         said = openai_chat.body(asked, model, provider(kind, model))["messages"][1:3]
         assert ["reasoning_content" in message for message in said] == sent, (kind, model)
+
+
+def test_what_else_an_answer_has_is_kept_and_sent_in_the_form_of_a_request() -> None:
+    def read(**message: Any) -> dict[str, Any]:
+        choice = {"message": {"content": None, **message}, "finish_reason": "stop"}
+        found = openai_chat.completion({"choices": [choice]}, Provider()).message
+        return dict(found or {})
+
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "b"}]
+    assert read(content=parts) == {"role": "assistant", "content": "b", "reasoning_content": "hm"}  # Mistral's form
+    audio = {"id": "audio_1", "data": "AAAA", "expires_at": 1, "transcript": "hi"}
+    picture = {"type": "image_url", "image_url": {"url": data_url(PNG, "png")}}
+    spoken, drawn = read(audio=audio), read(content="here", images=[picture], annotations=[{"type": "url_citation"}])
+    assert spoken["audio"] == audio and drawn["images"] == [picture] and drawn["annotations"]
+    asked = request(([{"role": "user", "content": "a"}, spoken, {"role": "user", "content": "c"}, drawn,
+                      {"role": "user", "content": "d"}], {}))  # fmt: skip
+    body = openai_chat.body(asked, "m", provider("openai"))
+    conforms(OpenAIBody, body)
+    assert body["messages"][1]["audio"] == {"id": "audio_1"}
+    assert body["messages"][3] == {"role": "assistant", "content": "here"}
 
 
 def test_signed_thinking_goes_back_unchanged() -> None:
@@ -617,7 +743,6 @@ URLS = {
     "vertex": "https://us-east5-aiplatform.googleapis.com/v1beta1/projects/p1/locations/us-east5/endpoints/openapi"
     "/chat/completions",
     "together": "https://api.together.xyz/v1/chat/completions",
-    "lambda": "https://api.lambda.ai/v1/chat/completions",
     "deepseek": "https://api.deepseek.com/v1/chat/completions",
     "fireworks": "https://api.fireworks.ai/inference/v1/chat/completions",
     "openrouter": "https://openrouter.ai/api/v1/chat/completions",
@@ -626,7 +751,8 @@ URLS = {
     "cerebras": "https://api.cerebras.ai/v1/chat/completions",
     "huggingface": "https://router.huggingface.co/v1/chat/completions",
 }
-SERVERS = ("remote_vllm", "sglang", "openai_compatible")
+# They have no address of their own; Lambda's service ended.
+SERVERS = ("remote_vllm", "sglang", "openai_compatible", "lambda")
 
 
 def test_every_provider_is_tested_here() -> None:
@@ -660,7 +786,7 @@ def test_a_provider_refuses_what_it_lacks_before_anything_is_sent(kind: str, mon
                   "repetition_penalty": 1.1, "logit_bias": {"1": 1}, "reasoning_effort": "low"}  # fmt: skip
     for name, value in everything.items():
         asked = Request([{"role": "user", "content": "a"}], GenerationParams.parse({name: value}))
-        refused = found.capabilities().refuse(asked, EngineConfig(kind, model="m"))
+        refused = found.capabilities().refusal(asked, EngineConfig(kind, model="m"))
         if name in found.unsupported:
             assert refused is not None
             assert f"generation.{name}" in str(refused)
@@ -668,18 +794,6 @@ def test_a_provider_refuses_what_it_lacks_before_anything_is_sent(kind: str, mon
             assert refused is None
             body = PARSED[found.wire].body(asked, "m", found)
             assert len(body) > len(PARSED[found.wire].body(Request(asked.messages), "m", found)), name
-
-
-def test_reasoning_models_have_rules_of_their_own() -> None:
-    for model, lacks in (("o3-mini", True), ("gpt-5.2", True), ("gpt-4o", False), ("gpt-5-chat-latest", False)):
-        assert ("temperature" in provider("openai", model).unsupported) is lacks, model
-    body = openai_chat.body(
-        request(([{"role": "user", "content": "a"}], {"max_tokens": 5})), "o1", provider("openai", "o1")
-    )
-    assert (body["max_completion_tokens"], "max_tokens" in body) == (5, False)
-    for model, lacks in (("claude-opus-4-7", True), ("claude-sonnet-5", True), ("claude-3-5-sonnet-latest", False),
-                         ("claude-sonnet-4-5", False), ("claude-haiku-4-5", False)):  # fmt: skip
-        assert ("temperature" in provider("anthropic", model).unsupported) is lacks, model
 
 
 def test_unsupported_drop_leaves_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -721,8 +835,9 @@ def test_engines_are_classes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in (*HTTP_ENGINES.values(), "BedrockEngine"):
         assert getattr(engines, name).__name__ == name
-    with engines.OpenAIEngine(model="gpt-4o") as engine:
+    with engines.OpenAIEngine(model="gpt-4o") as engine, load_engine("openai", model="gpt-4o") as loaded:
         assert engine.kind == "openai"
+        assert isinstance(loaded, engines.OpenAIEngine) and type(loaded).__module__ == "engines"
 
 
 def test_a_provider_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -743,6 +858,7 @@ def test_a_provider_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.
     ("section", "said"),
     [({"wire": "chats"}, "did you mean 'chat'"), ({"unsuported": ["n"]}, "did you mean 'unsupported'"),
      ({"rename": {"max_token": "x"}}, "did you mean 'max_tokens'"), ({"models": [{"unsupported": []}]}, "needs a 'match'"),
+     ({"wire": "converse"}, "wire=converse is for engine=bedrock only; engine=acme can use chat or messages"),
      ({"batch": {"rows": 5}}, "batch needs a wire: one of openai, anthropic"),
      ({"batch": {"wire": "opnai"}}, "batch.wire=opnai is not known .did you mean 'openai'"),
      ({"models": [{"match": "a", "batch": {"rows": 5}}]}, "not 'rows'; set engine.provider.batch.rows")],

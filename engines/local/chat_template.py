@@ -13,11 +13,15 @@ import jinja2.sandbox
 
 from engines.errors import ConfigError, invalid
 from engines.text import for_template, load_chat_template
+from engines.types import Message
 
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+# Marks the end of an answer to continue, in characters that no text has: the template's own end of the message follows.
+_END = "\ue000end of answer\ue001"
 
 
 class ChatTemplate:
@@ -38,18 +42,39 @@ class ChatTemplate:
             # The `generation` tag only marks the text that training uses.
             self.template = environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
         except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template is not valid Jinja: {error}") from None
+            raise ConfigError(f"the chat template is not valid Jinja: {error}", key="engine.kwargs") from None
         self.variables = {"bos_token": bos, "eos_token": eos, **kwargs.get("chat_template_kwargs", {})}
 
-    def render(self, messages: list[Any], tools: list[dict[str, Any]] | None, effort: str | None) -> str:
-        """The text of the prompt. Raises `EngineError("invalid_input")` if the template raises an exception."""
-        variables = {"tools": tools, "add_generation_prompt": True, **self.variables}
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        effort: str | None,
+        continues: bool = False,
+        whole: bool = False,
+    ) -> str:
+        """The text of the prompt. If `continues`, it ends with the last message, whose text the answer continues.
+
+        If `whole`, it is the conversation alone, without the beginning of a next answer.
+
+        Raises `EngineError("invalid_input")` if the template raises an exception or does not show the last message.
+        """
+        variables = {"tools": tools, "add_generation_prompt": not (continues or whole), **self.variables}
         if effort is not None:
             variables["reasoning_effort"] = effort
+        plain = [for_template(message) for message in messages]
+        if continues:
+            plain[-1]["content"] += _END
         try:
-            return self.template.render(messages=[for_template(m) for m in messages], **variables)
+            text = self.template.render(messages=plain, **variables)
         except Exception as error:  # a template is a program: it may raise any exception
             raise invalid(f"the chat template refused the messages: {error}"[:300]) from None
+        if not continues:
+            return text
+        before, mark, _ = text.rpartition(_END)
+        if not mark:
+            raise invalid("the chat template does not show the last message, so no answer can continue it")
+        return before
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:

@@ -18,11 +18,6 @@ from engines.registry import kind_of
 from engines.text import one_line
 
 
-def holds_model(config: EngineConfig) -> bool:
-    """The engine loads a model itself."""
-    return kind_of(config).holds_model
-
-
 def is_gguf(config: EngineConfig) -> bool:
     """The model is a GGUF file. vLLM takes such files too."""
     return kind_of(config).gguf_only or str(config.model).endswith(".gguf")
@@ -39,23 +34,26 @@ def gguf_metadata(config: EngineConfig) -> Any:
 def checkpoint_file(config: EngineConfig, name: str) -> Path:
     """The path of a file of the checkpoint, downloaded if it is on the hub. Raises `ConfigError` if there is none."""
     if not config.model:
-        raise ConfigError("engine.model is needed: a checkpoint directory or a hub id")
+        raise ConfigError("engine.model is needed: a checkpoint directory or a hub id", key="engine.model")
     path = Path(config.model).expanduser() / name
     if path.is_file():
         return path
     if path.parent.is_dir():
-        raise ConfigError(f"engine.model: {path.parent} has no {name}")
+        raise ConfigError(f"engine.model: {path.parent} has no {name}", key="engine.model")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.model):
-        raise ConfigError(f"engine.model: there is no directory {path.parent}")
+        raise ConfigError(f"engine.model: there is no directory {path.parent}", key="engine.model")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise ConfigError(f"engine.model: {config.model} is on the hub: run pip install huggingface_hub") from None
+        raise ConfigError(
+            f"engine.model: {config.model} is on the hub: run pip install huggingface_hub", key="engine.model"
+        ) from None
     try:
         return Path(hf_hub_download(config.model, name, revision=config.revision))
     except Exception as error:  # the hub's client raises many types: no network, no such repository, gated, …
         raise ConfigError(
-            f"engine.model: {name} of {config.model} cannot be downloaded from the hub: {one_line(error)}"
+            f"engine.model: {name} of {config.model} cannot be downloaded from the hub: {one_line(error)}",
+            key="engine.model",
         ) from None
 
 
@@ -73,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.model: {path} cannot be read: {one_line(error)}") from None
+        raise ConfigError(f"engine.model: {path} cannot be read: {one_line(error)}", key="engine.model") from None
 
 
 def own_chat_template(config: EngineConfig) -> tuple[str | None, str, str]:

@@ -19,7 +19,8 @@ import transformers
 
 from engines.errors import ConfigError
 from engines.params import GenerationParams
-from engines.text import check_kwargs, one_line
+from engines.text import one_line
+from engines.validation import check_kwargs
 
 if TYPE_CHECKING:
     from engines.local.transformers_row import GenerationRow
@@ -39,7 +40,9 @@ def parse_settings(given: Any) -> dict[str, Any] | None:
     if isinstance(given, bool):
         return {} if given else None
     if not isinstance(given, dict):
-        raise ConfigError(f"engine.kwargs.continuous_batching must be true, false or a mapping, not {given!r:.80}")
+        raise ConfigError(
+            f"engine.kwargs.continuous_batching must be true, false or a mapping, not {given!r:.80}", key="engine.kwargs"
+        )
     prefix = "continuous_batching."  # so that an error names the full key
     known = dict.fromkeys((prefix + name for name in transformers.ContinuousBatchingConfig.__dataclass_fields__), object)
     checked = check_kwargs("transformers", {prefix + str(name): value for name, value in given.items()}, known)

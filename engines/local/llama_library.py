@@ -20,8 +20,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import llama_cpp as L
 from llguidance.llamacpp import lltokenizer_from_vocab  # imports llama_cpp
 
-__all__ = ["L", "lltokenizer_from_vocab", "log"]
+from engines.errors import OutOfMemory
 
+__all__ = ["L", "check_decoded", "lltokenizer_from_vocab", "log"]
+
+# Results of `llama_decode`: the cache has no room for the batch; there is no memory to compute it.
+_NO_ROOM, _NO_MEMORY = 1, -2
 _LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -51,3 +55,12 @@ class Log:
 
 
 log = Log()
+
+
+def check_decoded(status: int) -> None:
+    """Raises for a result of `llama_decode` other than success: `OutOfMemory`, or `RuntimeError`."""
+    text = f"llama_decode failed with status {status}{log.reason()}"
+    if status in (_NO_ROOM, _NO_MEMORY):
+        raise OutOfMemory(f"llama.cpp has not enough memory: {text}", alone=True)
+    if status != 0:
+        raise RuntimeError(text)

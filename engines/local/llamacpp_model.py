@@ -10,10 +10,14 @@ from typing import Any
 
 from engines.config import EngineConfig
 from engines.errors import ConfigError
-from engines.local.gguf import CONTEXT_KWARGS, MODEL_KWARGS, Tokenizer, context_length, requantize_to
+from engines.local.cores import physical_cores
+from engines.local.gguf import CONTEXT_KWARGS, MODEL_KWARGS, Tokenizer, context_length, metadata_value, requantize_to
 from engines.local.gguf_files import requantized, resolve_model
+from engines.local.gguf_tasks import GGUFHead, check_pooling, gguf_head
 from engines.local.grammar import Grammars
 from engines.local.llama_library import L, lltokenizer_from_vocab, log
+from engines.tasks import CHAT
+from engines.text import counted
 
 # The default of `n_seq_max`. Each sequence takes `n_ctx` tokens of cache, and a CPU gains little from more sequences.
 DEFAULT_SEQUENCES = 16
@@ -34,14 +38,18 @@ class LlamaModel:
     vocab: Any
     memory: Any  # the KV cache of all sequences
 
+    head: GGUFHead
+    lora_scale: float = 1.0
     tokenizer: Tokenizer
     n_vocab: int
     n_ctx: int  # tokens of one conversation
     n_seq: int  # conversations that are decoded at once
     n_batch: int  # tokens of one llama_decode
+    n_ubatch: int  # tokens that llama.cpp computes at once
     end_tokens: frozenset[int]  # the tokens that end an answer
     grammars: Grammars  # matchers of `response_format`
     padding_token: int  # for padding rows; see Scheduler
+    cache_type: int  # of ggml: the default number format of KV caches
     unified: bool  # all sequences share one KV cache
     reuses_prefixes: bool  # a sequence's cache can be cut back and copied
 
@@ -54,9 +62,14 @@ class LlamaModel:
             path = requantized(path, number_format)
         try:
             self._load_model(path, kwargs)
-            self._load_context(path, kwargs, config.max_concurrency)
+            self.head = gguf_head(self.metadata, kwargs, L.llama_model_n_cls_out(self.handle))
+            check_pooling(self.head, config.model)
+            self.n_ctx = context_length(kwargs, L.llama_model_n_ctx_train(self.handle))
             if config.adapter:
                 self._load_adapter(Path(config.adapter).expanduser(), kwargs.get("lora_scale", 1.0))
+            if CHAT in self.head.tasks:
+                self._load_context(path, kwargs, config.max_concurrency)
+                self.apply_adapter(self.context)
         except BaseException:
             self.free()
             raise
@@ -87,11 +100,16 @@ class LlamaModel:
             try:
                 split = (ctypes.c_float * L.llama_max_devices())(*kwargs["tensor_split"])
             except (TypeError, IndexError):
-                raise ConfigError("engine.kwargs.tensor_split must list one number per device") from None
+                raise ConfigError(
+                    "engine.kwargs.tensor_split must list one number per device", key="engine.kwargs"
+                ) from None
             params.tensor_split = split
         self.handle = L.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
-            raise ConfigError(f"engine.model: {path} cannot be loaded{log.reason()}")
+            raise ConfigError(f"engine.model: {path} cannot be loaded{log.reason()}", key="engine.model")
+        # Weights in float32 are wanted exact, so nothing is rounded to half precision on the way.
+        exact = L.llama_model_ftype(self.handle) & ~L.LLAMA_FTYPE_GUESSED == L.LLAMA_FTYPE_ALL_F32
+        self.cache_type = L.GGML_TYPE_F32 if exact else L.GGML_TYPE_F16
         self.tokenizer = Tokenizer(self.handle)
         self.vocab = self.tokenizer.vocab
         self.n_vocab = L.llama_vocab_n_tokens(self.vocab)
@@ -100,19 +118,21 @@ class LlamaModel:
         self.grammars = Grammars(lambda: lltokenizer_from_vocab(self.vocab, eos_token=sorted(self.end_tokens)))
 
     def _load_context(self, path: Path, kwargs: dict[str, Any], max_concurrency: int | None) -> None:
-        params = self._context_params(kwargs)
-        self.n_ctx = context_length(kwargs, L.llama_model_n_ctx_train(self.handle))
+        params = self.context_params(kwargs)
         wanted = kwargs.get("n_seq_max") or max_concurrency or self._default_sequences()
         self.n_seq = min(wanted, L.llama_max_parallel_sequences())
         params.n_seq_max = self.n_seq
         params.n_ctx = self.n_ctx * self.n_seq
         params.n_batch = self.n_batch = max(kwargs.get("n_batch", 512), self.n_seq)  # the next token of every sequence fits
-        params.n_ubatch = min(kwargs.get("n_ubatch", 512), self.n_batch)
+        params.n_ubatch = self.n_ubatch = min(kwargs.get("n_ubatch", 512), self.n_batch)
         self.unified = bool(params.kv_unified)
         self.context = L.llama_init_from_model(self.handle, params)
         if not self.context:
-            size = f"{self.n_seq} sequences of {self.n_ctx} tokens"
-            raise ConfigError(f"engine.kwargs: no memory for {size} of {path}; lower n_ctx or n_seq_max{log.reason()}")
+            size = f"{counted(self.n_seq, 'sequence')} of {self.n_ctx} tokens"
+            raise ConfigError(
+                f"engine.kwargs: no memory for {size} of {path}; lower n_ctx or n_seq_max{log.reason()}",
+                key="engine.kwargs",
+            )
         self.memory = L.llama_get_memory(self.context)
         # A recurrent state covers all tokens at once, and a sliding window has dropped the old tokens: neither can be
         # cut back to a prefix.
@@ -120,16 +140,19 @@ class LlamaModel:
         recurrent = L.llama_model_is_recurrent(self.handle) or L.llama_model_is_hybrid(self.handle)
         self.reuses_prefixes = not (windowed or recurrent)
 
-    @staticmethod
-    def _context_params(kwargs: dict[str, Any]) -> Any:
+    def context_params(self, kwargs: dict[str, Any]) -> Any:
         """llama.cpp's context parameters, except for the sizes."""
         params = L.llama_context_default_params()
         params.n_threads = params.n_threads_batch = physical_cores()
         params.no_perf = True
         # One cache per sequence: with a unified cache, attention of each token runs over the tokens of all sequences.
         params.kv_unified = False
-        if kwargs.get("n_gpu_layers", 0) == 0 and "type_v" not in kwargs:
-            params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slower on CPU for many short sequences
+        params.type_k, params.type_v = (kwargs.get(name, self.cache_type) for name in ("type_k", "type_v"))
+        # Flash attention rounds float32 to half precision. On a CPU it computes 64 tokens and more differently from fewer,
+        # so an answer would depend on the prefixes that a cache has. A quantised V needs it.
+        on_cpu = kwargs.get("n_gpu_layers", 0) == 0
+        if params.type_v == L.GGML_TYPE_F32 or (on_cpu and params.type_v == L.GGML_TYPE_F16):
+            params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if "flash_attn" in kwargs:
             params.flash_attn_type = int(kwargs["flash_attn"])
         if kwargs.get("low_vram"):
@@ -142,28 +165,29 @@ class LlamaModel:
         """As many sequences as `CACHE_BUDGET_BYTES` holds, at least 1, at most `DEFAULT_SEQUENCES`."""
         heads, width = L.llama_model_n_head(self.handle), L.llama_model_n_embd(self.handle)
         kv_heads, layers = L.llama_model_n_head_kv(self.handle), L.llama_model_n_layer(self.handle)
-        token_bytes = 4 * layers * width * kv_heads // max(heads, 1)  # K and V, 2 bytes each
+        number_bytes = 4 if self.cache_type == L.GGML_TYPE_F32 else 2
+        token_bytes = 2 * number_bytes * layers * width * kv_heads // max(heads, 1)  # K and V
         affordable = CACHE_BUDGET_BYTES // max(1, token_bytes * self.n_ctx)
         return min(DEFAULT_SEQUENCES, max(1, affordable))
 
     def _load_adapter(self, path: Path, scale: float) -> None:
         if not path.is_file():
-            raise ConfigError(f"engine.adapter: there is no file {path}")
+            raise ConfigError(f"engine.adapter: there is no file {path}", key="engine.adapter")
         self.adapter = L.llama_adapter_lora_init(self.handle, os.fsencode(path))
         if not self.adapter:
-            raise ConfigError(f"engine.adapter: {path} is not a LoRA adapter (GGUF) for this model{log.reason()}")
+            raise ConfigError(
+                f"engine.adapter: {path} is not a LoRA adapter (GGUF) for this model{log.reason()}", key="engine.adapter"
+            )
+        self.lora_scale = scale
+
+    def apply_adapter(self, context: Any) -> None:
+        """Makes a context use the adapter, if there is one. Raises `ConfigError`."""
+        if not self.adapter:
+            return
         adapters = (L.llama_adapter_lora_p_ctypes * 1)(self.adapter)
-        if L.llama_set_adapters_lora(self.context, adapters, 1, (ctypes.c_float * 1)(scale)) != 0:
-            raise ConfigError(f"engine.adapter: {path} cannot be applied{log.reason()}")
+        if L.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(self.lora_scale)) != 0:
+            raise ConfigError(f"engine.adapter cannot be applied to this model{log.reason()}", key="engine.adapter")
 
-
-def physical_cores() -> int:
-    """Physical cores that this process may use. Two threads on one core would share its arithmetic units."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in usable:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
+    def metadata(self, name: str) -> str | None:
+        """A value of the file's metadata; see `GGUFMetadata.get`."""
+        return metadata_value(self.handle, name)

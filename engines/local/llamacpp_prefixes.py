@@ -34,9 +34,9 @@ class PrefixCache:
         slot has evaluated it.
         """
         free = [slot for slot in self.slots if slot.running is None]
-        slot, kept = self._best_free(free, sequence.prompt)
+        slot, kept = self._best_free(free, sequence)
         slot.running, slot.waits, slot.used = sequence, None, step
-        donor, count = self._donor(slot, kept, sequence.prompt)
+        donor, count = self._donor(slot, kept, sequence)
         if donor is not None:
             if len(donor.tokens) >= count or donor.running is None:
                 self.copy(donor, slot, count)
@@ -45,21 +45,21 @@ class PrefixCache:
         sequence.cached = self._cut(slot, kept)
         return slot
 
-    def _best_free(self, free: list[Slot], prompt: list[int]) -> tuple[Slot, int]:
+    def _best_free(self, free: list[Slot], sequence: Sequence) -> tuple[Slot, int]:
         """The slot that holds most of the prompt, then the one unused for longest; and the number of tokens it holds."""
         if not self.enabled:
             return min(free, key=lambda slot: slot.used), 0
-        limit = _reusable(prompt)
+        prompt, limit = sequence.prompt, sequence.reusable
         shared = {slot.id: min(limit, common_prefix(slot.tokens, prompt)) for slot in free}
         best = max(free, key=lambda slot: (shared[slot.id], -slot.used))
         return best, shared[best.id]
 
-    def _donor(self, slot: Slot, kept: int, prompt: list[int]) -> tuple[Slot | None, int]:
-        """The slot that has, or will have, the longest prefix of `prompt`, and its length. None: a copy is not worth it."""
+    def _donor(self, slot: Slot, kept: int, sequence: Sequence) -> tuple[Slot | None, int]:
+        """The slot that has, or will have, the longest prefix of the prompt, and its length. None: no copy is worth it."""
         donor, most = None, kept + MIN_COPIED_TOKENS - 1
         if not self.enabled:
             return donor, most
-        limit = _reusable(prompt)
+        prompt, limit = sequence.prompt, sequence.reusable
         for other in self.slots:
             if other is slot:
                 continue
@@ -81,6 +81,12 @@ class PrefixCache:
                 self.enabled = False
             del slot.tokens[kept:]
         return kept
+
+    def clear(self) -> None:
+        """Forgets the tokens of all slots."""
+        L.llama_memory_clear(self.memory, True)
+        for slot in self.slots:
+            slot.tokens = []
 
     def copy(self, donor: Slot, slot: Slot, count: int) -> None:
         """Replaces the cache of `slot` with the first `count` tokens of the cache of `donor`."""
@@ -106,8 +112,3 @@ class PrefixCache:
         if count > len(slot.tokens):
             self.copy(wait.donor, slot, count)
         return True
-
-
-def _reusable(prompt: list[int]) -> int:
-    """How many tokens of a prompt may come from a cache: the last is evaluated for its logits, and never one alone."""
-    return max(0, len(prompt) - 2)

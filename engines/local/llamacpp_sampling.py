@@ -21,26 +21,33 @@ class Sampler:
     """
 
     def __init__(
-        self, vocab: Any, grammars: Grammars, n_vocab: int, g: GenerationParams, prompt: list[int], seed: int, limit: int
+        self,
+        vocab: Any,
+        grammars: Grammars,
+        n_vocab: int,
+        params: GenerationParams,
+        prompt: list[int],
+        seed: int,
+        limit: int,
     ) -> None:
-        temperature = g.temperature or 0.0
-        repetition = g.repetition_penalty or 1.0
-        frequency, presence = g.frequency_penalty or 0.0, g.presence_penalty or 0.0
+        temperature = params.temperature or 0.0
+        repetition = params.repetition_penalty or 1.0
+        frequency, presence = params.frequency_penalty or 0.0, params.presence_penalty or 0.0
         # The token with the highest logit is the pick; the chain is not needed.
-        self.greedy = temperature == 0.0 and not (g.logit_bias or repetition != 1.0 or frequency or presence)
+        self.greedy = temperature == 0.0 and not (params.logit_bias or repetition != 1.0 or frequency or presence)
         self.grammar: Matcher | GBNFSampler | None = None
         self.chain = L.llama_sampler_chain_init(L.llama_sampler_chain_default_params())
 
         def add(stage: Any) -> None:
             L.llama_sampler_chain_add(self.chain, stage)  # the chain owns the stage now
 
-        if g.response_format is not None:
-            if g.response_format["type"] == "grammar":
-                self.grammar = GBNFSampler(vocab, n_vocab, text_under(g.response_format, "grammar", "gbnf"))
+        if params.response_format is not None:
+            if params.response_format["type"] == "grammar":
+                self.grammar = GBNFSampler(vocab, n_vocab, text_under(params.response_format, "grammar", "gbnf"))
             else:
-                self.grammar = grammars.matcher(g.response_format)
-        if g.logit_bias:
-            add(_logit_bias(g.logit_bias, n_vocab))
+                self.grammar = grammars.matcher(params.response_format)
+        if params.logit_bias:
+            add(_logit_bias(params.logit_bias, n_vocab))
         if repetition != 1.0:
             stage = L.llama_sampler_init_penalties(n_vocab, len(prompt) + limit, repetition, 0.0, 0.0)
             for token in prompt:
@@ -51,12 +58,12 @@ class Sampler:
         if temperature == 0.0:
             add(L.llama_sampler_init_greedy())
         else:
-            if g.top_k is not None and g.top_k > 0:
-                add(L.llama_sampler_init_top_k(g.top_k))
-            if g.top_p is not None and g.top_p < 1.0:
-                add(L.llama_sampler_init_top_p(g.top_p, 1))
-            if g.min_p:
-                add(L.llama_sampler_init_min_p(g.min_p, 1))
+            if params.top_k is not None and params.top_k > 0:
+                add(L.llama_sampler_init_top_k(params.top_k))
+            if params.top_p is not None and params.top_p < 1.0:
+                add(L.llama_sampler_init_top_p(params.top_p, 1))
+            if params.min_p:
+                add(L.llama_sampler_init_min_p(params.min_p, 1))
             add(L.llama_sampler_init_temp(temperature))
             # The modulus excludes 2**32 - 1, which makes llama.cpp choose a random seed.
             add(L.llama_sampler_init_dist(seed % 0xFFFFFFFF))

@@ -15,20 +15,26 @@ from engines.types import Delta, FinishReason, Stream
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One answer. The caller fills the first group of fields, the scheduler the second."""
+    """One answer, or one text whose log likelihood is wanted (`scored`).
+
+    The caller fills the first group of fields, the scheduler the second.
+    """
 
     prompt: list[int]
-    limit: int  # tokens it may generate
-    sampler: Sampler
-    stop: list[str]
-    stop_ids: frozenset[int]
-    logprobs: int | None
+    limit: int = 0  # tokens it may generate
+    sampler: Sampler | None = None  # None: it generates nothing
+    stop: list[str] = field(default_factory=list)
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    scored: list[int] = field(default_factory=list)  # the tokens of prompt and completion; `prompt` is all but the last
+    score_from: int = 0  # the place of the completion's first token
     index: int = 0  # among the answers of one request
     stream: Stream | None = None
     marks: list[str] = field(default_factory=list)  # the stream holds back text from the first character of any of these
     sent: int = 0  # characters that went into the stream
     future: Future[Sequence] = field(default_factory=Future)
 
+    started: float = 0.0  # `time.perf_counter()` when a slot took it
     cached: int = 0  # prompt tokens that were not evaluated, because a cache had them
     last: int = -1  # the token sampled last; -1 while the prompt is evaluated
     output: int = 0  # tokens generated
@@ -36,11 +42,23 @@ class Sequence:
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
     entries: list[dict[str, Any]] = field(default_factory=list)  # OpenAI's `logprobs.content`
     reason: FinishReason = "stop"
+    scores: list[float] = field(default_factory=list)  # the log probabilities of the completion's tokens
+    guesses: Guesses | None = None  # None: no token was guessed yet
 
     @property
     def in_prompt(self) -> bool:
         """The prompt is not evaluated to its end."""
         return self.last < 0
+
+    @property
+    def reusable(self) -> int:
+        """The number of prompt tokens that may come from a cache.
+
+        The last two are evaluated: the last one gives the logits, and no token is decoded alone (see
+        `llamacpp_scheduler`). So are those whose logits are wanted.
+        """
+        last = len(self.prompt) - 2
+        return max(0, min(last, self.score_from - 1) if self.scored else last)
 
     def append(self, piece: bytes) -> bool:
         """Appends a token's bytes to the text. True if a stop text is complete; the text then ends before it."""
@@ -82,6 +100,17 @@ class Slot:
     running: Sequence | None = None
     waits: Wait | None = None
     used: int = 0  # the scheduler's step of its last use
+
+
+@dataclass(slots=True)
+class Guesses:
+    """The state of speculative decoding of one answer; see `llamacpp_speculation`."""
+
+    size: int  # the number of tokens to guess next
+    resumes: int = 0  # until the answer has so many tokens, nothing is guessed
+    failures: int = 0  # guesses in a row that were mostly wrong
+    followers: dict[tuple[int, ...], int] = field(default_factory=dict)  # the place after the last occurrence of tokens
+    indexed: int = 0  # tokens of prompt and answer that are in `followers`
 
 
 @dataclass(frozen=True, slots=True)

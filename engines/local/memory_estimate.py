@@ -18,7 +18,6 @@ from engines.errors import ConfigError
 from engines.local.checkpoint_files import (
     checkpoint_file,
     gguf_metadata,
-    holds_model,
     is_gguf,
     read_json,
     stored_numbers,
@@ -57,15 +56,18 @@ def weights_bytes(parameters: float, bits: float) -> float:
 
 
 def footprint(config: EngineConfig) -> Footprint | None:
-    """The size of an engine's model; None for an engine that loads no model.
+    """The size of an engine's model. None for an engine that loads no model, or one in a format of its own.
 
     Raises `ConfigError` if the model's files cannot be found or read, or do not contain its dimensions.
     """
-    if not holds_model(config):
+    kind = kind_of(config)
+    if not kind.holds_model or kind.own_format:
         return None
     found = _of_gguf(config) if is_gguf(config) else _of_checkpoint(config)
     if found.context < 1:
-        raise ConfigError("engine.model: its config has no context length; set engine.kwargs.max_model_len")
+        raise ConfigError(
+            "engine.model: its config has no context length; set engine.kwargs.max_model_len", key="engine.model"
+        )
     return found
 
 
@@ -83,11 +85,14 @@ def _of_gguf(config: EngineConfig) -> Footprint:
 
     heads = int(number("attention.head_count", 1))
     kv_heads, width = number("attention.head_count_kv", heads), number("embedding_length") / max(heads, 1)
+    trained, number_format = int(number("context_length")), requantize_to(config)
+    stored = number_format or {"0": "f32"}.get(metadata.get("general.file_type") or "")
+    cache = "f32" if stored == "f32" else "f16"  # as `LlamaModel.cache_type`
     # Layers with a sliding window count as full ones: the metadata does not say which layers have one.
     kv_bits = sum(
-        number(f"attention.{name}_length", width) * _ggml_bits(kwargs.get(f"type_{name[0]}")) for name in ("key", "value")
+        number(f"attention.{name}_length", width) * _ggml_bits(kwargs.get(f"type_{name[0]}", cache))
+        for name in ("key", "value")
     )
-    trained, number_format = int(number("context_length")), requantize_to(config)
     if kind_of(config).gguf_only:
         context = context_length(check_gguf_kwargs(kwargs), trained)
     else:
@@ -191,7 +196,9 @@ def _shape(about: Mapping[str, Any], path: Path) -> tuple[Footprint, int]:
     layers = get("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     hidden, heads = get("hidden_size", "n_embd", "d_model"), get("num_attention_heads", "n_head", "n_heads")
     if not (layers and hidden and heads):
-        raise ConfigError(f"engine.model: {path} needs num_hidden_layers, hidden_size and num_attention_heads")
+        raise ConfigError(
+            f"engine.model: {path} needs num_hidden_layers, hidden_size and num_attention_heads", key="engine.model"
+        )
     attention, kv_heads, kv_numbers = _attention(get, hidden, heads)
     embeddings = get("vocab_size") * hidden * (1 if about.get("tie_word_embeddings", True) else 2)
     norms = hidden * (2 * layers + 1)

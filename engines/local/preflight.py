@@ -10,9 +10,9 @@ from pathlib import Path
 
 from engines.config import EngineConfig
 from engines.errors import ConfigError, ErrorCode, Finding
-from engines.local.checkpoint_files import holds_model
 from engines.local.memory_estimate import footprint
 from engines.local.prompt_renderer import PromptRenderer, prompt_renderer
+from engines.registry import kind_of
 
 
 def check_paths(config: EngineConfig, thorough: bool) -> list[Finding]:
@@ -55,7 +55,7 @@ def model_on_this_machine(config: EngineConfig) -> tuple[int | None, PromptRende
 
     None for each that cannot be read, and for an engine that loads no model.
     """
-    if not holds_model(config) or not config.model:
+    if not kind_of(config).holds_model or not config.model:
         return None, None
     if config.model != "smollm2" and not Path(config.model).expanduser().exists():
         return None, None

@@ -1,4 +1,4 @@
-"""`python -m engines.local.process_guard COMMAND…`: runs a command that ends when its owner ends.
+"""`python process_guard.py COMMAND…`: runs a command that ends when its owner ends.
 
 The owner holds the guard's standard input open. When the owner dies, for any reason, the operating system closes the input,
 and the guard ends its process group. Start the guard in a new session, so that the group is its own. `follow` guards
@@ -16,12 +16,14 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+# -I: it imports no module from the working directory, which is the user's.
+COMMAND = [sys.executable, "-I", __file__]
 GRACE_S = 10.0  # between SIGTERM and SIGKILL to the group
 
 
 def follow(pids: Iterable[int]) -> subprocess.Popen[bytes]:
     """Starts a watcher that kills `pids` when this process ends. Kill the watcher to leave them alone."""
-    command = [sys.executable, "-m", "engines.local.process_guard", "--follow", *map(str, pids)]
+    command = [*COMMAND, "--follow", *map(str, pids)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
@@ -49,7 +51,7 @@ def main() -> int:
     if sys.argv[1] == "--follow":
         return _follow([int(pid) for pid in sys.argv[2:]])
     if os.getpid() != os.getpgid(0):
-        raise SystemExit("engines.local.process_guard must lead a process group: start it in a new session")
+        raise SystemExit("process_guard.py must lead a process group: start it in a new session")
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it signals its own group; the command started before this line
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from engines.config import EngineConfig
 from engines.local.chat_template import ChatTemplate
-from engines.local.checkpoint_files import gguf_metadata, holds_model, is_gguf, optional_file, own_chat_template
+from engines.local.checkpoint_files import gguf_metadata, is_gguf, optional_file, own_chat_template
 from engines.params import GenerationParams
+from engines.registry import kind_of
 from engines.rendering import render_messages
 from engines.types import Message, Request
 
@@ -21,27 +22,29 @@ class PromptRenderer:
     template: ChatTemplate
     tokenize: Callable[[str], list[int]]
 
-    def render(self, messages: list[Message], params: GenerationParams) -> str:
+    def render(self, messages: list[Message], params: GenerationParams, continues: bool = False) -> str:
         """The text of the prompt. Raises `EngineError("invalid_input")` if the chat template refuses the messages."""
         tools = params.tools if params.tool_choice != "none" else None
-        return self.template.render(messages, tools, params.reasoning_effort)
+        return self.template.render(messages, tools, params.reasoning_effort, continues)
 
     def render_request(self, request: Request) -> str:
         """The request as text, for people: the prompt that the model gets, and its parameters. Raises as `render`."""
-        return render_messages(request, self.render(request.messages, request.generation))
+        return render_messages(request, self.render(request.messages, request.generation, request.continue_answer))
 
-    def count(self, messages: list[Message], params: GenerationParams) -> int:
+    def count(self, messages: list[Message], params: GenerationParams, continues: bool = False) -> int:
         """The prompt's length in tokens. Raises as `render`."""
-        return len(self.tokenize(self.render(messages, params)))
+        return len(self.tokenize(self.render(messages, params, continues)))
 
 
 def prompt_renderer(config: EngineConfig) -> PromptRenderer | None:
-    """The renderer of an engine's model; None if the tokenizer or the template cannot be found.
+    """The renderer of an engine's model. None if the tokenizer or the template cannot be found, or for an engine that loads
+    no model, or one in a format of its own.
 
     A checkpoint on the hub is downloaded, without its weights. Raises `ConfigError` if the template or a GGUF file cannot
     be read.
     """
-    if not holds_model(config):
+    kind = kind_of(config)
+    if not kind.holds_model or kind.own_format:
         return None
     if is_gguf(config):
         tokenizer = gguf_metadata(config).tokenizer

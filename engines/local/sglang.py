@@ -11,20 +11,24 @@ import asyncio
 import dataclasses
 import json
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from engines.config import SourceOf, packaged
-from engines.errors import ConfigError, EngineError
+from engines.config import Capabilities, SourceOf, config_from_keys, packaged
+from engines.errors import ConfigError, engine_died
+from engines.free_port import free_port
+from engines.local import process_guard
 from engines.remote.engine import RemoteEngine
+from engines.remote.provider import Provider
+from engines.remote.sender import RequestSender
 from engines.text import one_line
 from engines.types import DEFAULT_MAX_TOKENS, Completion, Request
 
@@ -32,6 +36,13 @@ _ADAPTER = "adapter"  # the server's name for `engine.adapter`
 _POLL_S = 0.5  # how often to ask whether the server is ready
 _USAGE_ERROR = 2  # argparse's exit status for wrong flags
 _RESERVED = ("model_path", "host", "port", "revision")  # flags that this engine sets
+
+
+class _ServerSender(RequestSender):
+    """Sends to the engine's own server, which has no rate limits, and whose end is the engine's."""
+
+    def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
+        """Does nothing."""
 
 
 class SGLangOfflineEngine(RemoteEngine):
@@ -42,19 +53,21 @@ class SGLangOfflineEngine(RemoteEngine):
 
     kind = "sglang_offline"
     runs_here = True
+    sender_class = _ServerSender
     dead: str | None = None  # why the server ended; None while it runs
 
     def _load(self) -> None:
         config = self.config
         if config.model is None:
-            raise ConfigError("engine=sglang_offline needs engine.model: a checkpoint directory or a hub id")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+            raise ConfigError(
+                "engine=sglang_offline needs engine.model: a checkpoint directory or a hub id", key="engine.model"
+            )
+        port = free_port()
         self.asked: set[asyncio.Task[Completion]] = set()
         self.log = tempfile.NamedTemporaryFile(prefix="eagleray-sglang-", suffix=".log")  # noqa: SIM115  # until close
-        command = ["-m", "engines.local.process_guard", sys.executable, "-m", "sglang.launch_server", *self._flags(port)]
+        command = [*process_guard.COMMAND, sys.executable, "-m", "sglang.launch_server", *self._flags(port)]
         self.server = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, start_new_session=True
         )
         try:
             self._wait(f"http://127.0.0.1:{port}/health")
@@ -75,6 +88,10 @@ class SGLangOfflineEngine(RemoteEngine):
             raise
         threading.Thread(target=self._watch, name="sglang", daemon=True).start()
 
+    @classmethod
+    def class_capabilities(cls, model: str | None) -> Capabilities:
+        return Provider.of(config_from_keys("sglang", {})).for_model(model).capabilities()
+
     def _flags(self, port: int) -> list[str]:
         """The server's command line flags. Raises `ConfigError` for a flag that this engine sets."""
         config = self.config
@@ -84,7 +101,9 @@ class SGLangOfflineEngine(RemoteEngine):
         found: list[str] = []
         for name, value in {**flags, **config.kwargs}.items():
             if name in _RESERVED and name in config.kwargs:
-                raise ConfigError(f"engine.kwargs.{name} is set by engine=sglang_offline itself")
+                raise ConfigError(
+                    f"engine.kwargs.{name} is set by engine=sglang_offline itself", key="engine=sglang_offline"
+                )
             if value is None or value is False:
                 continue
             values = value if isinstance(value, list) else [] if value is True else [value]
@@ -99,7 +118,7 @@ class SGLangOfflineEngine(RemoteEngine):
                 status = self.server.poll()
                 if status is not None:
                     text = f"engine=sglang_offline cannot start: {self._reason()}"
-                    raise ConfigError(text) if status == _USAGE_ERROR else EngineError("engine_crash", text)
+                    raise ConfigError(text) if status == _USAGE_ERROR else engine_died(text)
                 try:
                     if client.get(health).status_code == 200:
                         return
@@ -121,14 +140,23 @@ class SGLangOfflineEngine(RemoteEngine):
         for task in list(self.asked):
             task.get_loop().call_soon_threadsafe(task.cancel)
 
-    def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
-        """Does nothing: the server has no rate limits, and when it ends, this engine ends."""
+    def inspect_image(self, data: bytes) -> None:
+        from engines.local.images import open_image  # with the server's own package, Pillow is there
+
+        open_image(data, self.config.media_max_pixels).close()
 
     async def _generate(self, request: Request) -> Completion:
+        return await self._while_alive(super()._generate, request)
+
+    async def _evaluate(self, request: Request) -> Completion:
+        return await self._while_alive(super()._evaluate, request)
+
+    async def _while_alive(self, ask: Callable[[Request], Coroutine[Any, Any, Completion]], request: Request) -> Completion:
+        """The answer; or the error `engine_crash`, if the server dies before."""
         adapter = request.adapter or self.config.adapter
         if adapter is not None:  # other adapters are in `kwargs.lora_paths`, with their names there
             request = dataclasses.replace(request, adapter=_ADAPTER if adapter == self.config.adapter else adapter)
-        task = asyncio.create_task(super()._generate(request))
+        task = asyncio.create_task(ask(request))
         self.asked.add(task)
         try:
             if self.dead is None:
@@ -141,7 +169,7 @@ class SGLangOfflineEngine(RemoteEngine):
         finally:
             self.asked.discard(task)
             task.cancel()
-        raise EngineError("engine_crash", f"SGLang died: {self.dead}")
+        raise engine_died(f"SGLang died: {self.dead}")
 
     def close(self) -> None:
         """Stops the server."""

@@ -17,6 +17,7 @@ peft, merged into the weights unless they are quantised. `kwargs` are those of `
   `max_model_len`                  the context, prompt and answer (default: the config's `max_position_embeddings`)
   `chat_template`                  a template's text, or the path of its file
   `chat_template_kwargs`           further variables of the template (for example `enable_thinking`)
+  `pooling`, `normalize`, `prompt_name`, `truncate`   of tasks other than chats: see docs/engines.md
 
 Usage counts every generated token except the one that ends an answer (end of sequence, `stop_token_ids`): that token is
 not in the text, the usage or the logprobs. Logprobs are the model's own, before penalties and temperature.
@@ -25,8 +26,10 @@ not in the text, the usage or the logprobs. Logprobs are the model's own, before
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -39,44 +42,91 @@ from engines.local.transformers_batching import Batcher
 from engines.local.transformers_decoding import decode_text
 from engines.local.transformers_model import TransformersModel
 from engines.local.transformers_row import GenerationRow
+from engines.local.transformers_tasks import TransformersTasks
 from engines.local.vision import has_images
+from engines.media import in_thread_with_media
 from engines.params import GenerationParams
-from engines.text import cut_at_stop, for_template, one_line, parse_tool_calls
+from engines.registry import declared_capabilities
+from engines.tasks import CHAT
+from engines.text import counted, cut_at_stop, for_template, one_line, parse_tool_calls
 from engines.types import DEFAULT_MAX_TOKENS, Choice, Completion, Message, Request, answer
 from engines.usage import Usage
 
 _DEFAULT_BATCH = 32
 # Requests in flight with continuous batching: as many as transformers runs at once.
 _CONTINUOUS = 1024
+# Requests in flight of an encoder or a classifier: so many texts are sorted by length at once.
+_TEXTS = 1024
 
 
 class TransformersEngine(ModelEngine):
     """A checkpoint of Hugging Face transformers. Loading raises `ConfigError` for a wrong configuration."""
 
     kind = "transformers"
-    capabilities = Capabilities(response_formats=frozenset(("json_object", "json_schema", "regex", "choice")))
+    capabilities = declared_capabilities("transformers")
 
     loaded: TransformersModel
-    batcher: Batcher
+    batcher: Batcher | None = None  # None: the checkpoint has no chats
+    _tasks: TransformersTasks | None = None  # made by the first request of another task
 
     def _load(self) -> None:
         self.loaded = TransformersModel(self.config)
         self.device: torch.device = self.loaded.model.device
         kwargs = self.loaded.kwargs
         self.template_variables: dict[str, Any] = kwargs.get("chat_template_kwargs", {})
-        self.batcher = Batcher(self.loaded, kwargs.get("max_batch_size") or self.config.max_concurrency or _DEFAULT_BATCH)
+        if CHAT in self.loaded.tasks:
+            most = kwargs.get("max_batch_size") or self.config.max_concurrency or _DEFAULT_BATCH
+            self.batcher = Batcher(self.loaded, most)
 
     def capabilities_for(self, request: Request) -> Capabilities:
-        return replace(self.capabilities, images=self.loaded.vision is not None)
+        return replace(self.capabilities, images=self.loaded.vision is not None, tasks=self.loaded.tasks)
 
     @property
     def concurrency(self) -> int:
         # More than one batch: the batcher can choose between lengths, and the next batch is there in time.
-        return self.config.max_concurrency or (_CONTINUOUS if self.batcher.continuous else 4 * self.batcher.max_batch_size)
+        if self.config.max_concurrency:
+            return self.config.max_concurrency
+        if self.batcher is None:
+            return _TEXTS
+        return _CONTINUOUS if self.batcher.continuous else 4 * self.batcher.max_batch_size
+
+    @property
+    def lowered_to(self) -> int | None:
+        return self.batcher.lowered_to if self.batcher else None
+
+    async def _evaluate(self, request: Request) -> Completion:
+        return await self.tasks.evaluate(request)
+
+    @property
+    def tasks(self) -> TransformersTasks:
+        """Answers requests of tasks other than chats."""
+        if self._tasks is None:
+            use = self.batcher.exclusive if self.batcher else contextlib.nullcontext
+            self._tasks = TransformersTasks(self.loaded, self.loaded.kwargs.get("max_batch_size"), use, self._render)
+        return self._tasks
+
+    def _render(self, messages: list[Message], continues: bool) -> str:
+        """A whole conversation as text; if `continues`, without the template's end of the last message."""
+        self._check_template()
+        plain = [for_template(message) for message in messages]
+        try:
+            return str(
+                self.loaded.tokenizer.apply_chat_template(
+                    plain, tokenize=False, continue_final_message=continues, **self.template_variables
+                )
+            )
+        except Exception as error:  # as in `_prompt`
+            raise invalid(f"the chat template refuses these messages: {one_line(error)}") from error
+
+    def _check_template(self) -> None:
+        if not self.loaded.tokenizer.chat_template:
+            reason = f"'{self.config.model}' has no chat template: give one in engine.kwargs.chat_template"
+            raise EngineError("bad_request", reason, scope="run")
 
     async def _generate(self, request: Request) -> Completion:
-        # Reading images takes long and goes to a thread. Text is quick, and a thread would cost more.
-        rows = await asyncio.to_thread(self._rows, request) if has_images(request.messages) else self._rows(request)
+        assert self.batcher is not None
+        rows = await in_thread_with_media(self._rows, request)
+        submitted = time.perf_counter()
         try:
             self.batcher.submit(rows)
             await asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
@@ -84,7 +134,10 @@ class TransformersEngine(ModelEngine):
             for row in rows:  # if cancelled, or if one failed: the others leave their batch at its next step
                 row.future.cancel()
         usage = Usage(input=len(rows[0].prompt), output=sum(len(row.tokens) for row in rows))
-        return Completion([self._choice(row) for row in rows], usage)
+        # transformers' continuous batching does not tell when it admits a row.
+        starts = [row.started for row in rows]
+        queued_s = min(starts) - submitted if all(starts) else None
+        return Completion([self._choice(row) for row in rows], usage, queued_s=queued_s)
 
     def _rows(self, request: Request) -> list[GenerationRow]:
         """The tokenised request, as one row per answer. Raises `EngineError` for a request that the model cannot take."""
@@ -94,11 +147,11 @@ class TransformersEngine(ModelEngine):
         for token in params.logit_bias or ():
             if not 0 <= int(token) < loaded.vocab:
                 raise invalid(f"logit_bias names the token {token}, the vocabulary has {loaded.vocab}")
-        prompt, images = self._prompt(request.messages, params)
+        prompt, images = self._prompt(request.messages, params, request.continue_answer)
         limit = params.max_tokens or DEFAULT_MAX_TOKENS
         if loaded.context is not None:
             if len(prompt) >= loaded.context:
-                reason = f"the prompt has {len(prompt)} tokens, the context holds {loaded.context}"
+                reason = f"the prompt has {counted(len(prompt), 'token')}, the context holds {loaded.context}"
                 raise EngineError("context_length", reason)
             limit = min(limit, loaded.context - len(prompt))
         stop_tokens = {loaded.special[stop] for stop in params.stop or () if stop in loaded.special}
@@ -113,9 +166,17 @@ class TransformersEngine(ModelEngine):
             for generator in generators
         ]
 
-    def _prompt(self, messages: list[Message], params: GenerationParams) -> tuple[list[int], dict[str, torch.Tensor]]:
+    def _prompt(
+        self, messages: list[Message], params: GenerationParams, continues: bool
+    ) -> tuple[list[int], dict[str, torch.Tensor]]:
         """The prompt's token ids, and the processor's tensors for its images."""
-        variables = self.template_variables | self._template_arguments(params)
+        self._check_template()
+        variables = {
+            "add_generation_prompt": not continues,
+            "continue_final_message": continues,
+            **self.template_variables,
+            **self._template_arguments(params),
+        }
         loaded, images = self.loaded, dict[str, torch.Tensor]()
         prompt: list[int]
         try:
@@ -123,9 +184,7 @@ class TransformersEngine(ModelEngine):
                 prompt, images = loaded.vision.read(messages, loaded.tokenizer.chat_template, variables)
             else:
                 plain = [for_template(message, parts=loaded.takes_images) for message in messages]
-                prompt = loaded.tokenizer.apply_chat_template(
-                    plain, add_generation_prompt=True, return_dict=False, **variables
-                )
+                prompt = loaded.tokenizer.apply_chat_template(plain, return_dict=False, **variables)
         except EngineError:
             raise
         except Exception as error:  # a template is a program that came with the model: it may raise any exception
@@ -160,7 +219,10 @@ class TransformersEngine(ModelEngine):
 
     def close(self) -> None:
         """Stops the thread and frees the model. Requests that run or wait fail with "cancelled". Can be called twice."""
-        self.batcher.close()
+        if self.batcher:
+            self.batcher.close()
+        if self._tasks:
+            self._tasks.close()
         self.loaded.model = None
         gc.collect()
         torch.cuda.empty_cache()  # does nothing if CUDA is not in use

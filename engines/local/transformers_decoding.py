@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from engines.local.transformers_cache import make_room
 from engines.local.transformers_model import TransformersModel
 from engines.local.transformers_row import GenerationRow
 from engines.local.transformers_sampling import choose_tokens
@@ -38,6 +39,8 @@ class Decoder:
         cache = None
         while not self.stopped.is_set():
             output = self._forward(ids, mask, positions, cache, images)
+            if cache is None:
+                make_room(output.past_key_values)
             cache = output.past_key_values
             logits = output.logits[:, -1].to(self.device, torch.float32)
             tokens = choose_tokens(rows, logits)
@@ -50,7 +53,8 @@ class Decoder:
             ids, positions = tokens[:, None], positions[..., -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             if len(live) < len(rows):
-                index = torch.tensor(live, device=self.device)
+                live = _in_place(live)
+                index = torch.tensor(live)
                 rows = [rows[i] for i in live]
                 ids, mask, positions = ids[index], mask[index], positions[..., index, :]
                 cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of cache layer has it
@@ -106,6 +110,14 @@ class Decoder:
         values, tokens = logprobs.topk(min(alternatives, self.vocab))
         top = [entry(t, value) for t, value in zip(tokens.tolist(), values.tolist(), strict=True)]
         return {**entry(token, logprobs[token].item()), "top_logprobs": top}
+
+
+def _in_place(live: list[int]) -> list[int]:
+    """The places `live`, in ascending order, in an order that changes few: the last ones fill the gaps."""
+    kept = [place for place in live if place < len(live)]
+    last = iter(live[len(kept) :])
+    taken = set(kept)
+    return [place if place in taken else next(last) for place in range(len(live))]
 
 
 def decode_text(tokenizer: Any, tokens: list[int]) -> str:

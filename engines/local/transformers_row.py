@@ -27,6 +27,7 @@ class GenerationRow:
     images: dict[str, torch.Tensor] = field(default_factory=dict)  # the processor's output, with a batch size of 1
     tokens: list[int] = field(default_factory=list)  # generated so far
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # OpenAI's `logprobs.content`
+    started: float = 0.0  # `time.perf_counter()` when a batch took it first
     finish: FinishReason = "stop"
     failed: bool = False  # transformers' continuous batching failed at this row
     future: Future[GenerationRow] = field(default_factory=Future)  # also done if the caller has cancelled

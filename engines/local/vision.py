@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import httpx
-import PIL.Image
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from engines.errors import invalid
+from engines.local.images import open_image
 from engines.media import image_of
 from engines.text import for_template, one_line
 from engines.types import Message
@@ -22,7 +20,6 @@ from engines.types import Message
 if TYPE_CHECKING:
     from engines.local.transformers_row import GenerationRow
 
-_FETCH_S = 60.0
 # Inputs of models that attend to the images at each decoded token (Llama 3.2 Vision, the first Idefics). The decode loop
 # does not extend these from step to step.
 _EACH_STEP = ("cross_attention_mask", "image_attention_mask")
@@ -42,7 +39,8 @@ def has_images(messages: Sequence[Message]) -> bool:
 class Vision:
     """A checkpoint's processor. Threads can share it. The constructor raises what transformers raises."""
 
-    def __init__(self, source: str, hub: dict[str, Any]) -> None:
+    def __init__(self, source: str, hub: dict[str, Any], max_pixels: int) -> None:
+        self.max_pixels = max_pixels
         self.processor: Any = transformers.AutoProcessor.from_pretrained(source, **hub)
         self.lock = threading.Lock()  # a tokenizer changes its own settings during a call
 
@@ -55,13 +53,12 @@ class Vision:
         """
         plain = [for_template(message, parts=True) for message in messages]
         for message in plain:
-            message["content"] = [_part(part) for part in message["content"]]
+            message["content"] = [_part(part, self.max_pixels) for part in message["content"]]
         with self.lock:
             found = self.processor.apply_chat_template(
                 plain,
                 chat_template=template,
                 tokenize=True,
-                add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="pt",
                 **variables,
@@ -98,22 +95,15 @@ def _per_token(row: GenerationRow, value: torch.Tensor) -> bool:
     return tuple(value.shape) == (1, len(row.prompt))
 
 
-def _part(part: dict[str, Any]) -> dict[str, Any]:
+def _part(part: dict[str, Any], max_pixels: int) -> dict[str, Any]:
     """A content part as processors take it, with images as `PIL.Image`. Raises `EngineError("invalid_input")`."""
     if part["type"] == "text":
         return part
     if part["type"] != "image_url":
         raise invalid(f"engine=transformers takes text and images only, not a part of type '{part['type']}'")
-    given = image_of(part)
+    image = open_image(image_of(part).data, max_pixels)
     try:
-        data = given.data if given.url is None else _fetch(given.url)
-        image = PIL.Image.open(io.BytesIO(data)).convert("RGB")
-    except PIL.UnidentifiedImageError:
-        raise invalid("Pillow cannot identify the format of an image") from None
-    except Exception as error:  # HTTP clients and image decoders raise many types
+        image = image.convert("RGB")
+    except Exception as error:  # decoders raise many types
         raise invalid(f"an image cannot be read: {one_line(error)}") from None
     return {"type": "image", "image": image}
-
-
-def _fetch(url: str) -> bytes:
-    return httpx.get(url, follow_redirects=True, timeout=_FETCH_S).raise_for_status().content

@@ -1,45 +1,62 @@
-"""`engine=vllm`: vLLM in this process, `AsyncLLM` behind vLLM's own chat layer, without HTTP.
+"""`engine=vllm`: vLLM in this process, `AsyncLLM` behind vLLM's own request handlers, without HTTP.
 
 The engine hands vLLM's chat layer the body that a vLLM server would get, and `engines.remote.openai_chat` reads the answer.
 So templates, tools, reasoning parsers, structured output, images, log probabilities and adapters are vLLM's own.
 `engine.kwargs` are the arguments of `vllm serve` (`tensor_parallel_size`, `max_model_len`, `tool_call_parser`, …).
+Tasks other than a chat are in `vllm_tasks.py`. The checkpoint, `runner` and `convert` decide which ones the engine has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from engines.local import vllm_log  # isort: skip  # first: vLLM configures its log when it is imported
+from engines.local import vllm_fork_server  # isort: skip  # second: its server imports vLLM while this process does
 
 from starlette.datastructures import State
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncEngineArgs, AsyncLLM
 
 from engines.base import ModelEngine
 from engines.config import Capabilities
-from engines.errors import ConfigError, EngineError, invalid, nearest
-from engines.local import process_guard
+from engines.environment import changed_environment
+from engines.errors import ConfigError, EngineError, engine_died, invalid, nearest
+from engines.local import process_guard, vllm_executor
+from engines.local.images import open_image
 from engines.local.vllm_adapters import AdapterGate, adapter_path, adapter_rank
+from engines.local.vllm_tasks import VLLMTasks
+from engines.media import in_thread_with_media
+from engines.params import GenerationParams
+from engines.registry import declared_capabilities
 from engines.remote import openai_chat
 from engines.remote.errors import failure
 from engines.remote.provider import Provider
 from engines.remote.sse import SSEParser
+from engines.remote.wire_format import read_answer
 from engines.text import one_line
 from engines.types import DEFAULT_MAX_TOKENS, Completion, Request
 
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+vllm_fork_server.use()
 T = TypeVar("T")
 
 PROVIDER = Provider(
@@ -47,6 +64,7 @@ PROVIDER = Provider(
     developer_role=True,
     reasoning_history="all",
     finish_reasons={"repetition": "length"},
+    prefill="continue_final_message",
 )
 
 
@@ -57,12 +75,12 @@ class VLLMEngine(ModelEngine):
     """
 
     kind = "vllm"
-    capabilities = Capabilities(images=True, row_adapter=True)
+    capabilities = declared_capabilities("vllm")
 
     def _load(self) -> None:
         config = self.config
         if config.model is None:
-            raise ConfigError("engine=vllm needs engine.model: a checkpoint directory or a hub id")
+            raise ConfigError("engine=vllm needs engine.model: a checkpoint directory or a hub id", key="engine.model")
         args = self._arguments()
         self.log_start = vllm_log.size()
         self.adapters: dict[str, asyncio.Task[None]] = {}
@@ -79,10 +97,10 @@ class VLLMEngine(ModelEngine):
         except Exception as error:
             self.close()
             if not isinstance(error, RuntimeError):
-                raise ConfigError(f"engine=vllm cannot start: {one_line(error)}") from error
+                raise ConfigError(f"engine=vllm cannot start: {one_line(error)}", key="engine=vllm") from error
             # vLLM's processes died. The cause may be this node, so the worker may try again on another one.
             text = vllm_log.last_error(self.log_start) or one_line(error)
-            raise EngineError("engine_crash", f"engine=vllm cannot start: {text}") from error
+            raise engine_died(f"engine=vllm cannot start: {text}") from error
 
     def _arguments(self) -> Any:
         """vLLM's arguments: its defaults, then `kwargs`. Raises `ConfigError` for an unknown one."""
@@ -95,24 +113,34 @@ class VLLMEngine(ModelEngine):
             given = {"enable_lora": True, "max_lora_rank": adapter_rank(config.adapter), **given}
         for name, value in given.items():
             if not hasattr(args, name):
-                raise ConfigError(f"engine.kwargs.{name} is not known to engine=vllm{nearest(name, vars(args))}")
+                raise ConfigError(
+                    f"engine.kwargs.{name} is not known to engine=vllm{nearest(name, vars(args))}", key="engine=vllm"
+                )
             if value is not None:
                 setattr(args, name, value)
         if given.get("tool_call_parser"):
             args.enable_auto_tool_choice = True
+        # vLLM fetches nothing: requests come with their media (`load_media`). No server has a name under `invalid`.
+        args.allowed_media_domains = given.get("allowed_media_domains") or ["media.invalid"]
         # Sampling parameters come from the request, not from the checkpoint's generation_config.json.
         args.generation_config = given.get("generation_config", "vllm")
+        vllm_executor.choose(args)
         return args
 
     async def _start(self, args: Any) -> None:
-        vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        # The defaults for offline use: batches are several times as large as those of a server (16,384 tokens on an H100).
+        offline = UsageContext.LLM_CLASS
+        vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=offline)
         if vllm_config.parallel_config.distributed_executor_backend == "ray":  # other nodes do not have the file
             vllm_config.logging_config.pylogging_config_file = None
             os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)
-        with _both_cores(vllm_config.parallel_config.world_size):
-            self.llm = AsyncLLM.from_vllm_config(vllm_config)
+        with _cpu_threads(vllm_config):
+            self.llm = AsyncLLM.from_vllm_config(vllm_config, usage_context=offline)
         self.guard = process_guard.follow(process.pid or 0 for process in multiprocessing.active_children())
-        await init_app_state(self.llm, self.state, args, await self.llm.get_supported_tasks())
+        supported = await self.llm.get_supported_tasks()
+        await init_app_state(self.llm, self.state, args, supported)
+        self.tasks = VLLMTasks(self.llm, self.state, supported)
+        self.able = replace(self.capabilities, tasks=self.tasks.tasks)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.lora = vllm_config.lora_config is not None
@@ -123,7 +151,7 @@ class VLLMEngine(ModelEngine):
             except EngineError as error:
                 if error.type == "engine_crash":  # it may work on another node
                     raise
-                raise ConfigError(f"engine.adapter: {error}") from None
+                raise ConfigError(f"engine.adapter: {error}", key="engine.adapter") from None
 
     def _call(self, work: Coroutine[Any, Any, T]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -133,19 +161,48 @@ class VLLMEngine(ModelEngine):
         # Twice the rows that vLLM runs at once: rows of equal length end together, and the next ones must be queued then.
         return self.config.max_concurrency or 2 * self.max_num_seqs
 
+    def inspect_image(self, data: bytes) -> None:
+        open_image(data, self.config.media_max_pixels).close()
+
+    def capabilities_for(self, request: Request) -> Capabilities:
+        return self.able
+
     async def _generate(self, request: Request) -> Completion:
         return await asyncio.wrap_future(self._call(self._ask(request)))
 
+    async def _evaluate(self, request: Request) -> Completion:
+        return await asyncio.wrap_future(self._call(self._values(request)))
+
     async def _ask(self, request: Request) -> Completion:
-        """Answers a request; runs in vLLM's event loop."""
+        """Answers a chat; runs in vLLM's event loop."""
+        body = await in_thread_with_media(self._body, request)
+        answer = await self._inside(request, lambda: self._chat(request, body))
+        completion = read_answer(openai_chat, answer if isinstance(answer, dict) else answer.model_dump(), PROVIDER)
+        completion.model = self._name(request)
+        completion.queued_s = None  # vLLM's answers do not tell it
+        return completion
+
+    async def _values(self, request: Request) -> Completion:
+        """Answers a request of another task; runs in vLLM's event loop."""
+        name, fields = str(self._name(request)), {**self.config.extra_body, **request.extra_body}
+        messages = openai_chat.body(replace(request, generation=GenerationParams()), name, PROVIDER)["messages"]
+        work = functools.partial(self.tasks.evaluate, request, name, fields, messages)
+        completion: Completion = await self._inside(request, work)
+        completion.model, completion.queued_s = name, None
+        return completion
+
+    def _name(self, request: Request) -> str | None:
+        return request.adapter or self.config.adapter or self.config.model
+
+    async def _inside(self, request: Request, work: Callable[[], Awaitable[Any]]) -> Any:
+        """The result of work in vLLM with the request's adapter. An error of vLLM becomes an `EngineError`."""
         adapter = request.adapter or self.config.adapter
         if adapter is not None:
             await self._adapter(adapter)
-        body = self._body(request, adapter)
         if self.gate is not None:
             await self.gate.enter(adapter is not None)
         try:
-            answer = await self._chat(request, body)
+            answer = await work()
         except EngineError:
             raise
         except Exception as error:  # vLLM's server turns exceptions into answers in the same way
@@ -156,15 +213,14 @@ class VLLMEngine(ModelEngine):
         self._check_alive()
         if isinstance(answer, ErrorResponse):
             raise failure(answer.error.code, answer.model_dump_json().encode(), {})
-        completion = openai_chat.completion(answer if isinstance(answer, dict) else answer.model_dump(), PROVIDER)
-        completion.model = adapter or self.config.model
-        return completion
+        return answer
 
-    def _body(self, request: Request, adapter: str | None) -> dict[str, Any]:
+    def _body(self, request: Request) -> dict[str, Any]:
         """The body of a chat completion request."""
-        body = openai_chat.body(request, adapter or self.config.model, PROVIDER)
+        body = openai_chat.body(request, self._name(request), PROVIDER)
         # The defaults of all local engines: greedy, with a limit of output tokens.
-        body = {"temperature": 0.0, "max_tokens": DEFAULT_MAX_TOKENS, **body, **self.config.extra_body}
+        defaults = {"temperature": 0.0, "max_tokens": DEFAULT_MAX_TOKENS}
+        body = {**defaults, **body, **self.config.extra_body, **request.extra_body}
         body["max_tokens"] = min(body["max_tokens"], self.max_model_len)  # vLLM subtracts the prompt by itself
         return body if request.stream is None else body | openai_chat.STREAM
 
@@ -206,7 +262,7 @@ class VLLMEngine(ModelEngine):
         """Raises `EngineError("engine_crash")` if vLLM's engine has died."""
         if self.llm.errored:
             text = vllm_log.last_error(self.log_start) or one_line(self.llm.dead_error)
-            raise EngineError("engine_crash", f"vLLM's engine died: {text}")
+            raise engine_died(f"vLLM's engine died: {text}")
 
     def close(self) -> None:
         """Stops vLLM and the processes that it started."""
@@ -226,15 +282,17 @@ class VLLMEngine(ModelEngine):
 
 
 @contextlib.contextmanager
-def _both_cores(ranks: int) -> Iterator[None]:
-    """Lets vLLM compute on both cores of a machine with two CPU cores. It keeps one free for its scheduler by default."""
-    name = "VLLM_CPU_OMP_THREADS_BIND"
-    cores = os.sched_getaffinity(0) if current_platform.is_cpu() and ranks == 1 else ()
-    if len(cores) != 2 or {name, "VLLM_CPU_NUM_OF_RESERVED_CPU"} & os.environ.keys():
+def _cpu_threads(vllm_config: Any) -> Iterator[None]:
+    """The environment of vLLM's processes on CPUs. Both cores of a machine with two compute; vLLM would keep one free for
+    its scheduler. OMP_THREAD_LIMIT is hidden: vLLM starts a thread for each of its cores in spite of it, and those over the
+    limit leave their part of a product empty, without an error."""
+    if not current_platform.is_cpu():
         yield
         return
-    os.environ[name] = ",".join(map(str, sorted(cores)))
-    try:
+    parallel, cores = vllm_config.parallel_config, os.sched_getaffinity(0)
+    wanted: dict[str, str | None] = {"OMP_THREAD_LIMIT": None}
+    chosen = {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"} & os.environ.keys()
+    if len(cores) == 2 and parallel.world_size == 1 and not chosen:
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(cores)))
+    with changed_environment(wanted), vllm_executor.omp_environment(vllm_config):
         yield
-    finally:
-        del os.environ[name]

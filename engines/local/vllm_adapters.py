@@ -15,31 +15,31 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class AdapterGate:
-    """Keeps rows with an adapter (side True) and rows without one (side False) from being in vLLM at the same time.
+    """Keeps rows with an adapter and rows without one from being in vLLM at the same time.
 
     On CPU, vLLM computes rows without an adapter with the weights of the last adapter, without an error
-    (vllm-project/vllm, pull request 48421). A side that gets its turn lets in all rows that wait on it, then new rows as
-    long as nobody waits on the other side.
+    (vllm-project/vllm, pull request 48421). When a kind of rows gets its turn, all waiting rows of this kind enter. New
+    rows of this kind enter as long as no row of the other kind waits.
     """
 
     def __init__(self) -> None:
-        self.side = False
+        self.adapted = False
         self.inside = 0
         self.waiting: dict[bool, deque[asyncio.Future[None]]] = {False: deque(), True: deque()}
 
-    async def enter(self, side: bool) -> None:
-        """Waits until a row of this side may be in vLLM. Call `leave` afterwards."""
-        if not self.inside or (side == self.side and not self.waiting[not side]):
-            self.side = side
+    async def enter(self, adapted: bool) -> None:
+        """Waits until a row may be in vLLM; `adapted`: it has an adapter. Call `leave` afterwards."""
+        if not self.inside or (adapted == self.adapted and not self.waiting[not adapted]):
+            self.adapted = adapted
             self.inside += 1
             return
         turn = asyncio.get_running_loop().create_future()
-        self.waiting[side].append(turn)
+        self.waiting[adapted].append(turn)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn in self.waiting[side]:
-                self.waiting[side].remove(turn)
+            if turn in self.waiting[adapted]:
+                self.waiting[adapted].remove(turn)
             elif not turn.cancelled():
                 self.leave()
             raise
@@ -48,13 +48,13 @@ class AdapterGate:
         self.inside -= 1
         if self.inside:
             return
-        if self.waiting[not self.side]:
-            self.side = not self.side
-        for turn in self.waiting[self.side]:
+        if self.waiting[not self.adapted]:
+            self.adapted = not self.adapted
+        for turn in self.waiting[self.adapted]:
             if not turn.done():
                 turn.set_result(None)
                 self.inside += 1
-        self.waiting[self.side].clear()
+        self.waiting[self.adapted].clear()
 
 
 def adapter_path(adapter: str) -> Path:
@@ -86,10 +86,12 @@ def adapter_rank(adapter: str) -> int:
     try:
         rank = int(json.loads((adapter_path(adapter) / "adapter_config.json").read_text())["r"])
     except EngineError as error:
-        raise ConfigError(f"engine.adapter: {error}") from None
+        raise ConfigError(f"engine.adapter: {error}", key="engine.adapter") from None
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"engine.adapter: {adapter}/adapter_config.json has no rank r") from None
+        raise ConfigError(f"engine.adapter: {adapter}/adapter_config.json has no rank r", key="engine.adapter") from None
     found = next((known for known in LORA_RANKS if known >= rank), None)
     if found is None:
-        raise ConfigError(f"engine.adapter: rank {rank} is above {LORA_RANKS[-1]}, the highest rank of vLLM")
+        raise ConfigError(
+            f"engine.adapter: rank {rank} is above {LORA_RANKS[-1]}, the highest rank of vLLM", key="engine.adapter"
+        )
     return found

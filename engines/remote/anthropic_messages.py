@@ -1,4 +1,4 @@
-"""The wire of Anthropic's Messages API. https://docs.anthropic.com/en/api/messages"""
+"""The wire format of Anthropic's Messages API. https://docs.anthropic.com/en/api/messages"""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from engines.remote.content import (
     tool_call,
 )
 from engines.remote.provider import Provider, put
-from engines.remote.wire import (
+from engines.remote.schemas import provider_schema
+from engines.remote.wire_format import (
     Ending,
     bad_response,
-    charging,
     complete,
     count,
     finish_reason,
-    inlined,
     is_count,
     with_thinking,
 )
@@ -38,6 +37,10 @@ from engines.types import Choice, Completion, Delta, Request, ToolCall, answer
 from engines.usage import Usage
 
 STREAM: dict[str, Any] = {"stream": True}
+ROW_FIELDS: frozenset[str] | None = frozenset(
+    ("cache_control", "container", "diagnostics", "inference_geo", "metadata", "output_config", "service_tier", "speed",
+     "thinking", "user_profile_id")
+)  # fmt: skip
 # `pause_turn` and `compaction`: the API stopped at a limit of its own, before the answer was whole.
 FINISH_REASONS: dict[str, Ending] = {
     "end_turn": "stop",
@@ -52,14 +55,14 @@ FINISH_REASONS: dict[str, Ending] = {
 _PLAIN = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
           "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}  # fmt: skip
 _CACHE = {"type": "ephemeral"}
-# Types of content that have this wire's own form in a request already.
+# Types of content that are already in this API's own form.
 _NATIVE = frozenset(("image", "document", "search_result"))
 
 
 def body(request: Request, model: str | None, provider: Provider) -> dict[str, Any]:
     """The body of a request. Raises `EngineError("invalid_input")` for what this API cannot take.
 
-    All system prompts, wherever they stand, go into the field `system`; neighbours of one role become one message.
+    All system prompts, at any position, go into the field `system`. Neighbouring messages of one role become one message.
     """
     system, turns = split_system(request.messages, _render)
     out: dict[str, Any] = {"model": model, "messages": turns}
@@ -70,18 +73,28 @@ def body(request: Request, model: str | None, provider: Provider) -> dict[str, A
         if value is not None:
             put(out, provider.rename.get(name, path), value)
     if request.generation.tools:
-        out["tools"] = [_tool(tool) for tool in request.generation.tools]
+        out["tools"] = [_tool(tool, provider) for tool in request.generation.tools]
     if request.generation.tool_choice is not None:
         out["tool_choice"] = _tool_choice(request.generation.tool_choice)
     if request.generation.response_format is not None:
         schema = json_schema_of(request.generation.response_format)
-        put(out, "output_config.format", {"type": "json_schema", "schema": inlined(schema)})
-    if provider.prompt_caching:  # marks the end of what rows share: the tools, then the system prompt
+        taken = provider_schema(schema, provider.schemas, provider.inline_refs)
+        put(out, "output_config.format", {"type": "json_schema", "schema": taken})
+    if provider.prompt_caching and not _is_marked(out):
+        # The end of what rows share: the tools, then the system prompt.
         if system:
-            system[-1].setdefault("cache_control", _CACHE)
+            system[-1]["cache_control"] = _CACHE
         elif out.get("tools"):
             out["tools"][-1] = {**out["tools"][-1], "cache_control": _CACHE}
     return out
+
+
+def _is_marked(body: dict[str, Any]) -> bool:
+    """True if the row has marks of its own for the cache. There may be four, and one of an hour may not follow ours."""
+    blocks = [*body.get("system", ()), *body.get("tools", ())]
+    for turn in body["messages"]:
+        blocks += turn["content"]
+    return any("cache_control" in block for block in blocks)
 
 
 def _render(block: Block) -> Iterator[dict[str, Any]]:
@@ -117,7 +130,7 @@ def _document_source(block: DocumentBlock) -> dict[str, Any]:
     raise invalid(f"this provider takes PDF and text documents, not {block.media_type}")
 
 
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _tool(tool: Mapping[str, Any], provider: Provider) -> dict[str, Any]:
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, Mapping):
         return dict(tool)  # in Anthropic's own form already
@@ -127,6 +140,7 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     found["input_schema"] = function.get("parameters") or {"type": "object", "properties": {}}
     if function.get("strict"):
         found["strict"] = True
+        found["input_schema"] = provider_schema(found["input_schema"], provider.schemas, provider.inline_refs)
     return found
 
 
@@ -155,13 +169,7 @@ def usage(payload: dict[str, Any]) -> Usage:
 
 
 def completion(payload: dict[str, Any], provider: Provider) -> Completion:
-    """Reads an answer; thinking alone is an answer too. Raises `EngineError` with the `usage` that has to be paid."""
-    used = usage(payload)
-    with charging(used):
-        return _completion(payload, used, provider)
-
-
-def _completion(payload: dict[str, Any], used: Usage, provider: Provider) -> Completion:
+    """Reads an answer; thinking alone is an answer too. Raises `EngineError`."""
     blocks = payload.get("content")
     if not isinstance(blocks, list):
         raise bad_response("the answer has no content", payload)
@@ -181,7 +189,7 @@ def _completion(payload: dict[str, Any], used: Usage, provider: Provider) -> Com
     finish = finish_reason(payload.get("stop_reason"), FINISH_REASONS, provider)
     message = with_thinking(answer("".join(texts) if texts else None, calls), thinking)
     reasoning = "\n".join(block["thinking"] for block in thinking if block.get("thinking"))
-    return complete([Choice(message, finish)], used, payload.get("model"), reasoning or None)
+    return complete([Choice(message, finish)], usage(payload), payload.get("model"), reasoning or None)
 
 
 def accumulator() -> MessagesAccumulator:
@@ -220,7 +228,8 @@ class MessagesAccumulator:
                 blocks[-1]["input"] = orjson.loads(blocks[-1]["json"])
         elif kind == "message_delta":
             self.whole["stop_reason"] = event["delta"].get("stop_reason")
-            self.whole["usage"] |= event.get("usage") or {}
+            usage = event.get("usage") or {}
+            self.whole["usage"] |= {name: value for name, value in usage.items() if value is not None}
 
     def payload(self) -> dict[str, Any]:
         return self.whole

@@ -1,20 +1,27 @@
-"""Authentication. Keys come from the environment, are kept only here, and are removed from every error message."""
+"""Authentication. Keys come from the environment or from `engine.headers`, and are removed from every error message."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import time
 from typing import Any
 
 from engines.config import EngineConfig
-from engines.errors import ConfigError, EngineError, ErrorCode, ErrorType
+from engines.errors import ConfigError, EngineError, ErrorCode
 from engines.remote.event_loops import PerLoop
 from engines.remote.provider import Provider
 
 # A token is renewed this long before it expires, so that it is valid until the last request that has it is answered.
 RENEW_BEFORE_S = 300.0
+SECRET_HEADER = re.compile(r"authorization|cookie|api[_-]?key|token|secret|password", re.IGNORECASE)
+# A text that was cut can end with the beginning of a key, which is removed if it has at least so many characters. A shorter
+# one has little more than the prefix of all keys of a provider.
+FIRST_CHARACTERS = 12
+# A shorter word before or after others in a header is no secret: `Bearer`.
+SECRET_CHARACTERS = 8
 # If a token younger than this is refused, a new one would be refused too.
 TOO_YOUNG_S = 5.0
 
@@ -24,10 +31,19 @@ class Auth:
 
     def __init__(self, headers: dict[str, str], secret: str = "") -> None:
         self.fixed, self.secret = headers, secret
+        self.given: list[str] = []  # the secrets among the headers of the configuration
+
+    @classmethod
+    def of(cls, config: EngineConfig, provider: Provider) -> Auth:
+        """Raises `ConfigError` if the key is missing, with the name of its variable."""
+        made = cls._of(config, provider)
+        for name, value in {**provider.headers, **config.headers}.items():
+            words = value.split() if SECRET_HEADER.search(name) else []
+            made.given += words if len(words) == 1 else [word for word in words if len(word) >= SECRET_CHARACTERS]
+        return made
 
     @staticmethod
-    def of(config: EngineConfig, provider: Provider) -> Auth:
-        """Raises `ConfigError` if the key is missing, with the name of its variable."""
+    def _of(config: EngineConfig, provider: Provider) -> Auth:
         if provider.auth == "google":
             return GoogleAuth(config)
         variable = config.api_key_env
@@ -53,12 +69,21 @@ class Auth:
         return self.fixed
 
     def clean(self, text: str) -> str:
-        """`text` without the key, which some servers repeat in their errors."""
-        return text.replace(self.secret, "***") if self.secret else text
+        """`text` without the keys, which some servers repeat in their errors."""
+        for secret in filter(None, (self.secret, *self.given)):
+            text = _without(secret, text)
+        return text
 
     def refused(self) -> bool:
         """Called if the server refuses the key. Returns True if another try may have a new token."""
         return False
+
+
+def _without(secret: str, text: str) -> str:
+    """`text` with `***` in the place of the secret, and of its beginning where the text was cut."""
+    before, *parts = text.split(secret[:FIRST_CHARACTERS])
+    rest = secret[FIRST_CHARACTERS:]
+    return before + "".join("***" + part[len(os.path.commonprefix((part, rest))) :] for part in parts)  # noqa: RUF071
 
 
 class GoogleAuth(Auth):
@@ -87,7 +112,10 @@ class GoogleAuth(Auth):
             where = (
                 f"engine.kwargs.credentials={file}" if file else "the default credentials (gcloud auth application-default)"
             )
-            raise ConfigError(f"engine={config.kind} cannot use {where}: {' '.join(str(error).split())[:200]}") from None
+            raise ConfigError(
+                f"engine={config.kind} cannot use {where}: {' '.join(str(error).split())[:200]}",
+                key=f"engine={config.kind}",
+            ) from None
         self.fetched_at = 0.0
         # One task of each event loop fetches, and one loop at a time.
         self.tasks: PerLoop[asyncio.Lock] = PerLoop(asyncio.Lock)
@@ -120,9 +148,10 @@ class GoogleAuth(Auth):
             self.credentials.refresh(requests.Request())
         except exceptions.GoogleAuthError as error:
             passing = isinstance(error, exceptions.TransportError) or error.retryable
-            kind: ErrorType = "connection" if passing else "auth"
-            said = " ".join(str(error).split())[:300]
-            raise EngineError(kind, f"Google gives no token: {said}", retryable=passing) from None
+            text = f"Google gives no token: {' '.join(str(error).split())[:300]}"
+            if passing:
+                raise EngineError("connection", text, retryable=True) from None
+            raise EngineError("auth", text, code=ErrorCode.KEY_REFUSED, scope="key") from None
         self.secret = self.credentials.token
         self.fixed = {"authorization": f"Bearer {self.secret}"}
         self.fetched_at = time.monotonic()

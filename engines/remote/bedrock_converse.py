@@ -1,4 +1,4 @@
-"""The wire of Amazon Bedrock's Converse API, in boto3's form: images, audio and documents are bytes.
+"""The wire format of Amazon Bedrock's Converse API, in boto3's form: images, audio and documents are bytes.
 
 https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_Converse.html
 """
@@ -29,10 +29,10 @@ from engines.remote.content import (
     tool_call,
 )
 from engines.remote.provider import Provider, put
-from engines.remote.wire import (
+from engines.remote.schemas import provider_schema
+from engines.remote.wire_format import (
     Ending,
     bad_response,
-    charging,
     complete,
     count,
     finish_reason,
@@ -43,6 +43,10 @@ from engines.types import Choice, Completion, Request, ToolCall, answer
 from engines.usage import Usage
 
 STREAM: dict[str, Any] = {}
+ROW_FIELDS: frozenset[str] | None = frozenset(
+    ("additionalModelRequestFields", "additionalModelResponseFieldPaths", "guardrailConfig", "performanceConfig",
+     "projectIdentifier", "promptVariables", "requestMetadata", "serviceTier")
+)  # fmt: skip
 FINISH_REASONS: dict[str, Ending] = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -82,16 +86,22 @@ def body(request: Request, model: str | None, provider: Provider) -> dict[str, A
         value = getattr(generation, name)
         if value is not None:
             put(out, provider.rename.get(name, path), value)
-    if generation.reasoning_effort is not None:
-        provider.place(out, "reasoning_effort", generation.reasoning_effort)
-    if generation.tools and generation.tool_choice != "none":
-        out["toolConfig"] = {"tools": [_tool(tool) for tool in generation.tools]}
-        if (choice := _tool_choice(generation.tool_choice)) is not None:
+    if (effort := generation.reasoning_effort) is not None:
+        provider.place(out, "reasoning_effort", effort)
+        if reasoning := out.get("additionalModelRequestFields", {}).get("reasoningConfig"):  # Nova
+            out["additionalModelRequestFields"]["reasoningConfig"] = (
+                {"type": "disabled"} if effort == "none" else {"type": "enabled", **reasoning}
+            )
+    tools = [_tool(tool, provider) for tool in generation.tools or ()]
+    used = _used_tools(turns)  # the API refuses calls of tools in a conversation without a toolConfig
+    if used or (tools and generation.tool_choice != "none"):
+        out["toolConfig"] = {"tools": tools or used}
+        if tools and (choice := _tool_choice(generation.tool_choice)) is not None:
             out["toolConfig"]["toolChoice"] = choice
     if generation.response_format is not None:
-        schema = json_schema_of(generation.response_format)
+        schema = provider_schema(json_schema_of(generation.response_format), provider.schemas, provider.inline_refs)
         structure = {"jsonSchema": {"schema": orjson.dumps(schema).decode(), "name": "answer"}}
-        out["outputConfig"] = {"textFormat": {"type": "json_schema", "structure": structure}}
+        put(out, "outputConfig.textFormat", {"type": "json_schema", "structure": structure})
     if provider.prompt_caching and system:
         system.append(_CACHE)
     return out
@@ -127,6 +137,12 @@ def _render(block: Block) -> Iterator[dict[str, Any]]:
             raise cannot_send(block)
 
 
+def _used_tools(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Declarations of the tools that the conversation called, with any arguments."""
+    names = (block["toolUse"]["name"] for turn in turns for block in turn["content"] if "toolUse" in block)
+    return [{"toolSpec": {"name": name, "inputSchema": {"json": {"type": "object"}}}} for name in dict.fromkeys(names)]
+
+
 def _bytes(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
@@ -134,14 +150,18 @@ def _bytes(text: str) -> bytes:
         raise invalid("the data of a redacted_thinking block is not valid base64") from None
 
 
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _tool(tool: Mapping[str, Any], provider: Provider) -> dict[str, Any]:
     function = tool.get("function")
     if not isinstance(function, Mapping):
         return dict(tool)
     spec: dict[str, Any] = {"name": function.get("name")}
     if function.get("description"):
         spec["description"] = function["description"]
-    spec["inputSchema"] = {"json": function.get("parameters") or {"type": "object", "properties": {}}}
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    if function.get("strict"):
+        spec["strict"] = True
+        schema = provider_schema(schema, provider.schemas, provider.inline_refs)
+    spec["inputSchema"] = {"json": schema}
     return {"toolSpec": spec}
 
 
@@ -172,13 +192,7 @@ def usage(payload: dict[str, Any]) -> Usage:
 
 
 def completion(payload: dict[str, Any], provider: Provider) -> Completion:
-    """Reads an answer. Raises `EngineError` with the `usage` that has to be paid."""
-    used = usage(payload)
-    with charging(used):
-        return _completion(payload, used, provider)
-
-
-def _completion(payload: dict[str, Any], used: Usage, provider: Provider) -> Completion:
+    """Reads an answer. Raises `EngineError`."""
     output = payload.get("output")
     message = output.get("message") if isinstance(output, dict) else None
     blocks = message.get("content") if isinstance(message, dict) else None
@@ -200,7 +214,7 @@ def _completion(payload: dict[str, Any], used: Usage, provider: Provider) -> Com
     finish = finish_reason(payload.get("stopReason"), FINISH_REASONS, provider)
     said = with_thinking(answer("".join(texts) if texts else None, calls), thinking)
     reasoning = "\n".join(block["thinking"] for block in thinking if block.get("thinking"))
-    return complete([Choice(said, finish)], used, None, reasoning or None)
+    return complete([Choice(said, finish)], usage(payload), None, reasoning or None)
 
 
 def _thinking(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -212,5 +226,5 @@ def _thinking(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def accumulator() -> None:
-    """None: this wire does not stream."""
+    """None: this format does not stream."""
     return None

@@ -1,7 +1,7 @@
-"""The content of a message as typed blocks. Every wire builds its requests from these.
+"""The content of a message as typed blocks. Every wire format builds its requests from these.
 
 Content comes in OpenAI's form (text, image_url, input_audio, file) or in Anthropic's (document, thinking, …). A block
-keeps the `part` it was read from. If the part already has the form of the wire, the wire sends it unchanged.
+keeps the `part` it was read from. A part that already has the form of the API is sent unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import orjson
 
 from engines.errors import EngineError, invalid
 from engines.media import Image, image_of
-from engines.types import Message, ToolCall
+from engines.types import Message, ToolCall, plain_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class ToolUse(Block):
 
 @dataclass(frozen=True, slots=True)
 class ToolResult(Block):
-    """What a tool gave. `part["content"]` is the content as its author wrote it."""
+    """The result of a tool. `part["content"]` is the content as its author wrote it."""
 
     call_id: str
     content: list[Block] = field(default_factory=list)
@@ -93,7 +93,7 @@ def blocks_of(message: Message) -> list[Block]:
 
     Raises `EngineError("invalid_input")` for content that cannot be read. Empty texts, which APIs refuse, are left out.
     """
-    content = message.get("content")
+    content = plain_message(message).get("content")
     parts: list[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     blocks = [block for block in map(parse, parts) if not (isinstance(block, TextBlock) and not block.text)]
     if message["role"] == "tool":
@@ -174,7 +174,7 @@ def _decoded(text: str, kind: str) -> bytes:
 
 
 def cannot_send(block: Block) -> EngineError:
-    """The error of a block that a wire has no form for."""
+    """The error of a block that an API has no form for."""
     return invalid(f"content of type '{block.type}' cannot be sent to this provider")
 
 
@@ -186,7 +186,7 @@ def _call_id(message: Message) -> str:
 
 
 def call_of(call: ToolCall) -> tuple[str, str, dict[str, Any]]:
-    """A call's id, its name and its arguments. Raises `EngineError("invalid_input")` where they are not a JSON object."""
+    """A call's id, its name and its arguments. Raises `EngineError("invalid_input")` if they are not a JSON object."""
     try:
         function = call["function"]
         arguments = function["arguments"]
@@ -203,7 +203,7 @@ def split_system(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """System blocks, and turns of `{"role", "content": blocks}`: Anthropic and Bedrock take these apart.
 
-    Neighbours of one role become one turn. Raises `EngineError("invalid_input")` where there is no turn.
+    Neighbours of one role become one turn. Raises `EngineError("invalid_input")` if there is no turn.
     """
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []

@@ -1,7 +1,8 @@
-"""What the pipeline asks of an engine that sends its requests to a server: `engine.remote`, None for local engines."""
+"""The controls that the pipeline has over an engine that asks a server: `engine.remote`, None for local engines."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -21,22 +22,33 @@ class RemoteControls(Protocol):
         """For metrics: `retried`, `throttled`, `limiter_wait_seconds`."""
 
     @property
+    def url(self) -> str:
+        """The address of the requests, without secrets."""
+
+    @property
     def admitted(self) -> float | None:
-        """How many requests may be in flight now; it follows the server's load. None if nothing bounds them."""
+        """The number of requests that may be in flight now; it follows the server's load. None if there is no limit."""
+
+    @property
+    def room(self) -> int:
+        """The number of further requests that would be in flight at once. A request beyond it waits for another one."""
 
     @property
     def stall_reason(self) -> str:
-        """Why no request is being answered now; empty if some are."""
+        """The reason why no request is being answered now; empty if some are."""
 
     @property
     def outage(self) -> str | None:
         """Set once no server has answered for longer than the run may wait. Rows then fail for no fault of their own."""
 
     def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
-        """Sets where the limits of the whole cluster are kept, and how long to wait for a server that does not answer."""
+        """Sets the source of the whole cluster's limits, and the longest wait for a server that does not answer."""
 
     def set_budget(self, check: CheckBudget) -> None:
         """Sets the function that is asked before a paid request is tried again."""
+
+    def notify_of_room(self, notify: Callable[[], None]) -> None:
+        """Sets the function that is called if there is room before a row has its result: its request waits for a retry."""
 
     def drain(self) -> None:
         """Ends requests that only wait (for a retry, or for a limit) as `cancelled`; those in flight go on."""
@@ -48,6 +60,7 @@ class CombinedControls:
     def __init__(self, controls: Sequence[RemoteControls | None]) -> None:
         self.first, self.last = controls[0], controls[-1]
         self.all = [each for each in controls if each is not None]
+        self.note_room: Callable[[], None] = lambda: None  # called if a request leaves an engine for the next one
 
     @property
     def counts(self) -> Mapping[str, float]:
@@ -58,8 +71,16 @@ class CombinedControls:
         return total
 
     @property
+    def url(self) -> str:
+        return (self.last or self.all[-1]).url
+
+    @property
     def admitted(self) -> float | None:
         return self.first.admitted if self.first is not None else None
+
+    @property
+    def room(self) -> int:
+        return self.first.room if self.first is not None else sys.maxsize
 
     @property
     def stall_reason(self) -> str:
@@ -77,6 +98,11 @@ class CombinedControls:
     def set_budget(self, check: CheckBudget) -> None:
         for each in self.all:
             each.set_budget(check)
+
+    def notify_of_room(self, notify: Callable[[], None]) -> None:
+        self.note_room = notify
+        for each in self.all:
+            each.notify_of_room(notify)
 
     def drain(self) -> None:
         for each in self.all:

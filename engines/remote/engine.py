@@ -1,51 +1,51 @@
-"""The engine of every provider with an HTTP API.
+"""The engine of every provider with an HTTP API: bodies, headers, and one exchange with a server.
 
-A request takes a slot, an endpoint and its share of the rate limits for each try; retries are a loop around that. One
-engine may be used from several threads, each with an event loop of its own: limits, slots and endpoints are shared.
+`RequestSender` decides when a request is sent, and sends it again. One engine may be used from several threads, each with
+an event loop of its own: limits, slots and endpoints are shared.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
-import random
 import secrets
-import threading
-import time
 import uuid
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, ClassVar
 
 import httpx
 import orjson
 
 from engines.base import ModelEngine
-from engines.config import Capabilities, EngineConfig, SourceOf
+from engines.config import Capabilities, EngineConfig, config_from_keys
 from engines.errors import ConfigError, EngineError, Finding, invalid, unknown_kwarg
+from engines.media import in_thread_with_media
 from engines.remote import anthropic_messages, openai_chat
 from engines.remote.auth import Auth
 from engines.remote.batch.api import Batches
-from engines.remote.concurrency import AdaptiveSemaphore, Endpoint, EndpointPool, RetryBudget
-from engines.remote.controls import CheckBudget, RemoteControls
-from engines.remote.errors import OVERLOAD, broken, failure, observed
-from engines.remote.event_loops import PerLoop
+from engines.remote.concurrency import Endpoint, EndpointPool
+from engines.remote.controls import RemoteControls
+from engines.remote.errors import broken, failure, observed, reported
 from engines.remote.http import Transport
+from engines.remote.http_connection import Feed, Reply
 from engines.remote.preflight import findings, masked, without_secrets
 from engines.remote.provider import Provider, endpoints, merge
-from engines.remote.rate_limits import Limits
+from engines.remote.schemas import SUBSETS
+from engines.remote.sender import RequestSender
 from engines.remote.sse import SSEParser
-from engines.remote.wire import Wire, bad_response, check_choices
+from engines.remote.task_requests import TaskRequests
+from engines.remote.wire_format import WireFormat, bad_response, read_answer
 from engines.rendering import render_http
-from engines.types import BYTES_PER_TOKEN, FIRST_OUTPUT, Completion, Request
+from engines.tasks import is_chat
+from engines.types import Completion, Request
 from engines.usage import Usage
 
-WIRES: dict[str, Wire] = {"chat": openai_chat, "messages": anthropic_messages}
+# The wire formats that are sent over HTTP. `BedrockEngine` sends `converse` through boto3.
+WIRE_FORMATS: dict[str, WireFormat] = {"chat": openai_chat, "messages": anthropic_messages}
 
-# Full jitter: each wait is drawn between 0 and a bound that doubles with every try.
-BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 60.0
-# The longest that one answer's Retry-After stops all other rows; its own row waits as long as it says.
-MOST_PAUSE_S = 60.0
+# The most rows in flight. With 2,048 texts a request, these are eight full requests.
+MOST_ROWS = 16_384
 
 
 class RemoteEngine(Batches, ModelEngine):
@@ -53,25 +53,14 @@ class RemoteEngine(Batches, ModelEngine):
 
     kind = "openai_compatible"
     runs_here = False
+    sender_class: ClassVar[type[RequestSender]] = RequestSender
 
     def _load(self) -> None:
         config = self.config
         self.kind = config.kind  # type: ignore[misc]
         self.provider = Provider.of(config)
         self.models: dict[str | None, tuple[Provider, Capabilities]] = {}
-        self.limits = Limits(config)
-        self.semaphore = AdaptiveSemaphore(self.max_concurrency)
-        self.retries = RetryBudget()
-        self.check_budget: CheckBudget | None = None
-        self.max_outage_s = 900.0  # how long no server may answer
-        self.outage: str | None = None
-        self.stopping = False
-        self.stops: PerLoop[asyncio.Event] = PerLoop(asyncio.Event)
-        self.counts: dict[str, float] = {"retried": 0, "throttled": 0, "limiter_wait_seconds": 0.0}
-        self.counting = threading.Lock()
         self.run_id = secrets.token_hex(4)
-        # Estimates for the next request's reservation. Threads may overwrite each other's updates: that does no harm.
-        self.bytes_per_token, self.mean_output = BYTES_PER_TOKEN, FIRST_OUTPUT
         if config.model is None:
             raise ConfigError(
                 f"engine={config.kind} needs engine.model: the provider's name of a model", key="engine.model"
@@ -81,12 +70,20 @@ class RemoteEngine(Batches, ModelEngine):
                 hint = "engine.extra_body adds fields to the requests"
                 raise unknown_kwarg(name, config.kind, self.provider.kwargs, hint)
         self._connect()
+        self.sender = self.sender_class(config, self.endpoints, self.max_concurrency, self.cost)
+        self.tasks = TaskRequests(self)
 
     def _connect(self) -> None:
         config = self.config
-        self.wire = WIRES[self.provider.wire]
+        if self.provider.wire not in WIRE_FORMATS:
+            raise ConfigError(
+                f"engine.provider.wire={self.provider.wire} is for engine=bedrock only; "
+                f"engine={config.kind} can use {' or '.join(WIRE_FORMATS)}",
+                key="engine.provider",
+            )
+        self.wire_format = WIRE_FORMATS[self.provider.wire]
+        self.endpoints = EndpointPool(endpoints(config, self.provider))  # first: a service that ended needs no key
         self.auth = Auth.of(config, self.provider)
-        self.endpoints = EndpointPool(endpoints(config, self.provider))
         self.headers = {"content-type": "application/json", **self.provider.headers, **config.headers}
         self.transport = Transport(
             timeout_s=config.timeout_s,
@@ -105,48 +102,35 @@ class RemoteEngine(Batches, ModelEngine):
         # Twice: rows that wait for a retry or for a limit hold no slot.
         return 2 * self.max_concurrency
 
+    def concurrency_for(self, task: str) -> int:
+        """Enough rows for full requests."""
+        texts = self.provider.task_options(task).texts if task in self.provider.tasks else 1
+        return max(self.concurrency, min(MOST_ROWS, self.concurrency * texts))
+
     def for_model(self, model: str | None) -> tuple[Provider, Capabilities]:
         model = model or self.config.model
         if model not in self.models:
             provider = self.provider.for_model(model)
             if not self.config.prompt_caching:
                 provider = dataclasses.replace(provider, prompt_caching=False)
-            self.models[model] = provider, provider.capabilities()
+            able = dataclasses.replace(provider.capabilities(), extra_body=self.wire_format.ROW_FIELDS)
+            self.models[model] = provider, able
         return self.models[model]
+
+    @classmethod
+    def class_capabilities(cls, model: str | None) -> Capabilities:
+        return Provider.of(config_from_keys(cls.kind, {})).for_model(model).capabilities()
 
     def capabilities_for(self, request: Request) -> Capabilities:
         return self.for_model(request.model)[1]
 
-    # -- what the pipeline asks and sets: `RemoteControls` ------------------------------------------------------------
+    def null_for_absent(self, model: str | None) -> bool:
+        subset = SUBSETS.get(self.for_model(model)[0].schemas or "")
+        return subset is not None and subset.all_required
 
     @property
     def remote(self) -> RemoteControls:
-        return self
-
-    @property
-    def admitted(self) -> float:
-        return self.semaphore.limit
-
-    @property
-    def stall_reason(self) -> str:
-        failing = next((endpoint for endpoint in self.endpoints.all if endpoint.open), None)
-        return failing.last_error if failing and self.endpoints.down_s else ""
-
-    def attach(self, source_of: SourceOf, max_outage_s: float) -> None:
-        self.limits.source = source_of(self.config)
-        self.max_outage_s = max_outage_s
-
-    def set_budget(self, check: CheckBudget) -> None:
-        self.check_budget = check
-
-    def drain(self) -> None:
-        self.stopping = True
-        self.stops.call(asyncio.Event.set)
-        self.limits.fail_waiting(cancelled)
-
-    def _count(self, name: str, amount: float = 1) -> None:
-        with self.counting:
-            self.counts[name] += amount
+        return self.sender
 
     def close(self) -> None:
         if hasattr(self, "transport"):
@@ -166,15 +150,18 @@ class RemoteEngine(Batches, ModelEngine):
         self.body(self.prepared(request))
 
     def render_request(self, request: Request) -> str:
+        url = self.endpoints.urls[0] if is_chat(request.task) else self.tasks.url(self.endpoints.urls[0], request)
         headers = {name: masked(name, value) for name, value in {**self.headers, **self.auth.fixed}.items()}
         if self.provider.idempotency_header:
             headers[self.provider.idempotency_header] = f"{self.run_id}-{request.key}"
-        return render_http(self.endpoints.urls[0], headers, self.body(self.prepared(request)))
+        return render_http(url, headers, self.body(self.prepared(request)))
 
     # -- one request --------------------------------------------------------------------------------------------------
 
     def body(self, request: Request) -> dict[str, Any]:
         """The JSON that is sent for a request. Raises `EngineError("invalid_input")`."""
+        if not is_chat(request.task):
+            return self.tasks.body([request])
         if request.turns:  # `generate` sends one request for each turn; only a batch comes here with all of them
             raise invalid("a row's turns are asked one after the other, which no batch API can do (run.mode=live does)")
         provider, _ = self.for_model(request.model)
@@ -182,221 +169,132 @@ class RemoteEngine(Batches, ModelEngine):
             given = request.generation.given()
             absent = {name: value for name, value in provider.defaults.items() if name not in given}
             request = dataclasses.replace(request, generation=request.generation.override(absent))
-        model = request.model or self.config.model
+        body: dict[str, Any] = self.wire_format.body(request, self.served_model(request), provider)
+        return self.with_extra_body(body, request)
+
+    def served_model(self, request: Request) -> str | None:
+        """The name of the model, or of the adapter, that the server knows."""
+        provider, model = self.for_model(request.model)[0], request.model or self.config.model
         if provider.adapter_model and (adapter := request.adapter or self.config.adapter):
-            model = provider.adapter_model.format(adapter=adapter, model=model)
-        body: dict[str, Any] = self.wire.body(request, model, provider)
-        if self.config.extra_body:
-            merge(body, self.config.extra_body)
+            return provider.adapter_model.format(adapter=adapter, model=model)
+        return model
+
+    def with_extra_body(self, body: dict[str, Any], request: Request) -> dict[str, Any]:
+        merge(body, self.config.extra_body)
+        taken = self.wire_format.ROW_FIELDS
+        merge(body, {name: value for name, value in request.extra_body.items() if taken is None or name in taken})
         return body
 
     def encode(self, body: dict[str, Any]) -> tuple[Any, int]:
-        """What is sent, and its size in bytes. Whole numbers of any size are kept."""
+        """The bytes that are sent, and their number. Whole numbers of any size are kept."""
         try:
             content = orjson.dumps(body)
         except TypeError:
             content = json.dumps(body, ensure_ascii=False).encode()
         return content, len(content)
 
+    def _streams(self, request: Request) -> bool:
+        """True if the answer comes as a stream: the caller wants one, or the API gives long answers in no other way."""
+        most = self.for_model(request.model)[0].stream_above
+        return request.stream is not None or (most is not None and (request.generation.max_tokens or 0) > most)
+
+    def _content(self, request: Request) -> tuple[Any, int]:
+        streams = self.wire_format.STREAM if self._streams(request) else {}
+        return self.encode({**streams, **self.body(request)})
+
     async def _generate(self, request: Request) -> Completion:
-        streams = self.wire.STREAM if request.stream is not None else {}
         try:
-            content, size = self.encode({**streams, **self.body(request)})
+            content, size = await in_thread_with_media(self._content, request)
         except EngineError as error:
             error.attempts = 0
             raise
-        model = request.model or self.config.model or ""
-        cost = size / self.bytes_per_token, float(request.generation.max_tokens or self.mean_output)
         headers = self.headers
         if self.provider.idempotency_header:  # differs in every run, or a failure of an earlier run would be replayed
             headers = {**headers, self.provider.idempotency_header: f"{self.run_id}-{request.key or uuid.uuid4().hex}"}
-        began, tries, counted, failed = time.monotonic(), 0, 0, Usage()
-        while True:
-            tries += 1
-            try:
-                completion = await self._try(request, model, headers, content, cost)
-                completion.attempts = tries
-                completion.usage.add(failed)
-                return completion
-            except EngineError as error:
-                tries -= error.type == "cancelled"  # it was not sent
-                await self._raise_if_final(request, error, tries, failed)
-                # A row's tries count only while the server answers others. A rate limit is not the row's fault, but a row
-                # that alone is refused for so long must come to an end as well.
-                counted += not self.endpoints.down_s and error.type != "rate_limit"
-                if counted > self.config.max_retries or time.monotonic() - began > 2 * self.max_outage_s:
-                    raise
-                self._count("retried")
-                wait = random.uniform(0, min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** min(tries, 16)))
-                if await self._stops_within(max(wait + self.retries.wait_s(), error.retry_after or 0.0)):
-                    back = cancelled()
-                    back.attempts, back.usage = tries, failed
-                    raise back from None
-
-    async def _raise_if_final(self, request: Request, error: EngineError, tries: int, failed: Usage) -> None:
-        """Raises `error` if the request must not be tried again, whatever the number of tries.
-
-        `failed` is the usage of all failed tries; the usage of this one is added to it.
-        """
-        affordable = True
-        if error.usage is None and error.type in ("timeout", "bad_response"):
-            error.usage = Usage(known=False)
-        if error.usage is not None:
-            failed.add(error.usage)
-            if self.check_budget is not None:
-                affordable = await self.check_budget(request, self.cost(error.usage, request.model))
-        error.attempts, error.usage = tries, failed
-        if not error.retryable or (request.stream is not None and request.stream.begun):
-            raise error
-        if not affordable:
-            text = f"run.budget_usd leaves no room for another try ({error})"
-            spent = EngineError("budget", text, retryable=True)
-            spent.attempts, spent.usage = tries, failed
-            raise spent from None
-        down = self.endpoints.down_s
-        if down > self.max_outage_s:
-            self.outage = f"engine={self.kind} has not answered for {down:.0f} s ({error})"
-            raise error
-
-    async def _stops_within(self, seconds: float) -> bool:
-        """Waits without a slot. Returns True as soon as the run ends: the row then goes back."""
-        stop = self.stops.get()
-        if not self.stopping:
-            try:
-                await asyncio.wait_for(stop.wait(), seconds)
-            except TimeoutError:
-                return False
-        return True
-
-    async def _try(
-        self, request: Request, model: str, headers: dict[str, str], content: Any, cost: tuple[float, float]
-    ) -> Completion:
-        """One try, in a slot. Raises `EngineError`."""
-        endpoint = await self._admitted()
-        sent = time.monotonic()
-        try:
-            if not self.stopping:
-                await self.limits.take(model, cost)
-                self._count("limiter_wait_seconds", time.monotonic() - sent)
-            if self.stopping:
-                raise cancelled()
-            sent = time.monotonic()
-            completion = await self._ask(endpoint, request, headers, content)
-        except EngineError as error:
-            self._failed(endpoint, model, error, sent)
-            if error.type not in ("timeout", "connection", "cancelled"):  # for those, the usage is not known
-                self.limits.settle(model, *cost)
-            raise
-        except asyncio.CancelledError:
-            endpoint.probing = False
-            raise
-        finally:
-            self.endpoints.release(endpoint)
-            self.semaphore.release()
-        completion.latency_s = time.monotonic() - sent
-        self.endpoints.answered(endpoint)
-        self.semaphore.answered()
-        self.retries.answered()
-        if self.limits.counts_tokens and (used := completion.usage).input:
-            self.limits.settle(model, cost[0] - used.input, cost[1] - used.output)
-            self.bytes_per_token += 0.05 * (cost[0] * self.bytes_per_token / used.input - self.bytes_per_token)
-            self.mean_output += 0.05 * (used.output - self.mean_output)
-        return completion
-
-    async def _admitted(self) -> Endpoint:
-        """Waits for a slot and an endpoint. Holds no slot while no endpoint takes requests."""
-        while True:
-            await self.semaphore.take()
-            endpoint = self.endpoints.pick()
-            if endpoint is not None:
-                return endpoint
-            self.semaphore.release()
-            if self.stopping:
-                raise cancelled()
-            if self.endpoints.down_s > self.max_outage_s:
-                raise EngineError("connection", self.endpoints.all[0].last_error, retryable=True)
-            await self.endpoints.wait()
-
-    def _failed(self, endpoint: Endpoint, model: str, error: EngineError, sent: float) -> None:
-        if error.type == "cancelled":
-            endpoint.probing = False
-            return
-        if error.status in OVERLOAD:
-            self._count("throttled")
-            self.semaphore.overloaded(sent)
-            if error.retry_after:
-                self.limits.observe(model, min(error.retry_after, MOST_PAUSE_S), {})
-        # An answer with its usage comes from a server that works: a broken one counts against its row only.
-        if error.retryable and not (error.usage is not None and error.usage.known):
-            self.endpoints.failed(endpoint, str(error), error.retry_after)
-        else:  # the server works; it refuses this row
-            self.endpoints.answered(endpoint)
-            self.retries.answered()
+        model = request.model or self.config.model or ""
+        return await self.sender.send(
+            [request], model, size, lambda endpoint: self._ask(endpoint, request, headers, content)
+        )
 
     async def _ask(self, endpoint: Endpoint, request: Request, headers: dict[str, str], content: Any) -> Completion:
         """Sends and reads. Raises `EngineError`."""
-        accumulator = self.wire.accumulator() if request.stream is not None else None
-        parser = SSEParser(accumulator, request.stream) if accumulator and request.stream is not None else None
-        try:
-            sent = {**headers, **await self.auth.headers()}
-            reply = await self.transport.send("POST", endpoint.url, sent, content, parser.feed if parser else None)
-        except httpx.HTTPError as error:
-            lost = self._clean(broken(error))
-            connected = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            if connected and lost.type != "bad_request":  # an answer may have been under way
-                lost.usage = Usage(known=False)
-            raise lost from None
-        except EngineError as error:  # an event that cannot be parsed
-            raise self._clean(error) from None
-        if (seen_limits := observed(reply.headers)) is not None:
-            self.limits.observe(request.model or self.config.model or "", seen_limits.pause_s, seen_limits.limits)
-        if not 200 <= reply.status < 300:
-            refused = failure(reply.status, reply.content, reply.headers)
-            if reply.status == 401 and self.auth.refused():
-                refused.retryable = True
-            raise self._clean(refused)
+        accumulator = self.wire_format.accumulator() if self._streams(request) else None
+        parser = SSEParser(accumulator, request.stream) if accumulator else None
+        reply = await self.exchange(endpoint.url, request, headers, content, parser.feed if parser else None)
         payload: Any = None
         if parser is not None and parser.fed:
             try:
                 payload = parser.payload()
             except EngineError as error:
-                raise self._clean(error) from None
+                raise self.cleaned(error) from None
         else:
-            with contextlib.suppress(ValueError):
-                payload = orjson.loads(reply.content)
-        if not isinstance(payload, dict):
-            raise self._clean(bad_response("the answer is not a JSON object", reply.content[:200]))
+            payload = self.json_object(reply)
         inner = payload.get("error")
         if inner and not payload.get("choices"):  # some providers report errors with status 200
-            code = inner.get("code") if isinstance(inner, dict) else None
-            code = code if isinstance(code, int) and code >= 400 else 502
-            broken_off = failure(code, orjson.dumps(payload), reply.headers)
-            if payload.get("usage"):
-                broken_off.usage = self.wire.usage(payload)
-            raise self._clean(broken_off)
+            broken_off = reported(payload, reply.status, reply.headers)
+            if payload.get("usage") or (parser is not None and parser.broken_off):
+                broken_off.usage = self.wire_format.usage(payload)
+            raise self.cleaned(broken_off)
         return self.read(payload, request.generation.n, request.model)
 
-    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None, model: str | None = None) -> Completion:
+    async def exchange(
+        self, url: str, request: Request, headers: dict[str, str], content: Any, feed: Feed | None = None
+    ) -> Reply:
+        """Sends a body and reads an answer of status 2xx. Raises `EngineError`."""
+        try:
+            sent = {**headers, **await self.auth.headers()}
+            reply = await self.transport.send("POST", url, sent, content, feed)
+        except httpx.HTTPError as error:
+            lost = self.cleaned(broken(error))
+            connected = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            if connected and lost.type != "bad_request":  # an answer may have been under way
+                lost.usage = Usage(known=False)
+            raise lost from None
+        except EngineError as error:  # an event that cannot be parsed
+            raise self.cleaned(error) from None
+        if (seen_limits := observed(reply.headers)) is not None:
+            self.sender.limits.observe(request.model or self.config.model or "", seen_limits.pause_s, seen_limits.limits)
+        if not 200 <= reply.status < 300:
+            refused = failure(reply.status, bytes(reply.content), reply.headers)
+            if reply.status == 401 and self.auth.refused():
+                refused.retryable = True
+            raise self.cleaned(refused)
+        return reply
+
+    def json_object(self, reply: Reply) -> dict[str, Any]:
+        """The JSON object in an answer. Raises `EngineError`."""
+        payload: Any = None
+        with contextlib.suppress(ValueError):
+            payload = orjson.loads(reply.content)
+        if not isinstance(payload, dict):
+            raise self.cleaned(bad_response("the answer is not a JSON object", bytes(reply.content[:200])))
+        return payload
+
+    def read_batched(self, answer: dict[str, Any] | EngineError, request: Request) -> Completion:
+        """The completion in one result of a batch. Raises `EngineError`, or the one that is given as the result."""
+        if isinstance(answer, EngineError):
+            raise self.cleaned(answer)
+        if not is_chat(request.task):
+            return self.tasks.read_one(answer, request)
+        return self.read(answer, request.generation.n, request.model)
+
+    def read(self, answer: dict[str, Any], n: int | None = None, model: str | None = None) -> Completion:
         """The completion in the body of an answer of `model` (None: the engine's own) with `n` choices.
 
-        Raises `EngineError` for a bad answer, or the error that is given as the answer.
+        Raises `EngineError` for a bad answer.
         """
-        if isinstance(answer, EngineError):
-            raise self._clean(answer)
         try:
-            completion = check_choices(self.wire.completion(answer, self.for_model(model)[0]), n)
+            completion = read_answer(self.wire_format, answer, self.for_model(model)[0], n)
         except EngineError as error:
-            raise self._clean(error) from None
+            raise self.cleaned(error) from None
         return completion
+
+    def _evaluate(self, request: Request) -> Coroutine[Any, Any, Completion]:
+        return self.tasks.evaluate(request)
 
     def batch_share(self, model: str | None) -> float:
         return self.provider.batch_share(model or self.config.model)
 
-    def _clean(self, error: EngineError) -> EngineError:
+    def cleaned(self, error: EngineError) -> EngineError:
         error.args = (self.auth.clean(str(error)),)
         return error
-
-
-def cancelled() -> EngineError:
-    """The error of a row that goes back unanswered because the run ends."""
-    return EngineError("cancelled", "the run ended before this row was answered")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -13,91 +13,132 @@ from typing import Any
 import httpx
 import orjson
 
-from engines.errors import EngineError, ErrorType
+from engines.errors import EngineError
+from engines.remote.error_codes import meaning_of
+from engines.remote.http_connection import TooLong
 
-# Statuses of an overloaded provider; only these shrink the number of requests in flight.
-OVERLOAD = frozenset((429, 503, 529))
-
-_TYPES: dict[int, ErrorType] = {
-    400: "bad_request", 401: "auth", 402: "auth", 403: "auth", 404: "not_found", 405: "bad_request", 408: "timeout",
-    409: "server", 413: "bad_request", 422: "bad_request", 425: "server", 429: "rate_limit", 501: "bad_request",
-    504: "timeout",
-}  # fmt: skip
-_RETRIED = frozenset((408, 409, 425, 429))
-
-_CONTEXT = re.compile(
-    r"context[ _](length|window)|maximum context|too many (input )?tokens|prompt is too long|input is too long"
-    r"|max_model_len|exceeds? the (model|maximum|available context)|request too large",
-    re.IGNORECASE,
-)
-_FILTER = re.compile(r"content[ _-]?(filter|policy|management)|safety|moderation|blocked by", re.IGNORECASE)
-# A 429 that waiting does not solve: the account has no money left.
-_BROKE = re.compile(
-    r"insufficient_quota|exceeded your current quota|insufficient (balance|credit|funds)|billing", re.IGNORECASE
-)
+# Statuses of an overloaded provider; only these shrink the number of requests in flight. 498: Groq.
+OVERLOAD = frozenset((429, 498, 503, 529))
 
 
 def failure(status: int, content: bytes, headers: Mapping[str, str]) -> EngineError:
     """The error of an unsuccessful response. Its `retry_after` is the wait in seconds that the provider asks for."""
-    code, message = _said(content)
-    text = f"HTTP {status}: {message}" if message else f"HTTP {status}"
-    kind: ErrorType = _TYPES.get(status, "server" if status >= 500 else "bad_request")
-    retryable = status in _RETRIED or (status >= 500 and status != 501)
-    if (said := _type_in_words(status, f"{code} {message}")) is not None:
-        kind = said
-        retryable = retryable and said == "content_filter"
+    body = read_body(content)
+    text = f"HTTP {status}: {body.message}" if body.message else f"HTTP {status}"
+    wait = retry_after(headers)
+    if wait is None:
+        wait = body.retry_after
     if 300 <= status < 400:
         place = headers.get("location", "another address")
-        text, kind = (
-            f"HTTP {status}: the server sends to {place[:200]}; redirects are not followed, set engine.base_url",
-            "not_found",
-        )
-    error = EngineError(kind, text, status=status, retryable=retryable)
-    error.retry_after = retry_after(headers)
+        text = f"HTTP {status}: the server sends to {place[:200]}; redirects are not followed, set engine.base_url"
+    meaning = meaning_of(status, body.codes, body.message, body.param, wait is not None)
+    error = EngineError(
+        meaning.type, text, status=status, retryable=meaning.retryable, code=meaning.code, scope=meaning.scope
+    )
+    error.retry_after = wait
     return error
 
 
-def _type_in_words(status: int, text: str) -> ErrorType | None:
-    """The type that the provider's words give away, where its status does not say enough.
-
-    Most providers have no code for these, or each its own, so their words are searched.
-    """
-    if status in (400, 413, 422, 429) and _CONTEXT.search(text) and not (status == 429 and "per min" not in text.lower()):
-        return "context_length"
-    if status == 400 and _FILTER.search(text):
-        return "content_filter"
-    if status == 429 and _BROKE.search(text):
-        return "auth"
-    return None
+def reported(payload: dict[str, Any], status: int, headers: Mapping[str, str]) -> EngineError:
+    """The error in the JSON of an answer with status 200."""
+    inner = payload["error"]
+    code = inner.get("code") if isinstance(inner, dict) else None
+    return failure(code if isinstance(code, int) and 400 <= code < 600 else status, orjson.dumps(payload), headers)
 
 
-def _said(content: bytes) -> tuple[str, str]:
-    """The code and the message in an error's body; providers use several shapes."""
+@dataclass(slots=True)
+class ErrorBody:
+    """The fields of an error's body, which each provider names and nests in its own way."""
+
+    message: str = ""
+    codes: list[str] = field(default_factory=list)  # lower case, the most specific first
+    param: str | None = None
+    retry_after: float | None = None  # seconds
+
+
+def read_body(content: bytes) -> ErrorBody:
     try:
         found: Any = orjson.loads(content)
     except ValueError:
-        return "", " ".join(re.sub(r"<[^>]*>", " ", content[:2000].decode(errors="replace")).split())[:300]
+        text = re.sub(r"<(style|script|title)\b.*?</\1>|<[^>]*>", " ", content[:4000].decode(errors="replace"), flags=re.S)
+        return ErrorBody(" ".join(text.split())[:300])
     if isinstance(found, list) and found:
         found = found[0]
-    inner = found.get("error", found) if isinstance(found, dict) else found
-    if not isinstance(inner, dict):
-        return "", " ".join(str(inner).split())[:500]
-    code = " ".join(str(inner[name]) for name in ("code", "type", "status") if isinstance(inner.get(name), str))
-    message = inner.get("message") or inner.get("detail") or inner.get("msg") or code or inner
-    return code, " ".join(str(message).split())[:500]
+    outer = found if isinstance(found, dict) else {}
+    inner = (outer.get("error") or outer) if outer else found
+    if not isinstance(inner, dict):  # {"error": "text", "code": …}, or no object at all
+        return ErrorBody(_line(inner), _codes(outer), _text(outer.get("param")))
+    said = inner.get("message") or inner.get("detail") or inner.get("msg")
+    body = ErrorBody("", [*_codes(inner), *(_codes(outer) if outer is not inner else [])], _text(inner.get("param")))
+    body.message = _line(said or " ".join(_codes(inner)) or inner)
+    _read_details(inner.get("details"), body)
+    _read_metadata(inner.get("metadata"), body)
+    return body
+
+
+def _codes(fields: Mapping[str, Any]) -> list[str]:
+    """The codes in an object. Numbers below 1000 repeat the HTTP status."""
+    nested = fields.get("innererror")
+    found = [fields.get("code"), nested.get("code") if isinstance(nested, dict) else None]
+    found += [fields.get(name) for name in ("type", "error_type", "status")]
+    codes = [str(each).lower() for each in found if isinstance(each, (str, int)) and not isinstance(each, bool)]
+    return [code for code in codes if not (code.isdigit() and int(code[:9]) < 1000)]
+
+
+def _read_details(details: Any, body: ErrorBody) -> None:
+    """Google's details: the reason, and the delay before a retry."""
+    for detail in details if isinstance(details, list) else ():
+        if not isinstance(detail, dict):
+            continue
+        if isinstance(reason := detail.get("reason"), str):
+            body.codes.insert(0, reason.lower())
+        if isinstance(delay := detail.get("retryDelay"), str):
+            body.retry_after = _duration(delay)
+
+
+def _read_metadata(metadata: Any, body: ErrorBody) -> None:
+    """OpenRouter's metadata: a moderated input, the error of the model's host, and when a limit is free again."""
+    if not isinstance(metadata, dict):
+        return
+    if metadata.get("flagged_input") or metadata.get("reasons"):
+        body.codes.insert(0, "moderation")
+    if isinstance(raw := metadata.get("raw"), str) and raw:
+        host = read_body(raw.encode(errors="replace"))
+        body.codes = host.codes + body.codes
+        body.message = f"{body.message}: {host.message}"[:500]
+        body.param = body.param or host.param
+    headers = metadata.get("headers")
+    if isinstance(headers, dict) and isinstance(reset := headers.get("X-RateLimit-Reset"), str):
+        body.retry_after = _until(_number(reset))
+
+
+def _until(reset: float | None) -> float | None:
+    """Seconds until a time that is given in milliseconds since the epoch."""
+    return None if reset is None else max(0.0, reset / 1000 - time.time())
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())[:500]
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def broken(error: Exception) -> EngineError:
     """The error of a request without a response."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, httpx.ConnectTimeout):
-        return EngineError("connection", f"no connection in time: {said}", retryable=True)
+        return EngineError("connection", f"no connection within engine.connect_timeout_s: {said}", retryable=True)
     if isinstance(error, (httpx.TimeoutException, TimeoutError)):
-        return EngineError("timeout", f"no answer in time: {said}", retryable=True)
+        text = f"no answer within engine.timeout_s or engine.read_timeout_s: {said}"
+        return EngineError("timeout", text, retryable=True)
+    if isinstance(error, TooLong):
+        return EngineError("bad_response", said)
     if isinstance(error, httpx.DecodingError):
         return EngineError("bad_response", f"the answer's encoding is broken: {said}", retryable=True)
     if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
-        return EngineError("bad_request", said)
+        return EngineError("bad_request", said, scope="run")
     return EngineError("connection", said, retryable=True)
 
 
@@ -148,7 +189,7 @@ def observed(headers: Mapping[str, str]) -> Observed | None:
         found = headers.get(limit)
         if found is None:  # most servers send no such headers
             continue
-        if number := _number(found):
+        if (number := _number(found)) and number > 0:
             limits[name] = number
         if _number(headers.get(remaining)) == 0:
             pause = max(pause, _duration(headers.get(reset)))

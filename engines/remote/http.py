@@ -1,10 +1,10 @@
 """One HTTP client for all requests: aiohttp's connections, httpx's exceptions.
 
-httpx's own connection pool collapses at a few hundred requests in flight. aiohttp's does not, but its session belongs to
-one event loop, and an engine may be used from several: `Transport` keeps one session for each running loop.
+httpx's own connection pool collapses at a few hundred requests in flight. aiohttp's does not, but it belongs to one event
+loop, and an engine may be used from several: `Transport` keeps one pool for each running loop.
 
 Proxies come from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, further CA certificates from SSL_CERT_FILE. `~/.netrc` is
-not read: aiohttp's `trust_env` would send its credentials, so it stays off.
+not read: it may hold credentials for other programs.
 """
 
 from __future__ import annotations
@@ -20,44 +20,39 @@ import socket
 import ssl
 import urllib.request
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 import certifi
 import httpx
-from aiohttp.http_exceptions import ContentEncodingError
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from yarl import URL
 
 from engines.errors import ConfigError
+from engines.remote import http1, http2
+from engines.remote.http_connection import Feed, Reply
 
-# A longer answer is refused: with hundreds in flight it would fill the memory of a worker. Counted after decompression.
-MAX_BODY_BYTES = 64 << 20
-# Below the 60 s after which most load balancers close a connection that is idle.
-IDLE_S = 50.0
 # A NAT or load balancer forgets a connection that is silent while a long answer is generated.
 KEEPALIVE_PROBE_S = 60
-# The longest line of a response's head; some gateways send long headers.
-MAX_HEAD_LINE = 1 << 16
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _NO_HEADER_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 # One event loop's session, and the generator that opened it and closes it.
-_Opened = tuple[aiohttp.ClientSession, AsyncGenerator[aiohttp.ClientSession, None]]
+_Opened = tuple["_Clients", AsyncGenerator["_Clients", None]]
 _Sessions = dict[asyncio.AbstractEventLoop, _Opened]
 # Generators that their running loop was told to end. A loop that ends first still finds them here, and ends them itself.
-_closing: dict[AsyncGenerator[aiohttp.ClientSession, None], asyncio.AbstractEventLoop] = {}
+_closing: dict[AsyncGenerator[_Clients, None], asyncio.AbstractEventLoop] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A whole response; the names in `headers` are matched in any case. `content` is decompressed."""
+@dataclass(slots=True)
+class _Clients:
+    """The HTTP clients of one event loop."""
 
-    status: int
-    headers: Mapping[str, str]
-    content: bytes
+    http1: http1.Connections
+    http2: dict[URL | None, httpx.AsyncClient] = field(default_factory=dict)  # by proxy; only for servers that want it
 
 
 class Transport(httpx.AsyncBaseTransport):
@@ -72,6 +67,7 @@ class Transport(httpx.AsyncBaseTransport):
         self.proxies = urllib.request.getproxies_environment()
         self.target = functools.lru_cache(64)(functools.partial(target_of, self.proxies))
         self.sessions: _Sessions = {}
+        self.http2_servers: set[URL] = set()
         # Also closes the sessions of a transport that is dropped, or still there when the interpreter ends.
         self.close = weakref.finalize(self, _close_sessions, self.sessions)
 
@@ -80,7 +76,7 @@ class Transport(httpx.AsyncBaseTransport):
         reply = await self.send(request.method, str(request.url), dict(request.headers), await request.aread())
         decoded = ("content-encoding", "content-length", "transfer-encoding")
         headers = [(name, value) for name, value in reply.headers.items() if name.lower() not in decoded]
-        return httpx.Response(reply.status, headers=headers, content=reply.content)
+        return httpx.Response(reply.status, headers=headers, content=bytes(reply.content))
 
     async def aclose(self) -> None:
         if opened := self.sessions.pop(asyncio.get_running_loop(), None):
@@ -93,73 +89,88 @@ class Transport(httpx.AsyncBaseTransport):
         url: str,
         headers: Mapping[str, str],
         content: bytes,
-        feed: Callable[[bytes], None] | None = None,
+        feed: Feed | None = None,
     ) -> Reply:
         """Sends one request and reads its whole response. Raises httpx's exceptions.
 
         `feed` gets the body of a stream of events piece by piece, as the pieces arrive.
         """
         opened = self.sessions.get(asyncio.get_running_loop())
-        session = opened[0] if opened else await self._open()
+        clients = opened[0] if opened else await self._open()
         try:
             place, credentials, proxy = self.target(url)
             if credentials and not any(name.lower() == "authorization" for name in headers):
                 headers = {**headers, "authorization": credentials}
-            response = await session.request(
-                method, place, headers=headers, data=content or None, proxy=proxy, allow_redirects=False
-            )
-            try:
-                body = await _read(response, feed)
-            except BaseException:  # also a cancelled task, and what `feed` raises
-                response.close()
-                raise
-            return Reply(response.status, response.headers, body)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if self.http2_servers and place.origin() in self.http2_servers:
+                client = self._http2_client(clients, proxy)
+                request = client.build_request(method, str(place), headers=dict(headers), content=content)
+                return await self._send_http2(client, request, feed)
+            return await clients.http1.send(method, place, proxy, headers, content, feed)
+        except aiohttp.ClientConnectorError as error:
+            if not http2.is_wanted(error):
+                raise _translated(error) from None
+            self.http2_servers.add(place.origin())
+            return await self.send(method, url, headers, content, feed)
+        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
             raise _translated(error) from None
         except ValueError:  # its text may hold the value of a header, which may be a secret
             raise httpx.UnsupportedProtocol("the request's URL or one of its headers is not valid in HTTP") from None
 
-    async def _open(self) -> aiohttp.ClientSession:
-        """The session of the running loop."""
+    def _http2_client(self, clients: _Clients, proxy: URL | None) -> httpx.AsyncClient:
+        if proxy not in clients.http2:
+            context = new_ssl_context(os.environ.get("SSL_CERT_FILE"))
+            clients.http2[proxy] = http2.client(self.timeout, context, str(proxy) if proxy else None)
+        return clients.http2[proxy]
+
+    async def _send_http2(self, client: httpx.AsyncClient, request: httpx.Request, feed: Feed | None) -> Reply:
+        async with asyncio.timeout(self.timeout.total):
+            response = await client.send(request, stream=True)
+            try:
+                body = await http2.read_body(response, feed)
+            finally:
+                await response.aclose()
+        return Reply(response.status_code, response.headers, body)
+
+    async def _open(self) -> _Clients:
+        """The clients of the running loop."""
         loop = asyncio.get_running_loop()
         for other in list(self.sessions):
             if other.is_closed():
                 _close_session(other, self.sessions.pop(other, None))
         # The loop itself closes the session at its end: `asyncio.run` ends the asynchronous generators of its loop.
         generator = _session(self.timeout, self.ssl)
-        session = await anext(generator)
-        self.sessions[loop] = session, generator
-        return session
+        clients = await anext(generator)
+        self.sessions[loop] = clients, generator
+        return clients
 
     def check(self, url: str, headers: Mapping[str, str]) -> None:
         """Raises `ConfigError` for what HTTP does not allow. It does not name header values, which may be secrets."""
         for name, value in headers.items():
             if not _HEADER_NAME.fullmatch(name) or _NO_HEADER_VALUE.search(value):
-                raise ConfigError(f"the header {name!r} or its value is not valid in HTTP")
+                raise ConfigError(f"the header {name!r} or its value is not valid in HTTP", key="engine.headers")
         try:
             self.target(url)
         except ValueError:
-            raise ConfigError(f"engine.base_url: {url!r} is not a URL") from None
+            raise ConfigError(f"engine.base_url: {url!r} is not a URL", key="engine.base_url") from None
 
 
-async def _session(timeout: aiohttp.ClientTimeout, context: ssl.SSLContext) -> AsyncGenerator[aiohttp.ClientSession, None]:
+async def _session(timeout: aiohttp.ClientTimeout, context: ssl.SSLContext) -> AsyncGenerator[_Clients, None]:
     connector = aiohttp.TCPConnector(
         limit=0,  # the engine bounds what is in flight
-        keepalive_timeout=IDLE_S,
         ssl=context,
         resolver=aiohttp.ThreadedResolver(),  # not c-ares where aiodns happens to be installed
         socket_factory=_socket,
     )
-    async with aiohttp.ClientSession(
-        connector=connector,
-        timeout=timeout,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": "eagleray", "Accept-Encoding": "gzip"},
-        skip_auto_headers=("Content-Type",),
-        max_line_size=MAX_HEAD_LINE,
-        max_field_size=MAX_HEAD_LINE,
-    ) as session:
-        yield session
+    clients = _Clients(http1.Connections(connector, timeout))
+    try:
+        async with connector:
+            try:
+                yield clients
+            finally:
+                for client in clients.http2.values():
+                    await client.aclose()
+    finally:
+        clients.http1.close()
 
 
 def _socket(address: tuple) -> socket.socket:
@@ -168,20 +179,6 @@ def _socket(address: tuple) -> socket.socket:
     if hasattr(socket, "TCP_KEEPIDLE"):
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_PROBE_S)
     return made
-
-
-async def _read(response: aiohttp.ClientResponse, feed: Callable[[bytes], None] | None) -> bytes:
-    events = response.status < 300 and response.headers.get("content-type", "").startswith("text/event-stream")
-    chunks: list[bytes] = []
-    size = 0
-    while chunk := await response.content.readany():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise httpx.DecodingError(f"the answer is longer than {MAX_BODY_BYTES >> 20} MiB")
-        chunks.append(chunk)
-        if events and feed is not None:
-            feed(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _close_sessions(sessions: _Sessions) -> None:
@@ -208,7 +205,7 @@ def _close_session(loop: asyncio.AbstractEventLoop, opened: _Opened | None) -> N
             loop.run_until_complete(generator.aclose())
 
 
-async def _aclose(generator: AsyncGenerator[aiohttp.ClientSession, None]) -> None:
+async def _aclose(generator: AsyncGenerator[_Clients, None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop's end closes it at the same time
         await generator.aclose()
     _closing.pop(generator, None)
@@ -226,6 +223,10 @@ def ssl_context(bundle: str | None) -> ssl.SSLContext:
 
 @functools.lru_cache(4)  # it takes 20 ms to make, and there may be an engine in each thread of a server
 def _ssl_context(bundle: str | None, changed_ns: int) -> ssl.SSLContext:
+    return new_ssl_context(bundle)
+
+
+def new_ssl_context(bundle: str | None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=certifi.where())
     context.load_default_certs()
     if bundle:
@@ -235,7 +236,7 @@ def _ssl_context(bundle: str | None, changed_ns: int) -> ssl.SSLContext:
 
 
 def target_of(proxies: Mapping[str, str], url: str) -> tuple[URL, str | None, URL | None]:
-    """Where a request goes: its URL without credentials, these as the header Authorization, and the proxy.
+    """The target of a request: its URL without credentials, the credentials as the header Authorization, and the proxy.
 
     `proxies` are those of `urllib.request.getproxies_environment`. Raises `ValueError` and `ConfigError`.
     """
@@ -260,7 +261,7 @@ def target_of(proxies: Mapping[str, str], url: str) -> tuple[URL, str | None, UR
 
 
 def _bypassed(host: str, port: int | None, proxies: Mapping[str, str]) -> bool:
-    """Whether NO_PROXY names the host: itself, a domain above it, with a port, an address or a network (10.0.0.0/8)."""
+    """True if NO_PROXY names the host: itself, a domain above it, with a port, an address or a network (10.0.0.0/8)."""
     if urllib.request.proxy_bypass_environment(f"{host}:{port}", dict(proxies)):  # type: ignore[attr-defined]
         return True
     with contextlib.suppress(ValueError):
@@ -275,11 +276,18 @@ def _bypassed(host: str, port: int | None, proxies: Mapping[str, str]) -> bool:
 def _translated(error: Exception) -> httpx.RequestError:
     """httpx's exception for one of aiohttp's, by which `engines.remote.errors` decides what to do."""
     said = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientResponseError):  # its text has the URL, for a proxy with the password
+        said = f"HTTP {error.status}: {error.message}"
+    if isinstance(error, HttpProcessingError):
+        said = f"the answer is not valid HTTP: {error.message}"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return httpx.ConnectError(f"the proxy answers {said}")
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return httpx.ConnectTimeout(said)
     if isinstance(error, TimeoutError):
         return httpx.ReadTimeout(str(error) or "the time for the whole answer is over")
-    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
+    # The second: the connection was lost before anything was sent.
+    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientConnectionResetError)):
         return httpx.ConnectError(said)
     if isinstance(error, aiohttp.InvalidURL):
         return httpx.UnsupportedProtocol(said)

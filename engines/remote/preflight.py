@@ -1,18 +1,21 @@
-"""What can be checked of a remote engine's configuration before anything is sent, and how its secrets are hidden."""
+"""Checks a remote engine's configuration before anything is sent, and hides its secrets in what people see."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
-import re
+from urllib.parse import urlsplit, urlunsplit
 
 from engines.config import EngineConfig
 from engines.errors import ConfigError, Finding
-from engines.remote.auth import Auth
+from engines.prices import priced
+from engines.remote.auth import SECRET_HEADER, Auth
 from engines.remote.provider import Provider, endpoints
 
 HIDDEN = "***"
-_SECRET_HEADER = re.compile(r"authorization|cookie|api[_-]?key|token|secret|password", re.IGNORECASE)
+# A model whose last day is nearer than this gets a warning.
+WARNING_DAYS = 60
 
 
 def findings(config: EngineConfig) -> list[Finding]:
@@ -29,7 +32,23 @@ def findings(config: EngineConfig) -> list[Finding]:
         Auth.of(config, provider)
     except ConfigError as error:
         found.append(Finding.of(error, local=True))
-    return found
+    return [*found, *_last_days(config)]
+
+
+def _last_days(config: EngineConfig) -> list[Finding]:
+    """A warning if the price list has a day on which the provider switches the model off."""
+    ends = priced(config).ends
+    if ends is None:
+        return []
+    day = datetime.date.fromisoformat(ends)
+    if day > datetime.date.today() + datetime.timedelta(days=WARNING_DAYS):
+        return []
+    when = (
+        f"switches {config.model} off on {ends}"
+        if day > datetime.date.today()
+        else f"switched {config.model} off on {ends}"
+    )
+    return [Finding(f"the provider {when}: choose another engine.model", key="engine.model", is_warning=True)]
 
 
 def without_secrets(config: EngineConfig) -> EngineConfig:
@@ -46,6 +65,12 @@ def without_secrets(config: EngineConfig) -> EngineConfig:
 
 def masked(name: str, value: str) -> str:
     """A header's value as people may see it."""
-    if not _SECRET_HEADER.search(name):
+    if not SECRET_HEADER.search(name):
         return value
     return f"Bearer {HIDDEN}" if value.startswith("Bearer ") else HIDDEN
+
+
+def shown_url(url: str) -> str:
+    """A URL as people may see it: without a user name, a password and a query, which may hold a key."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -24,7 +24,7 @@ DIMENSIONS = ("requests", "input_tokens", "output_tokens")
 # A request that is sent up to this many seconds late does not lower the rate. To stay below the limit, the rate is reduced
 # twice by this slack: once for late requests, once for the delay between grant and arrival.
 SLACK_S = 0.5
-# How long requests may be sent without asking if nothing is limited. A pause reaches every worker within this time.
+# The time for which requests may go without asking if nothing is limited. A pause reaches every worker within this time.
 FREE_S = 0.5
 # Grants in one portion, and the least time between two questions if there is a wait (`SLACK_S` makes up for lateness).
 PORTION = 256
@@ -64,7 +64,7 @@ class Rate:
 
 
 class RateLimiter:
-    """What may be sent with one key to one model. Not thread-safe. `clock` returns monotonic seconds."""
+    """The limits of one key and one model. Not thread-safe. `clock` returns monotonic seconds."""
 
     def __init__(self, per_minute: dict[str, float | None], clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -152,10 +152,10 @@ Reserve = Callable[[str, ReserveRequest], Awaitable[Reservation]]
 
 
 class ModelState:
-    """What all event loops of an engine share about one model."""
+    """The state of one model, which all event loops of an engine share."""
 
     def __init__(self) -> None:
-        self.next = ReserveRequest()  # what the next question will say
+        self.next = ReserveRequest()  # the next question to the limiter
         self.news = False  # the next question must be asked before anything is sent
         self.free_until = 0.0
 
@@ -197,6 +197,11 @@ class Limits:
         self.models: dict[str, ModelState] = {}
         self.queues: PerLoop[dict[str, WaitQueue]] = PerLoop(dict)
 
+    def is_free(self, model: str) -> bool:
+        """True if the limiter said that requests need not ask it at this time."""
+        state = self.models.get(model)
+        return state is not None and not state.news and time.monotonic() < state.free_until
+
     async def take(self, model: str, cost: tuple[float, float]) -> None:
         """Waits until a request with so many input and output tokens may be sent."""
         queues = self.queues.get()
@@ -205,7 +210,7 @@ class Limits:
             queue = queues[model] = WaitQueue()
             self.models.setdefault(model, ModelState())
         state = self.models[model]
-        if not queue.waiting and time.monotonic() < state.free_until and not state.news:
+        if not queue.waiting and self.is_free(model):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.waiting.append((cost, turn))

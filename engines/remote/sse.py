@@ -1,4 +1,4 @@
-"""Parses the events of a streamed answer. Text is passed on at once; the wire's accumulator builds the whole answer."""
+"""Parses the events of a streamed answer. Text is passed on at once; an accumulator builds the whole answer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import Any
 
 import orjson
 
-from engines.remote.wire import StreamAccumulator, bad_response
+from engines.remote.wire_format import StreamAccumulator, bad_response
 from engines.types import Stream
 
 
 class SSEParser:
-    """Reads the bytes of one answer. Raises `EngineError("bad_response")` for an event that cannot be read and for an
-    answer that breaks off."""
+    """Reads the bytes of one answer; `stream` is None if nobody reads the pieces.
 
-    def __init__(self, accumulator: StreamAccumulator, stream: Stream) -> None:
+    Raises `EngineError("bad_response")` for an event that cannot be read and for an answer that breaks off.
+    """
+
+    def __init__(self, accumulator: StreamAccumulator, stream: Stream | None) -> None:
         self.accumulator, self.stream = accumulator, stream
         self.rest = b""
         self.error: dict[str, Any] | None = None
@@ -36,14 +38,22 @@ class SSEParser:
                     self.error = event
                     continue
                 for delta in self.accumulator.add(event):
-                    self.stream.put(delta)
+                    if self.stream is not None:
+                        self.stream.put(delta)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise bad_response("an event cannot be read", data[:200]) from None
 
+    @property
+    def broken_off(self) -> bool:
+        """True if an error came after the beginning of the answer. The usage that was told before it is not the whole."""
+        so_far = self.accumulator.payload()
+        begun = so_far.get("choices") or so_far.get("content")
+        return self.error is not None and bool(begun) and not self.accumulator.finished
+
     def payload(self) -> dict[str, Any]:
-        """The whole answer; or the error that came in its place, with the usage that was told before it."""
+        """The whole answer; or the error that came in its place, with the usage that was reported before it."""
         if self.error is not None:
-            told = self.accumulator.payload().get("usage")
+            told = None if self.broken_off else self.accumulator.payload().get("usage")
             return {"usage": told, **self.error} if told else self.error
         if not (self.accumulator.finished or self.ended):
             raise bad_response("the answer broke off", self.rest[:200])

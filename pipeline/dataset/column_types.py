@@ -1,13 +1,17 @@
-"""The types of the columns that pass through. They are determined over the whole input, so that all output files have one
-schema."""
+"""The columns that pass through: their types, and new names. Types are determined over the whole input, so that all output
+files have one schema."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import io
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.storage.exact_json import dumps
 
@@ -51,10 +55,16 @@ class ColumnKinds:
     bits: dict[str, int] = field(default_factory=dict)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        bits = self.bits
-        for row in rows:
-            for name, value in row.items():
-                bits[name] = bits.get(name, 0) | kind_of(value)
+        for name in dict.fromkeys(chain.from_iterable(rows)):
+            values = [row.get(name) for row in rows]
+            kinds = self.bits.get(name, 0)
+            for found in set(map(type, values)):
+                if (kind := _KIND.get(found)) is None:  # it depends on the value
+                    for value in values:
+                        kinds |= kind_of(value)
+                    break
+                kinds |= kind
+            self.bits[name] = kinds
 
     def merge(self, other: ColumnKinds) -> None:
         for name, kinds in other.bits.items():
@@ -66,6 +76,17 @@ def to_array(values: Sequence[Any], type: pa.DataType | None) -> pa.Array:
     if type is None:
         return pa.array([None if value is None else dumps(value).decode() for value in values], pa.string())
     return pa.array(values, type, from_pandas=False)
+
+
+@functools.cache
+def stored_type(type: pa.DataType) -> pa.DataType | None:
+    """The type of a column with this type in a Parquet file. None, which means JSON text, if Parquet has no such type:
+    unions, calendar intervals, run-end encoding and structs without fields."""
+    try:
+        pq.write_table(pa.table({"": pa.nulls(1, type)}), io.BytesIO())
+    except pa.ArrowException:
+        return None
+    return type
 
 
 def common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
@@ -81,3 +102,12 @@ def common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | N
     if {a, b} == {pa.string(), pa.large_string()}:
         return pa.large_string()
     return None
+
+
+def input_name(name: str, taken: Collection[str]) -> str:
+    """The name in the output of an input column whose own name has another meaning there: `input_<name>`, which must not be
+    in `taken`."""
+    renamed = f"input_{name}"
+    while renamed in taken:
+        renamed = f"input_{renamed}"
+    return renamed

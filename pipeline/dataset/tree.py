@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from engines.text import encodable
+from pipeline.storage.filesystem import FileStamp
 from pipeline.storage.output_files import BATCHES, MANIFEST, MARKER, SEGMENTS, is_output
 
 
@@ -21,15 +24,37 @@ class Entry:
     is_file: bool
     real: str  # the path without symbolic links
     linked: bool = False  # reached through a symbolic link
+    stamp: FileStamp | None = field(default=None, compare=False)  # on a store, whose listing has it
 
 
 @dataclass(slots=True)
 class Tree:
+    """The result of a walk."""
+
     entries: list[Entry] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)  # skipped outputs of Eagleray, relative to the root; "" is the root
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names, relative to the root
+
+    def skip(self, reason: str, names: Iterable[str]) -> None:
+        if names := list(names):
+            self.skipped.setdefault(reason, []).extend(names)
 
 
+HIDDEN = 'they begin with "." or "_"'
+
+
+# A name up to its first part that is hidden.
+_HIDDEN = re.compile(r"([^._/][^/]*/)*[._][^/]*")
 Wanted = Callable[[str], bool]
+
+
+def printable(path: str) -> str:
+    """The path with escapes in the place of bytes that are not UTF-8. Python gives such bytes as halves of UTF-16 pairs,
+    which no output can hold."""
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # halves that stand for no byte
+        return encodable(path)
 
 
 def walk(
@@ -76,9 +101,12 @@ def _walk_store(fs: pafs.FileSystem, root: str, levels: int | None, wanted: Want
         return any(at in outputs and not wanted("/".join(parts[: _depth(at) + 1])) for at in above)
 
     tree.outputs = sorted(outputs)
+    tree.skip(HIDDEN, sorted({found[0] for name, _ in infos if (found := _HIDDEN.match(name)) and not passed_over(name)}))
     for name, info in infos:
         if name and not (outputs and passed_over(name)):
-            tree.entries.append(Entry(name, info.is_file, f"{fs.type_name}:{info.path}"))
+            tree.entries.append(
+                Entry(name, info.is_file, f"{fs.type_name}:{info.path}", stamp=FileStamp.from_info(fs, info))
+            )
     return tree
 
 
@@ -116,7 +144,10 @@ class _Disk:
             self.tree.outputs.append(directory.name)
         for inside in found:
             name = f"{directory.name}/{inside.name}".lstrip("/")
-            if (inside.name[0] in "._" and not self.hidden) or (output and not self.wanted(name)):
+            if output and not self.wanted(name):
+                continue
+            if inside.name[0] in "._" and not self.hidden:
+                self.tree.skip(HIDDEN, [name])
                 continue
             link = inside.is_symlink()
             real = os.path.realpath(inside.path) if link else f"{directory.real.rstrip('/')}/{inside.name}"

@@ -46,12 +46,13 @@ class CostBudget:
         engine: EngineConfig,
         params: GenerationParams,
         spent: float,
-        share: float = 1.0,  # of the live price
+        batch: bool = False,  # rows are asked through the provider's batch API
         first_share: float = FIRST_SHARE,
     ) -> None:
-        self.limit, self.price, self.params, self.engine = limit, most_expensive(engine), params, engine
+        self.limit, self.params, self.engine, self.batch = limit, params, engine, batch
+        self.price = most_expensive(engine, batch=batch)
         self.prices: dict[Any, Price] = {None: self.price, engine.model: self.price}
-        self.share, self.first_share = share, first_share
+        self.first_share = first_share
         bound = (engine.provider.get("defaults") or {}).get("max_tokens")
         self.bound = bound or (DEFAULT_MAX_TOKENS if kind_of(engine).holds_model else None)
         self.spent, self.reserved, self.written = spent, 0.0, spent
@@ -69,22 +70,22 @@ class CostBudget:
         first, seen = FIRST_FACTOR / BYTES_PER_TOKEN, self.seen
         a_byte = max(1 / BYTES_PER_TOKEN, MARGIN * seen.tokens_a_byte) if self.learnt else max(first, seen.tokens_a_byte)
         longest = MARGIN * seen.output if self.learnt else max(FIRST_OUTPUT, seen.output)
-        output = params.max_tokens or self.bound or longest
+        output = 0 if "task" in values else params.max_tokens or self.bound or longest
         prompt = (len(request) + self.overhead) * a_byte
-        price = self._price(values.get("model"))
+        price = self._price(values.get("model")).at(prompt)
         if b'"cache_control"' in request:  # it may write to the prompt cache, for an hour
             price = Price(price.cache_write or price.input, None, price.output)
         turns, again = len(values.get("turns") or ()), _again(params)
         asked = (turns + 1) * (again + 1)
         # A turn's prompt contains the earlier answers. A retry for the shape contains the wrong answer.
         said = (turns * (turns + 1) // 2 * (again + 1) + (turns + 1) * again) * output
-        return self.share * price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
+        return price.of(asked * prompt + said, 0, asked * output * (params.n or 1))
 
     def _price(self, model: Any) -> Price:
         """The highest price of a row's model. A row with a model without a price is refused by `check_model`."""
         if model not in self.prices:
             try:
-                self.prices[model] = most_expensive(self.engine, str(model))
+                self.prices[model] = most_expensive(self.engine, str(model), batch=self.batch)
             except ConfigError:
                 self.prices[model] = self.price
         return self.prices[model]
@@ -101,11 +102,11 @@ class CostBudget:
         """True if the rows in flight may cost more than the budget has."""
         return self.spent + self.reserved > self.limit
 
-    def summary(self, left: str) -> str:
-        """The message of a run that stops. `left` says which rows are not asked."""
+    def summary(self) -> str:
+        """The message of a run that stops."""
         return (
-            f"run.budget_usd={self.limit:g} has no room for another row: ${self.spent:.4g} is spent, {left}; "
-            "the same command with a higher budget goes on from here"
+            f"run.budget_usd={self.limit:g} has no room for another request: all runs into this output spent "
+            f"${self.spent:.4g}; the same command with a higher budget continues"
         )
 
     @property

@@ -1,22 +1,22 @@
-"""All kinds of executors, by the name that `run.mode` has for them."""
+"""All kinds of executors, by their names in `run.mode`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config import RUN_MODES
+from pipeline.config import RUN_MODES, Config
 from pipeline.context import RunContext
 from pipeline.executors.base import Executor
 from pipeline.executors.batch.executor import BatchExecutor
 from pipeline.executors.live.executor import LiveExecutor
 
-# To add a kind of executor, add it here: `run.mode` then accepts its name.
+# A kind of executor that is added here can be named by `run.mode`.
 EXECUTORS: dict[str, type[Executor]] = {"live": LiveExecutor, "batch": BatchExecutor}
 RUN_MODES[:] = EXECUTORS
 
 
 def register(mode: str, kind: type[Executor]) -> None:
-    """Adds a kind of executor that is not in this package, such as one of a test."""
+    """Adds a kind of executor from outside of this package, such as one of a test."""
     EXECUTORS[mode] = kind
     RUN_MODES.append(mode)
 
@@ -24,6 +24,11 @@ def register(mode: str, kind: type[Executor]) -> None:
 def unregister(mode: str) -> None:
     del EXECUTORS[mode]
     RUN_MODES.remove(mode)
+
+
+def executor_of(config: Config) -> type[Executor]:
+    """The kind of the first executor of a run."""
+    return EXECUTORS[config.run.mode]
 
 
 def executors_for(context: RunContext) -> list[Executor]:

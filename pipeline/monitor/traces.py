@@ -1,7 +1,7 @@
 """OpenTelemetry traces, enabled by `run.traces`: a span for the run and a child span for each request. Spans never contain
 a prompt or an answer.
 
-Attribute names follow OpenTelemetry's conventions for generative AI, or begin with `eagleray.` where there is none.
+Attribute names follow OpenTelemetry's conventions for generative AI, or begin with `eagleray.` if these have no name.
 Headers, client certificates and so on come from OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS, …).
 """
 
@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 
 from engines.config import EngineConfig
 from engines.errors import ConfigError, ErrorCode
+from engines.tasks import task_of
 from engines.types import Completion
+from pipeline.monitor.console import warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,9 +78,7 @@ def run_span(endpoint: str | None, engine: EngineConfig, console: Console) -> It
         raise
     finally:
         if not span.end():
-            console.print(
-                f"[yellow]The traces did not get through: does {endpoint} take OTLP over HTTP?[/]", highlight=False
-            )
+            warn(console, f"{endpoint} did not accept the traces: run.traces must be the address of OTLP over HTTP.")
 
 
 class RunSpan:
@@ -117,6 +117,10 @@ class RunSpan:
         return taken
 
 
+# The names of operations in OpenTelemetry's conventions that are not ours.
+_OPERATIONS = {"embed": "embeddings"}
+
+
 class RequestSpans:
     """The spans of one worker. A thread of the exporter sends them in batches."""
 
@@ -130,14 +134,17 @@ class RequestSpans:
         self.tracer = self.provider.get_tracer("eagleray")
         self.parent = TraceContextTextMapPropagator().extract({"traceparent": trace.parent})
         self.engine, self.kind = _engine(engine), engine.kind
-        self.name = f"chat {engine.model}" if engine.model else "chat"
+        self.model = engine.model
 
     def add(self, key: bytes, id: str, began_ns: int, completion: Completion) -> None:
         """Adds a span for a request that ended now. The span covers all its tries."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
+        task = task_of(completion.values)
+        operation = _OPERATIONS.get(task, task)
         attributes: dict[str, Any] = {
             **self.engine,
+            "gen_ai.operation.name": operation,
             "eagleray.engine": completion.engine or self.kind,
             "eagleray.key": key.hex(),
             "eagleray.id": id,
@@ -160,9 +167,8 @@ class RequestSpans:
             attributes["error.type"] = completion.error.type
             if completion.error.status is not None:
                 attributes["http.response.status_code"] = completion.error.status
-        span = self.tracer.start_span(
-            self.name, self.parent, kind=SpanKind.CLIENT, attributes=attributes, start_time=began_ns
-        )
+        name = f"{operation} {self.model}" if self.model else operation
+        span = self.tracer.start_span(name, self.parent, kind=SpanKind.CLIENT, attributes=attributes, start_time=began_ns)
         if completion.error is not None:
             span.set_status(Status(StatusCode.ERROR))
         span.end(time.time_ns())

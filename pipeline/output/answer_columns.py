@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from engines.errors import ConfigError, EngineError, nearest
 from engines.params import json_schema_of
-from engines.remote.provider import inline_refs
+from engines.remote.schemas import inline_refs
 from pipeline.dataset.column_types import kind_of, type_of
-from pipeline.dataset.formats import OUTPUT_COLUMNS
+from pipeline.dataset.formats import OUTPUT_COLUMNS, REFERENCE
 from pipeline.storage.exact_json import dumps, loads
 
 _SIMPLE = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_(), "null": pa.string()}
@@ -31,15 +31,18 @@ class AnswerColumn:
 
 
 def plan_answer_columns(wanted: Any, response_format: Mapping[str, Any] | None) -> list[AnswerColumn]:
-    """The columns of `output.columns`. Raises `ConfigError` if it does not fit `response_format`."""
+    """The columns of `output.columns`. Raises `ConfigError` if they do not fit `response_format`."""
     if wanted is None:
         return []
     if response_format is None or response_format["type"] != "json_schema":
-        raise ConfigError("output.columns needs a generation.response_format of type json_schema, which types them")
+        raise ConfigError(
+            "output.columns needs a generation.response_format of type json_schema: the schema gives the types",
+            key="output.columns",
+        )
     try:
         schema = json_schema_of(response_format)
     except EngineError as error:
-        raise ConfigError(f"generation.{error}") from None
+        raise ConfigError(f"generation.{error}", key="generation.response_format") from None
     try:
         schema = inline_refs(schema)
     except ValueError:  # a recursive schema: its columns become JSON text
@@ -52,19 +55,23 @@ def plan_answer_columns(wanted: Any, response_format: Mapping[str, Any] | None) 
         paths = dict(wanted)
     else:
         raise ConfigError(
-            f"output.columns must be schema, a list of properties or a mapping of names to properties, not {wanted!r}"
+            f"output.columns must be schema, a list of properties or a mapping of names to properties, not {wanted!r}",
+            key="output.columns",
         )
     found: list[AnswerColumn] = []
     for name, path in paths.items():
         if not isinstance(path, str) or not isinstance(name, str):
-            raise ConfigError(f"output.columns: {path!r} is not the name of a property of the schema")
+            raise ConfigError(f"output.columns: {path!r} is not the name of a property of the schema", key="output.columns")
         parts, node = _parts(path, schema), schema
         for part in parts:
             known = _properties(node)
             if part not in known:
-                raise ConfigError(f"output.columns: the schema has no property '{part}' ({path}){nearest(part, known)}")
+                raise ConfigError(
+                    f"output.columns: the schema has no property '{part}' ({path}){nearest(part, known)}",
+                    key="output.columns",
+                )
             node = known[part]
-        while name in OUTPUT_COLUMNS or any(answer_column.name == name for answer_column in found):
+        while name in (*OUTPUT_COLUMNS, REFERENCE) or any(answer_column.name == name for answer_column in found):
             name = f"response_{name}"
         found.append(AnswerColumn(name, parts, arrow_type(node)))
     return found
@@ -94,7 +101,7 @@ def _plain(schema: Any) -> Any:
 
 
 def arrow_type(schema: Any) -> pa.DataType | None:
-    """The Arrow type that holds every value of a JSON schema exactly. None if only JSON text does."""
+    """The Arrow type that holds every value of a JSON schema exactly. None if only JSON text holds it."""
     schema = _plain(schema)
     if not isinstance(schema, Mapping) or "$ref" in schema:
         return None
@@ -113,7 +120,7 @@ def arrow_type(schema: Any) -> pa.DataType | None:
         return pa.list_(item) if item is not None else None
     if kinds == "object":
         fields = {name: arrow_type(part) for name, part in _properties(schema).items()}
-        # A struct has no place for properties that the schema does not name.
+        # A struct cannot hold properties that the schema does not name.
         if not fields or schema.get("additionalProperties") is not False or "patternProperties" in schema:
             return None
         return pa.struct(list(fields.items())) if None not in fields.values() else None
@@ -121,25 +128,30 @@ def arrow_type(schema: Any) -> pa.DataType | None:
 
 
 def answer_arrays(answer_columns: Sequence[AnswerColumn], texts: Sequence[str | None]) -> dict[str, pa.Array]:
-    """The arrays of the columns. A value is null if there is no answer (None), or if the answer has no value of the type at
-    the column's path."""
-    values: list[list[Any]] = [[] for _ in answer_columns]
-    for text in texts:
-        answer: Any = None
-        if text is not None:
-            try:
-                answer = loads(text.encode())
-            except ValueError:  # for example, the row sets its own response format
-                pass
-        for answer_column, column in zip(answer_columns, values, strict=True):
-            value = answer
-            for part in answer_column.path:
-                value = value.get(part) if isinstance(value, dict) else None
-            column.append(fitted(value, answer_column.type))
+    """The arrays of the columns, of the values that `answer_values` finds in the answers."""
+    rows = [answer_values(answer_columns, text) for text in texts]
     return {
-        answer_column.name: pa.array(column, answer_column.type or pa.string())
-        for answer_column, column in zip(answer_columns, values, strict=True)
+        column.name: pa.array([row[at] for row in rows], column.type or pa.string())
+        for at, column in enumerate(answer_columns)
     }
+
+
+def answer_values(answer_columns: Sequence[AnswerColumn], text: str | None) -> list[Any]:
+    """The values of the columns in one answer. A value is None if there is no answer (None), or if the answer has no value
+    of the type at the column's path."""
+    answer: Any = None
+    if text is not None and answer_columns:
+        try:
+            answer = loads(text.encode())
+        except ValueError:  # for example, the row sets its own response format
+            pass
+    values = []
+    for column in answer_columns:
+        value = answer
+        for part in column.path:
+            value = value.get(part) if isinstance(value, dict) else None
+        values.append(fitted(value, column.type))
+    return values
 
 
 def fitted(value: Any, type: pa.DataType | None) -> Any:

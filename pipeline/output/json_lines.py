@@ -1,44 +1,52 @@
-"""Tables as JSON lines: JSON text becomes JSON again, and the input's own values are written as they came."""
+"""Tables as JSON lines: JSON text becomes JSON again, and the input's own values are written unchanged."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
 import pyarrow as pa
 
+from engines.tasks import CHAT
+from pipeline.dataset.arrow_rows import readable_rows, readable_values
+from pipeline.output.jsonl_styles import Style
 from pipeline.output.plan import OutputColumns
-from pipeline.storage.exact_json import loads, plain
+from pipeline.output.tables import error_names
+from pipeline.storage.exact_json import dumps, loads
 
-# Columns of ours that hold JSON text.
+# Columns of Eagleray that hold JSON text in Parquet.
 JSON_TEXT = ("messages", "tool_calls", "choices", "logprobs")
 
 
 def data_lines(
-    table: pa.Table, values: Sequence[Mapping[str, Any]], columns: OutputColumns, style: Callable[[Any], Any]
+    table: pa.Table, values: Sequence[Mapping[str, Any]], columns: OutputColumns, style: Style, tasks: Sequence[str] = ()
 ) -> bytes:
-    """Lines of data/. `values` are the rows' columns as they came."""
+    """Lines of data/. `values`: the rows' columns as they are in the input. `tasks`: those of the rows, if the style needs
+    them."""
     own = {c.name: c.source for c in columns.own if c.name is not None}
     in_json = {*JSON_TEXT, *(c.name for c in columns.answers if c.type is None)}
+
+    def column(name: str) -> list[Any]:
+        if name in own:
+            return [row.get(own[name]) for row in values]
+        found = readable_values(table[name])
+        return list(map(_embedded, found)) if name in in_json else found
+
     lines = []
-    for row, came in zip(table.to_pylist(), values, strict=True):
-        for name in row:
-            if name in own:
-                row[name] = came.get(own[name])
-            elif name in in_json:
-                row[name] = _embedded(row[name])
-        lines.append(_line(style(row)))
+    for at, cells in enumerate(zip(*map(column, table.column_names), strict=True)):
+        row = dict(zip(table.column_names, cells, strict=True))
+        lines.append(dumps(style(row, tasks[at] if tasks else CHAT, values[at])) + b"\n")
     return b"".join(lines)
 
 
 def error_lines(table: pa.Table, columns: OutputColumns) -> bytes:
     """Lines of errors/."""
-    in_json = {*JSON_TEXT, *(c.source for c in columns.own if c.type is None)}
+    names = error_names([c.source for c in columns.own])
+    in_json = {*JSON_TEXT, *(names[c.source] for c in columns.own if c.type is None)}
     lines = []
-    for row in table.to_pylist():
-        lines.append(_line({name: _embedded(value) if name in in_json else value for name, value in row.items()}))
+    for row in readable_rows(table):
+        line = {name: _embedded(value) if name in in_json else value for name, value in row.items()}
+        lines.append(dumps(line) + b"\n")
     return b"".join(lines)
 
 
@@ -49,10 +57,3 @@ def _embedded(value: Any) -> Any:
         return loads(value.encode())
     except ValueError:  # the input's own column of that name holds other text
         return value
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(row, default=plain, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # an integer of more than 64 bits
-        return json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=plain).encode() + b"\n"

@@ -9,60 +9,74 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
-import pyarrow.fs as pafs
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from engines.base import Engine
-from engines.errors import EngineError
+from engines.errors import ConfigError, EngineError, ErrorCode
 from engines.local.preflight import model_on_this_machine
 from engines.local.prompt_renderer import PromptRenderer
 from engines.rendering import render_messages
-from engines.text import visible
+from engines.text import counted, visible
 from engines.types import Request
 from pipeline.config import Config
-from pipeline.dataset.reader import ReadSplit, RowReader
-from pipeline.output.manifest import unchanged
+from pipeline.context import RunContext
+from pipeline.dataset.reader import ReadSplit
+from pipeline.executors.registry import executor_of
+from pipeline.monitor.console import warn
+from pipeline.output.up_to_date import unchanged
 from pipeline.preflight.checks import examine, output_state
 from pipeline.preflight.dataset_estimate import Check, DatasetEstimate, ReportLine
 from pipeline.storage.filesystem import exists
 from pipeline.storage.ledger_index import read_index
 from pipeline.storage.output_files import MANIFEST
 
-# A real run reads at most `FIRST_ROWS` rows ahead. Listing and reading may take up to `FIRST_S` seconds each.
+# A real run estimates its size from the first rows, and searches more of them for one that can be asked.
 FIRST_ROWS, FIRST_S = 1000, 1.0
+SEARCH_ROWS, SEARCH_S = 100_000, 30.0
 
 
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 
-def look_at_configuration(config: Config, fs: pafs.FileSystem, root: str, console: Console) -> Check | None:
+def look_at_configuration(context: RunContext) -> Check | None:
     """Checks the configuration. Raises `ConfigError` if no row could be answered. Prints doubtful findings."""
-    findings = examine(config, thorough=False)
+    findings = examine(context.config, thorough=False)
     if findings.engine is not None:
         findings.engine.close()
     # A complete output needs no engine, unless it is to be made again.
-    if findings.wrong and not (config.run.resume and exists(fs, f"{root}/{MANIFEST}")):
+    complete = context.config.run.resume and exists(context.fs, f"{context.root}/{MANIFEST}")
+    if findings.wrong and not complete:
         raise findings.wrong[0].error()
     for finding in findings.doubtful:
-        console.print(Text(f"On this machine: {finding.text}", "yellow"))
+        warn(context.console, finding.text if finding.is_warning else f"On this machine: {finding.text}")
     return findings.check
 
 
-def look_at_rows(
-    config: Config, splits: list[ReadSplit], row_reader: RowReader, check: Check | None, console: Console
-) -> None:
-    """Prints an estimate for all rows from the first ones."""
+def look_at_rows(context: RunContext, splits: list[ReadSplit], check: Check | None) -> None:
+    """Prints an estimate for all rows from the first ones. Raises `ConfigError` if no row can be asked.
+
+    It reads on until a row can be asked, up to `SEARCH_ROWS` rows and `SEARCH_S` seconds. If that is not the whole input,
+    the run goes on: a later row may be valid.
+    """
+    config, console = context.config, context.console
+    estimate = DatasetEstimate(config, check=check)
     try:
-        estimate = DatasetEstimate(config, check=check).read(splits, row_reader, max_rows=FIRST_ROWS, seconds=FIRST_S)
-    except Exception:  # the run itself will report the error for the row; reading ahead must not end a run
+        estimate.read(splits, context.row_reader, max_rows=FIRST_ROWS, seconds=FIRST_S)
+        if not estimate.askable and not estimate.whole:
+            estimate = DatasetEstimate(config, check=check)
+            estimate.read(splits, context.row_reader, max_rows=SEARCH_ROWS, seconds=SEARCH_S, until_askable=True)
+    except Exception:  # the run reports the error of the row; this look ahead must not end a run
         return
+    if problem := estimate.no_row():
+        raise ConfigError(problem, code=ErrorCode.NO_ROW)
     total = _total(splits, estimate)
     factor = total / estimate.rows if total and estimate.rows else 1.0
-    rows = f"{estimate.rows:,} rows in {estimate.files:,} files"
+    rows = f"{counted(estimate.rows, 'row')} in {counted(estimate.files, 'file')}"
     if not estimate.whole:
-        rows = f"About {total:,} rows, by the first {estimate.rows:,}" if total else f"The first {estimate.rows:,} rows"
+        first = f"the first {counted(estimate.rows, 'row')}"
+        rows = f"About {counted(total, 'row')}, by {first}" if total else first.capitalize()
     tokens = sum(estimate.prompts) * factor
     words = "at most" if estimate.bounded and estimate.whole else "about"
     cost = f"; cost: {estimate.cost(factor)}" if config.engine.provider or config.engine.price.known else ""
@@ -70,24 +84,28 @@ def look_at_rows(
         f"{rows}: about {tokens:,.0f} tokens in, {words} {estimate.output * factor:,.0f} out{cost}.",
         highlight=False, markup=False,
     )  # fmt: skip
-    for count, what, examples in (
-        (estimate.invalid, "cannot be read", estimate.reasons),
-        (estimate.refused, "are not for this engine", estimate.refusals),
+    for count, (one, many), examples in (
+        (estimate.invalid, ("cannot be read",) * 2, estimate.reasons),
+        (estimate.refused, ("is refused by this engine", "are refused by this engine"), estimate.refusals),
     ):
         if count:
-            of = "them" if estimate.whole else f"the first {estimate.rows:,} rows"
-            text = f"{count:,} of {of} {what} and become error rows, such as {examples[0]}"
-            console.print(Text(text[:400], "yellow"))
+            of = "them" if estimate.whole else f"the first {counted(estimate.rows, 'row')}"
+            what = f"{one} and becomes an error row" if count == 1 else f"{many} and become error rows"
+            warn(console, f"{count:,} of {of} {what}, for example {examples[0]}"[:400])
+    for sentence in estimate.columns():
+        console.print(Text(f"{sentence}."))
 
 
 def _total(splits: list[ReadSplit], estimate: DatasetEstimate) -> int | None:
-    """The number of all rows, estimated from the size if necessary. None if only reading all of them would show it."""
+    """The number of all rows, estimated from the size if necessary. None if it is unknown until all of them are read."""
     if estimate.whole:
         return estimate.rows
-    if splits and all(split.limit is not None for split in splits):
-        return sum(split.limit or 0 for split in splits)
-    if estimate.size and all(split.file_split.kind == "jsonl" and split.file_split.stop >= 0 for split in splits):
-        size = sum(split.file_split.stop - split.file_split.start for split in splits)
+    file_splits = [split.file_split for split in splits]
+    taken = [len(file_split.take) for file_split in file_splits if file_split.take is not None]
+    if taken and len(taken) == len(file_splits):
+        return sum(taken)
+    if estimate.size and all(file_split.kind == "jsonl" and file_split.stop >= 0 for file_split in file_splits):
+        size = sum(file_split.stop - file_split.start for file_split in file_splits)
         return max(estimate.rows, round(size / (estimate.size / estimate.rows)))
     return None
 
@@ -95,26 +113,34 @@ def _total(splits: list[ReadSplit], estimate: DatasetEstimate) -> int | None:
 # -- a dry run --------------------------------------------------------------------------------------------------------
 
 
-def dry_run(
-    config: Config, fs: pafs.FileSystem, root: str, row_reader: RowReader, splits: list[ReadSplit], console: Console
-) -> tuple[DatasetEstimate, list[str]]:
-    """Reads the whole input and prints what a run would do. Returns the estimate, and why a run is impossible."""
+def dry_run(context: RunContext, splits: list[ReadSplit]) -> tuple[DatasetEstimate, list[str]]:
+    """Reads the whole input and prints what a run would do. Returns the estimate, and reasons why a run is impossible."""
+    config, fs, root, console = context.config, context.fs, context.root, context.console
     index = read_index(fs, root)
     findings = examine(config, thorough=True)
     wrong = [finding.text for finding in findings.wrong]
-    context, renderer = model_on_this_machine(config.engine)
+    length, renderer = model_on_this_machine(config.engine)
     known = index.only(failed_count_as_answered=not config.run.retry_failed)
-    estimate = DatasetEstimate(config, context, renderer, findings.check).read(splits, row_reader, known)
+    estimate = DatasetEstimate(config, length, renderer, findings.check)
+    executor = executor_of(config)
+    estimate.preview = None if executor.findings(config) else executor.preview(config)
+    estimate.read(splits, context.row_reader, known)
+    if problem := estimate.no_row():
+        wrong.append(problem)
     if estimate.invalid and config.dataset.on_bad_input == "fail":
-        wrong.append(f"{estimate.reasons[0]} (dataset.on_bad_input=quarantine would go on)")
+        wrong.append(f"{estimate.reasons[0]} (dataset.on_bad_input=quarantine would make it an error row)")
     complete = unchanged(config, fs, root, splits, index) is not None
     state, unusable = output_state(fs, root, len(index), estimate.answered, complete)
     if unusable:
         wrong.append(state)
-    doubtful = [finding.text for finding in findings.doubtful]
+    doubtful = [
+        finding.text if finding.is_warning else f"{finding.text} (the replicas' machines may have it)"
+        for finding in findings.doubtful
+    ]
     show(_about(config, estimate, doubtful, wrong, state, unusable), console)
     if estimate.first:
-        console.print(Text(f"The first {len(estimate.first)} requests, as they would be sent:", "bold"))
+        first = counted(len(estimate.first), "request, as it would be sent:", "requests, as they would be sent:")
+        console.print(Text(f"The first {first}", "bold"))
     for id, request in estimate.first:
         console.print(Text(f"\n{visible(id)}", "bold cyan"))
         console.print(Text(shown_request(findings.engine, renderer, request)), soft_wrap=True)
@@ -128,25 +154,29 @@ def _about(
 ) -> Iterable[ReportLine]:
     yield (
         "dataset",
-        f"{estimate.rows:,} rows in {estimate.files:,} files: {len(estimate.keys):,} requests to ask, "
-        f"{estimate.duplicates:,} duplicates, {estimate.answered:,} already answered, {estimate.invalid:,} cannot be read.",
+        f"{counted(estimate.rows, 'row')} in {counted(estimate.files, 'file')}: {estimate.answered:,} done, "
+        f"{estimate.invalid:,} invalid, {estimate.open:,} open: {counted(estimate.requests, 'request')} to send, "
+        f"{counted(estimate.duplicates, 'duplicate')}.",
         False,
     )
     yield from (("", reason, True) for reason in estimate.reasons)
+    yield from (("" if at else "columns", f"{sentence}.", False) for at, sentence in enumerate(estimate.columns()))
     yield "tokens in", f"{sum(estimate.prompts):,} ({estimate.way})", False
     yield "tokens out", estimate.answers, False
     yield "cost", estimate.cost(), False
+    for title, sentence in estimate.preview.lines() if estimate.preview else ():
+        yield title, sentence, False
     if config.run.budget_usd is not None:
         yield "budget", f"${config.run.budget_usd:g} for all runs into this output", False
     engine = config.engine
     yield "engine", " ".join(filter(None, (engine.kind, engine.model, engine.adapter))), False
     if estimate.refused:
-        yield "refused", f"{estimate.refused:,} requests are not for this engine", True
+        yield "refused", f"{counted(estimate.refused, 'request is', 'requests are')} refused by this engine", True
         yield from (("", example, True) for example in estimate.refusals)
     yield from estimate.lengths(bool(estimate.too_long))
     yield "output", state, unusable
     for text in doubtful:
-        yield "here", f"{text} (the replicas' machines may have it)", True
+        yield "warning", text, True
     for text in wrong:
         yield "cannot run", text, True
 
@@ -169,4 +199,4 @@ def shown_request(engine: Engine | None, renderer: PromptRenderer | None, reques
             warnings.simplefilter("ignore")
             return visible(render(request))
     except EngineError as error:
-        return visible(f"(cannot be asked: {error})")
+        return visible(f"(cannot be sent: {error})")

@@ -241,7 +241,7 @@ def rows_over_time(series: Series) -> Markup:
         drawing.bar("answered", c.at, c.end, 0, answered)
         drawing.bar("failed", c.at, c.end, answered, answered + failed)
         also = f", {c.failed:,} failed" if c.failed else ""
-        drawing.hover(c.at, c.end, f"{c.when}: {c.answered:,} answered{also}; {number(answered + failed)} a second")
+        drawing.hover(c.at, c.end, f"{c.when}: {c.answered:,} done{also}; {number(answered + failed)} a second")
     return drawing.done("Answers per second over time")
 
 
@@ -318,10 +318,10 @@ def histogram(found: Histogram, label: str, whole: bool) -> Markup:
     row, last = 0, -math.inf
     for name, q in QUANTILES.items():
         x = drawing.x(float(forth(found.quantile(q) + middle)))
-        row = row + 1 if x - last < 26 else 0
+        side, at = ("end", x - 3) if x > WIDTH - 40 else ("start", x + 3)
+        row = row + 1 if x - last < (48 if side == "end" else 26) else 0
         last = x
         drawing.parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{TOP + 11 * row}" y2="{HEIGHT - BOTTOM}"/>')
-        side, at = ("end", x - 3) if x > WIDTH - 40 else ("start", x + 3)
         drawing.parts.append(f'<text class="{side} name" x="{at:.1f}" y="{TOP + 11 * row + 6}">{name}</text>')
     return drawing.done(label)
 

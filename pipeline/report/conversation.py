@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from engines.text import visible
-from engines.types import answer
+from engines.text import counted, visible
+from engines.types import answer, called
+from pipeline.report.task_values import values_of, values_text
 from pipeline.storage.exact_json import dumps, loads
 
 # Limits in characters of one text and of a whole row. The answer uses the limit of the row before the other messages do.
 TEXT_CHARS, ROW_CHARS = 4_000, 12_000
 # A longer conversation is shown without its middle.
 FIRST_TURNS, LAST_TURNS = 4, 16
+LEFT_OUT = re.compile(r" ⋯ [\d,]+ characters? left out here ⋯ ")
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[;,]")
 
 Turn = dict[str, Any]
@@ -29,15 +31,20 @@ class _Cutter:
         text = text if isinstance(text, str) else _json(text)
         take = min(limit, self.left)
         self.left -= min(len(text), take)
-        more = f" … and {len(text) - take:,} more characters" if len(text) > take else ""
-        return visible(text[:take]) + more
+        if len(text) <= take:
+            return visible(text)
+        # The beginnings of prompts are often equal, so a long text is shown with its end.
+        head = take * 2 // 3
+        left_out = f" ⋯ {counted(len(text) - take, 'character')} left out here ⋯ "
+        return visible(text[:head]) + left_out + visible(text[len(text) - (take - head) :])
 
 
 def shown_row(
-    id: str, index: int, messages: bytes | None, raw: bytes | None, columns: Any, completion: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The data that the page needs to draw one row. `completion` has our columns. `columns` are those of the input, for a
-    row without a readable conversation."""
+    id: str, index: int, messages: bytes | None, raw: bytes | None, columns: Any, completion: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The data that the page needs to draw one row. `completion` has our columns. `inputs` are those of a task other than a
+    chat. `columns` are those of the input, for a row without a readable conversation."""
     cut = _Cutter()
     error, usage = completion["error"], completion["usage"]
     row = {
@@ -47,6 +54,7 @@ def shown_row(
         "model": completion["model"] and cut(completion["model"], 200),
         "attempts": completion["attempts"],
         "latency": completion["latency_s"] or None,
+        "queued": completion["queued_s"],
         "usage": usage and [usage["input"], usage["cached_input"], usage["output"]],
         "error": error and {"type": error["type"], "status": error["status"], "message": cut(error["message"], 1000)},
     }
@@ -57,16 +65,28 @@ def shown_row(
             del conversation[FIRST_TURNS:-LAST_TURNS]
         turns = [_turn(message, cut) for message in conversation]
         if skipped > 0:
-            note = {"kind": "note", "text": f"{skipped:,} messages are left out here"}
+            note = {"kind": "note", "text": f"{counted(skipped, 'message is', 'messages are')} left out here"}
             turns.insert(FIRST_TURNS, {"role": "note", "parts": [note]})
+    elif inputs:
+        turns = [_input(name, value, cut, alone=len(inputs) == 1) for name, value in inputs.items()]
     else:
         line = raw.decode("utf-8", "replace") if raw else _json(dict(columns or {}))
         turns = [{"role": "input", "parts": [{"kind": "code", "text": cut(line)}]}]
     return {**row, "turns": turns + answers}
 
 
+def _input(name: str, value: Any, cut: _Cutter, *, alone: bool) -> Turn:
+    """A turn for an input. If it is not alone, its name comes first."""
+    text = value if isinstance(value, str) else "\n".join(f"{at}: {each}" for at, each in enumerate(value))
+    before = "" if alone else f"{name}:{' ' if isinstance(value, str) else chr(10)}"
+    return {"role": "input", "parts": [{"kind": "text", "text": cut(before + text)}]}
+
+
 def _answers(completion: Mapping[str, Any], cut: _Cutter) -> Iterator[Turn]:
-    """A turn for the answer, or for each of several answers (`n`)."""
+    """A turn for the answer, for each of several answers (`n`), or for the values of another task."""
+    if values := values_of(completion):
+        yield {"role": "assistant", "parts": [{"kind": "text", "text": cut(values_text(values))}], "answer": True}
+        return
     choices = loads(completion["choices"].encode()) if completion["choices"] else [None]
     for number, choice in enumerate(choices, 1):
         if choice:
@@ -111,10 +131,10 @@ def _image_label(url: Any) -> str:
 
 
 def _call(call: Any, cut: _Cutter) -> dict[str, str]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
+    if not isinstance(call, dict):
         return {"kind": "code", "text": cut(call)}
-    return {"kind": "call", "name": cut(function.get("name"), 200), "text": cut(function.get("arguments"))}
+    name, given = called(call)
+    return {"kind": "call", "name": cut(name, 200), "text": cut(given)}
 
 
 def _json(value: Any) -> str:

@@ -20,20 +20,24 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from engines.text import one_line, visible
+from engines.errors import docs_link
+from engines.text import counted, one_line, visible
+from pipeline.monitor.status import ReplicaProblem
 from pipeline.report import charts
-from pipeline.report.stats import Stats
+from pipeline.report.advice import ADVICE, TRUNCATED
+from pipeline.report.costs import cost_of, dollars
+from pipeline.report.rows import ShownRows, select_rows
+from pipeline.report.stats import Example, Stats
+from pipeline.report.value_chart import Column, Embeddings
+from pipeline.report.value_stats import ValueStats
 from pipeline.storage.filesystem import write_atomic
 from pipeline.storage.output_files import REPORT
 
-# Limit of the embedded conversations in bytes.
-SAMPLE_BYTES = 1_200_000
-FILES_SHOWN, BATCHES_SHOWN = 10, 20
+FILES_SHOWN, BATCHES_SHOWN, PROMPTS = 10, 20, 3
 
 
 def write_report(fs: pafs.FileSystem, root: str, manifest: Mapping[str, Any], stats: Stats, console: Console) -> None:
@@ -60,32 +64,37 @@ def render(manifest: Mapping[str, Any], stats: Stats) -> str:
     style, script = _asset("report.css"), _asset("report.js")
     series = charts.series_of(stats.timeline) if stats.timeline.seconds else None
     sums = {name: pc.sum(stats.timeline.cells[name]).as_py() for name in ("answered", "failed", "output")}
-    rows = {shown.at: shown.row for shown in (*stats.slowest, *stats.failed, *stats.sample)}
-    sample, size = {}, 0
-    for index, row in rows.items():
-        size += len(htmlsafe_json_dumps(row).encode())
-        if size <= SAMPLE_BYTES:
-            sample[index] = row
+    shown = select_rows(stats)
     config = _given(orjson.loads(orjson.dumps(manifest["config"])))
-    model = manifest["engine"]["model"] or next((row["model"] for row in rows.values() if row["model"]), None)
+    names = [file["path"].rsplit("/", 1)[-1] for file in manifest["input"]["files"]]
     context = {
         "policy": f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'",
         "style": Markup(style),
         "script": Markup(script),
         "m": manifest,
-        "model": model,
+        "model": _models(manifest, shown),
         "stats": stats,
+        "columns": [Column.of(name, found) for name, found in stats.columns.items() if _is_scored(name, found)],
+        "response": Column.of("response", stats.columns["response"]) if "response" in stats.columns else None,
+        "embeddings": Embeddings.of(stats.vectors) if stats.vectors.norms.rows else None,
+        "truncated": stats.finish.examples.get("length", []),
+        "prompt": _prompt(config, shown),
         "series": series,
         "sums": sums,
         "charts": charts,
-        "names": [file["path"].rsplit("/", 1)[-1] for file in manifest["input"]["files"]],
+        "names": names,
         "bytes": sum(file["bytes"] or 0 for file in manifest["input"]["files"]),
-        "duplicates": manifest["rows"]["total"] - manifest["rows"]["invalid"] - manifest["rows"]["requests"],
         "shared": stats.answers - manifest["rows"]["requests"],
         "errors": sorted(manifest["errors"].items(), key=lambda item: -item[1]),
-        "slowest": [(shown.at, shown.row, shown.at in sample) for shown in stats.slowest],
-        "sample": [sample[index] for index in sorted(sample)],
+        "failures": lambda type: _by_message(stats.examples.get(type, [])),
+        "advice": ADVICE,
+        "problems": [ReplicaProblem(**problem).sentence() for problem in manifest.get("replica_problems", ())],
+        "truncated_advice": TRUNCATED,
+        "docs": docs_link,
+        "cost": cost_of(manifest),
+        "shown": shown,
+        "generation": config.get("generation", {}),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "files_shown": FILES_SHOWN,
         "batches_shown": BATCHES_SHOWN,
@@ -93,15 +102,49 @@ def render(manifest: Mapping[str, Any], stats: Stats) -> str:
     return str(_template("report.html").render(context))
 
 
+def _is_scored(name: str, found: ValueStats) -> bool:
+    """True for a column of `output.columns` or of a task; false for the text of the answers."""
+    return found.kind != "other" and name != "response"
+
+
+def _by_message(examples: list[Example]) -> list[tuple[str, list[Example]]]:
+    """The examples of failed rows by their message, without the row's id in it."""
+    found: dict[str, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.message.removeprefix(f"{example.id}: ")[:400], []).append(example)
+    return list(found.items())
+
+
+def _models(manifest: Mapping[str, Any], shown: ShownRows) -> str:
+    """The model of the run, or the model that answered."""
+    found = manifest["engine"]["model"] or next((row["model"] for row in shown.rows.values() if row["model"]), None)
+    return str(found or manifest["engine"]["kind"])
+
+
+def _prompt(config: Mapping[str, Any], shown: ShownRows) -> list[tuple[str, str, str]]:
+    """(title, text, note) of what the prompts have in common."""
+    template = config.get("dataset", {}).get("template")
+    if isinstance(template, Mapping):
+        return [(f"Template: {name}", str(text), "") for name, text in template.items()]
+    found = [("System message", shown.system, "the same in all rows with one")] if shown.system else []
+    if template is not None:
+        return [*found, ("Template", str(template), "")]
+    for group in shown.prompts[:PROMPTS]:
+        rows = f"{len(group.at):,} of {counted(len(shown.rows), 'row')} on this page begin alike"
+        found.append(("Shared prompt", f"{group.before.strip()} … {group.after.strip()}".strip(), rows))
+    return found
+
+
 def _template(name: str) -> Any:
     environment = Environment(
         loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
+        counted=counted,
         number=charts.number,
         seconds=charts.seconds,
         visible=visible,
-        dollars=_dollars,
+        dollars=dollars,
         date=lambda at: datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     return environment.get_template(name)
@@ -121,11 +164,3 @@ def _given(value: Any) -> Any:
         return value
     found = {name: _given(item) for name, item in value.items()}
     return {name: item for name, item in found.items() if item not in (None, {}, [])}
-
-
-def _dollars(value: float | None) -> str:
-    if value is None:  # an unknown price
-        return "–"
-    if value >= 1 or round(value, 2) == value:
-        return f"${value:,.2f}"
-    return f"${value:.4g}" if value >= 1e-4 else f"${value:.1e}"

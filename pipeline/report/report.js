@@ -23,7 +23,24 @@ if ($("rows")) {
 
   const secs = (s) => s < 1 ? `${(s * 1000).toPrecision(3)} ms` : `${s.toPrecision(3)} s`;
 
+  // A folded text that other rows have, too.
+  const folded = (title, text, kind) => {
+    const box = make("details", "shared");
+    box.append(make("summary", "", title), make("div", kind, text));
+    return box;
+  };
+
   const part = (part) => {
+    if (part.shared) {
+      const [before, after] = part.shared;
+      const kind = part.kind === "code" ? "pre" : "text";
+      const box = make("div", "");
+      const end = part.text.length - after;
+      if (before) box.append(folded("the beginning that other rows have, too", part.text.slice(0, before), kind));
+      box.append(make(part.kind === "code" ? "pre" : "div", part.kind === "code" ? "" : "text", part.text.slice(before, end)));
+      if (after) box.append(folded("the ending that other rows have, too", part.text.slice(end), kind));
+      return box;
+    }
     if (part.kind === "text") return make("div", "text", part.text);
     if (part.kind === "note") return make("div", "text dim", part.text);
     if (part.kind === "code") return make("pre", "", part.text);
@@ -49,7 +66,10 @@ if ($("rows")) {
     if (turn.role !== "note") {
       box.append(make("div", "who", [turn.role, turn.answer && "answer", turn.note].filter(Boolean).join(" · ")));
     }
-    for (const one of turn.parts) box.append(part(one));
+    if (turn.rows) {
+      const text = turn.parts.map((one) => one.text).join("\n");
+      box.append(folded(`the same in ${turn.rows} rows of this page`, text, "text"));
+    } else for (const one of turn.parts) box.append(part(one));
     for (const node of box.children) node.dir = "auto";
     return box;
   };
@@ -61,7 +81,7 @@ if ($("rows")) {
     $("before").disabled = place === 0;
     $("after").disabled = place >= shown.length - 1;
     [...$("list").children].forEach((item, at) => item.firstChild.setAttribute("aria-current", String(at === place)));
-    if (!shown.length) return chat.append(make("p", "dim", "No conversation is like that."));
+    if (!shown.length) return chat.append(make("p", "dim", "No conversation matches."));
     const row = rows[shown[place]];
     const head = make("div", "head");
     head.append(make("h3", "", ""), make("span", "dim", `row ${(row.index + 1).toLocaleString("en")}`));
@@ -74,7 +94,8 @@ if ($("rows")) {
       failed.lastChild.dir = "auto";
       chat.append(failed);
     }
-    const facts = [row.finish && `ended by ${row.finish}`, row.latency && secs(row.latency),
+    const facts = [row.finish && `finish reason: ${row.finish}`, row.latency && secs(row.latency),
+      row.queued > 0.0005 && `after ${secs(row.queued)} of queueing`,
       row.usage && `${row.usage[0].toLocaleString("en")} tokens in, ${row.usage[2].toLocaleString("en")} out`,
       row.attempts > 1 && `${row.attempts} attempts`, row.model];
     chat.append(make("p", "dim small", facts.filter(Boolean).join(" · ")));
@@ -93,10 +114,9 @@ if ($("rows")) {
     shown = rows.map((_, at) => at).filter((at) => (!bad || rows[at].error) && words[at].includes(needle));
     $("list").replaceChildren(...shown.map((at, here) => {
       const row = rows[at];
-      const said = row.turns.filter((turn) => turn.role === "user" || turn.role === "input").pop();
       const button = make("button", row.error ? "failed" : "");
       button.type = "button";
-      button.append(make("bdi", "", row.id), make("span", "dim", said ? said.parts.map((part) => part.text).join(" ").slice(0, 80) : ""));
+      button.append(make("bdi", "", row.id), make("span", "dim", row.brief || ""));
       button.onclick = () => go(here);
       const item = make("li");
       item.append(button);

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-T = TypeVar("T")
+from pipeline.report.value_stats import Show, Shown, ValueStats, lowest
+from pipeline.report.vector_stats import VectorStats
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 # The bins of a histogram: `PER_OCTAVE` bins for a factor of two (each 2.2% wide), from 0.1 ms to 97 days, or to 8 million
 # tokens.
@@ -29,7 +33,7 @@ FIRST_WIDTH_MS, MOST_BUCKETS = 250, 240
 # In the timeline, this many bins of latency are combined into one.
 COARSE = 8
 # A longer time without any request in flight is a pause, such as between two runs. It is longer than waits for limits per
-# minute, which are no pauses.
+# minute, which are not pauses.
 PAUSE_MS = 60_000
 # The number of rows shown, of each kind.
 SAMPLED, FAILED, SLOWEST, EXAMPLES = 40, 15, 10, 4
@@ -148,6 +152,11 @@ def _merged(spans: Ints) -> Ints:
     return np.stack([spans[first, 0], ends[np.append(first[1:], len(spans)) - 1]], axis=1)
 
 
+def _located(rows: Ints, index: int, show: Show, at: int) -> Shown:
+    """The row at this position of `rows`, for the report."""
+    return Shown(0, index + int(rows[at]), show(int(rows[at])))
+
+
 class Example(NamedTuple):
     """An example of a failed row."""
 
@@ -156,24 +165,13 @@ class Example(NamedTuple):
     message: str
 
 
-class Shown(NamedTuple):
-    """A row that the report shows. Rows with the lowest `rank` come first."""
-
-    rank: float
-    at: int  # index of the row
-    row: dict[str, Any]
-
-
-# Prepares the row of this number in a part for the report.
-Show = Callable[[int], dict[str, Any]]
-
-
 @dataclass(slots=True)
 class Stats:
     """The statistics of a part of the output, or of the whole output."""
 
     answers: int = 0  # a sum over jobs: an answer that serves rows of two jobs counts twice
-    latency: Histogram = field(default_factory=Histogram)
+    latency: Histogram = field(default_factory=Histogram)  # of the answers alone
+    queued: Histogram = field(default_factory=Histogram)  # the time before the answers began
     input: Histogram = field(default_factory=Histogram)
     output: Histogram = field(default_factory=Histogram)
     timeline: Timeline = field(default_factory=Timeline)
@@ -181,11 +179,18 @@ class Stats:
     sample: list[Shown] = field(default_factory=list)  # spread evenly over the input
     failed: list[Shown] = field(default_factory=list)  # spread evenly over the failed rows
     slowest: list[Shown] = field(default_factory=list)
+    columns: dict[str, ValueStats] = field(default_factory=dict)  # of the answers: counts of done rows
+    vectors: VectorStats = field(default_factory=VectorStats)  # the embeddings
+    finish: ValueStats = field(default_factory=lambda: ValueStats("label"))  # the finish reasons of done rows
     broken: str | None = None  # the traceback of a bug in this class
 
-    def add(self, at: Ints, index: int, completions: pa.Table, done_at: Any, ids: Sequence[str], show: Show) -> None:
+    def add(
+        self, at: Ints, index: int, completions: pa.Table, done_at: Any, ids: Sequence[str], show: Show,
+        columns: Mapping[str, pa.Array | pa.ChunkedArray] | None = None, rows_of: Mapping[str, Bools] | None = None,
+    ) -> None:  # fmt: skip
         """Adds the rows of a part. `at` is the position of each row's answer in the ledger's index, or -1 if the row was
-        never asked. `index` is the number of the first row. `show` prepares a row for the report."""
+        never asked. `index` is the number of the first row. `show` prepares a row for the report. `columns` have values
+        of the answers. `rows_of`: the rows that may have a value of a column, if not all of them may."""
         with self._contained():
             failed = np.asarray(completions["error"].is_valid())
             latency = np.asarray(completions["latency_s"].fill_null(0), np.float64)
@@ -201,6 +206,8 @@ class Stats:
             self.input.add(tokens[0][good].astype(np.float64))
             self.output.add(tokens[1][good].astype(np.float64))
             self.latency.add(latency[good & (latency > 0)])
+            waits = completions["queued_s"]
+            self.queued.add(np.asarray(waits.fill_null(0), np.float64)[good & (latency > 0) & np.asarray(waits.is_valid())])
             timed = first & (latency > 0)  # answers of a provider's batch have no latency
             if timed.any():
                 sums = (~failed).astype(np.int64), failed.astype(np.int64), *tokens
@@ -218,24 +225,52 @@ class Stats:
             for shown, limit, some, ranks in wanted:
                 best = np.argsort(ranks, kind="stable")[:limit]
                 found = [(float(ranks[n]), int(some[n])) for n in best if len(shown) < limit or ranks[n] < shown[-1].rank]
-                shown[:] = _lowest([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], limit)
+                shown[:] = lowest([*shown, *(Shown(rank, index + row, show(row)) for rank, row in found)], limit)
             for row, error in zip(rows[failed].tolist(), completions["error"].drop_null().to_pylist(), strict=True):
                 examples = self.examples.setdefault(error["type"], [])
                 if len(examples) < EXAMPLES:  # parts are added in order, so these are the first examples
                     examples.append(Example(index + row, ids[row], error["message"] or ""))
+            may = rows_of or {}
+            values = {name: (column, rows[~failed & may.get(name, True)]) for name, column in (columns or {}).items()}
+            self._add_values(index, rows[~failed], spread, completions, show, values)
+            if "embedding" in completions.column_names:
+                vectors = completions["embedding"].combine_chunks()
+                self.vectors.add(vectors, spread, first, partial(_located, rows, index, show))
+
+    def _add_values(
+        self, index: int, done: Ints, spread: Floats, completions: pa.Table, show: Show,
+        columns: Mapping[str, tuple[Any, Ints]],
+    ) -> None:  # fmt: skip
+        """Counts the values of the done rows. `columns`: the values of each column, and the rows that may have one."""
+        for name, (column, some) in [(None, (completions["finish_reason"], done)), *columns.items()]:
+            column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            if name is None:
+                found = self.finish
+            elif (found := self.columns.get(name)) is None:  # type: ignore[assignment]
+                found = self.columns[name] = ValueStats.of(column.type)
+            found.add(
+                column.take(pa.array(some)),
+                spread[some],
+                partial(_located, some, index, show),
+            )
 
     def merge(self, other: Stats) -> None:
         with self._contained():
             self.answers += other.answers
             self.latency.merge(other.latency)
+            self.queued.merge(other.queued)
             self.input.merge(other.input)
             self.output.merge(other.output)
             self.timeline.merge(other.timeline)
             for type, found in other.examples.items():
-                self.examples[type] = _lowest([*self.examples.get(type, ()), *found], EXAMPLES)
-            self.sample = _lowest([*self.sample, *other.sample], SAMPLED)
-            self.failed = _lowest([*self.failed, *other.failed], FAILED)
-            self.slowest = _lowest([*self.slowest, *other.slowest], SLOWEST)
+                self.examples[type] = lowest([*self.examples.get(type, ()), *found], EXAMPLES)
+            self.sample = lowest([*self.sample, *other.sample], SAMPLED)
+            self.failed = lowest([*self.failed, *other.failed], FAILED)
+            self.slowest = lowest([*self.slowest, *other.slowest], SLOWEST)
+            self.vectors.merge(other.vectors)
+            self.finish.merge(other.finish)
+            for name, values in other.columns.items():
+                self.columns.setdefault(name, ValueStats(values.kind)).merge(values)
         self.broken = self.broken or other.broken
 
     @contextlib.contextmanager
@@ -245,7 +280,3 @@ class Stats:
             yield
         except Exception:
             self.broken = self.broken or traceback.format_exc()
-
-
-def _lowest(items: Iterable[T], limit: int) -> list[T]:
-    return sorted(items, key=lambda item: item[:2])[:limit]  # type: ignore[index]

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engines.errors import EngineError, Failure, invalid
+from engines.errors import EngineError, invalid
+from engines.media import MEDIA_KEYS, media_in, source_of, url_of
 from engines.params import GenerationParams
-from engines.types import Choice, Completion, Delta, Request
+from engines.text import counted
+from engines.types import Choice, Completion, Delta, Message, Request, with_effect
 from engines.usage import Usage
+from pipeline.config import ServeConfig
 from pipeline.dataset.formats import RowParser
+from pipeline.serve.errors import error_body
 from pipeline.storage.exact_json import dumps
 
-# The limit of OpenAI. Each choice is a separate sequence in the engine.
-MOST_CHOICES = 128
+# Engines look for each stop text after each token.
+MOST_STOPS, LONGEST_STOP = 64, 1000
 
-_STATUSES = {"invalid_input": 400, "context_length": 400, "content_filter": 400, "bad_request": 400, "auth": 401,
-             "not_found": 404, "rate_limit": 429, "engine_crash": 503, "cancelled": 503, "timeout": 504,
-             "connection": 502, "bad_response": 502}  # fmt: skip
-_CODES = {"context_length": "context_length_exceeded", "not_found": "model_not_found", "auth": "invalid_api_key"}
-
-_PARSER = RowParser("openai_batch")  # the lines of OpenAI batch files contain the same bodies
+_PARSER = RowParser("openai_batch", last_answer="keep")  # the lines of OpenAI batch files contain the same bodies
 
 
 @dataclass(slots=True)
@@ -42,32 +41,58 @@ class ChatRequest:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def parse_chat_request(body: Any, served: str, base: GenerationParams) -> ChatRequest:
+def parse_chat_request(body: Any, served: str, base: GenerationParams, limits: ServeConfig) -> ChatRequest:
     """Checks and parses a body. Raises `EngineError` for an invalid one.
 
     Clients are not trusted like the person who started the server: a body must not choose another paid model, read a local
-    file, or load weights.
+    file, load weights, or ask for more than `limits` allows.
     """
     if not isinstance(body, dict):
         raise invalid("the body must be a JSON object")
     if body.get("adapter") is not None:
-        raise invalid("adapter: whoever serves chooses the adapter, not a request")
+        raise invalid("adapter: a request cannot choose it; eagleray serve has engine.adapter")
     parsed = _PARSER.parse({"body": body})
-    for i, message in enumerate(parsed.messages):
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            source = part.get("image_url")
-            url = source.get("url") if isinstance(source, dict) else source
-            if part["type"] == "image_url" and not str(url).startswith(("http://", "https://", "data:")):
-                raise invalid(f"messages[{i}]: an image must be an http(s) or data URL")
+    if unknown := sorted(with_effect(parsed.extra_body)):
+        raise invalid(
+            f"there is no field {', '.join(unknown)[:200]}; engine.extra_body of the server adds fields to requests"
+        )
     if parsed.model not in (None, served):
         raise EngineError("not_found", f"The model '{parsed.model:.200}' does not exist; this endpoint serves '{served}'")
+    check_media(parsed.messages, limits)
     generation = base.override(parsed.generation)
-    if (generation.n or 1) > MOST_CHOICES:
-        raise invalid(f"n may be at most {MOST_CHOICES}")
+    _check_limits(generation, parsed.generation, limits)
+    if generation.max_tokens is None:
+        generation = replace(generation, max_tokens=limits.max_tokens)
     options = body.get("stream_options")
     include_usage = isinstance(options, dict) and options.get("include_usage") is True
     return ChatRequest(Request(parsed.messages, generation), served, body.get("stream") is True, include_usage)
+
+
+def check_media(messages: list[Message], limits: ServeConfig) -> None:
+    media = 0
+    for i, message in enumerate(messages):
+        for part, key in media_in([message.get("content")]):
+            media += 1
+            if source_of(url_of(part, key)) == "file":
+                raise invalid(f"messages[{i}]: the {MEDIA_KEYS[key]} must be at an http(s) or data URL")
+    if media > limits.max_images:
+        raise invalid(f"a request may have at most {counted(limits.max_images, 'image')} (serve.max_images)")
+
+
+def _check_limits(generation: GenerationParams, given: Collection[str], limits: ServeConfig) -> None:
+    """Refuses values of a request above the limits. The defaults of the server itself may be higher."""
+    for name, most, key in (
+        ("n", limits.max_n, "max_n"),
+        ("max_tokens", limits.max_tokens, "max_tokens"),
+        ("logprobs", limits.max_logprobs, "max_logprobs"),
+        ("schema_retries", limits.max_schema_retries, "max_schema_retries"),
+    ):
+        value = getattr(generation, name)
+        if name in given and most is not None and value is not None and value > most:
+            raise invalid(f"{name} may be at most {most} (serve.{key})")
+    stops = generation.stop or () if "stop" in given else ()
+    if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+        raise invalid(f"stop may have at most {MOST_STOPS} texts of {LONGEST_STOP:,} characters")
 
 
 def whole(request: ChatRequest, completion: Completion) -> dict[str, Any]:
@@ -137,20 +162,3 @@ class Chunks:
 def event(value: dict[str, Any]) -> bytes:
     """A server-sent event with a JSON value."""
     return b"data: " + dumps(value) + b"\n\n"
-
-
-def status_of(failure: Failure) -> int:
-    """The HTTP status of a failed request: that of the provider behind the engine, or one that fits the error's type."""
-    if failure.status is not None and failure.status >= 400:
-        return failure.status
-    return _STATUSES.get(failure.type, 500)
-
-
-def error_body(failure: Failure) -> dict[str, Any]:
-    """The body of an error response in OpenAI's form."""
-    status = status_of(failure)
-    kind = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}.get(
-        status, "invalid_request_error" if status < 500 else "server_error"
-    )
-    code = _CODES.get(failure.type, failure.type)
-    return {"error": {"message": failure.message, "type": kind, "param": None, "code": code}}

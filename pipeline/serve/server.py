@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
 import os
-import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
 
-from engines.config import EngineConfig
-from engines.errors import ConfigError, EngineError, ErrorCode, Failure, invalid
-from engines.params import GenerationParams
-from engines.registry import load_engine, secret_variables
+from engines.errors import ConfigError, ErrorCode
+from engines.free_port import check_port, free_port
+from engines.registry import secret_variables
 from engines.text import one_line
-from engines.types import Completion, Delta
 from pipeline.config import Config
 from pipeline.errors import Stopped
-from pipeline.executors.live.placement import Placement, placement, serve_options, spread
-from pipeline.executors.live.rate_limiter import NAMESPACE, rate_limit_actor, reserve_through_ray
+from pipeline.executors.live.placement import ReplicaGroup, not_ready, replica_groups, serve_options
+from pipeline.executors.live.rate_limiter import NAMESPACE, rate_limit_actor
 from pipeline.executors.live.ray_session import PATIENCE_S, look_for_room, running_ray
-from pipeline.executors.live.secrets import Secrets, settle_environment
-from pipeline.serve.openai_api import ChatRequest, Chunks, error_body, event, parse_chat_request, status_of, whole
+from pipeline.executors.live.secrets import Secrets
+from pipeline.serve.front import front_environment
+from pipeline.serve.replica import ReplicaConfig, SecretsBroker, ServeReplica
 from pipeline.signals import note_signals
-from pipeline.storage.exact_json import dumps, loads
 
 NAME = "eagleray"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -48,155 +40,6 @@ HEALTH_S = 1.0
 # Seconds between the driver's looks at the state. Shorter than the start of a replica, so that no failure is missed.
 LOOK_S = 0.5
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaConfig:
-    engine: EngineConfig
-    generation: GenerationParams
-    max_outage_s: float
-    cpus: float
-    api_key_env: str | None
-    broker: str  # the name of the `SecretsBroker`
-
-
-class SecretsBroker:
-    """An actor that gives replicas their secrets, which must not be in Ray's metadata. Replicas report to it that their
-    engine has loaded, or why it cannot be loaded."""
-
-    def __init__(self) -> None:
-        self.secrets = Secrets({})
-        self.concurrency: int | None = None
-        self.refusal: ConfigError | None = None
-
-    def open(self, secrets: Secrets) -> None:
-        self.secrets = secrets
-
-    def take(self) -> Secrets:
-        return self.secrets
-
-    def loaded(self, concurrency: int) -> None:
-        self.concurrency = concurrency
-
-    def refuse(self, error: ConfigError) -> None:
-        self.refusal = error
-
-    def news(self) -> tuple[int | None, ConfigError | None]:
-        """The concurrency of an engine, and the error with which loading failed. None if not known yet."""
-        return self.concurrency, self.refusal
-
-
-class ServeReplica:
-    """One engine with the HTTP API in front of it."""
-
-    def __init__(self, config: ReplicaConfig) -> None:
-        import ray
-
-        broker = ray.get_actor(config.broker, namespace=NAMESPACE)
-        secrets: Secrets = ray.get(broker.take.remote())
-        settle_environment(secrets, config.cpus)
-        self.config = config
-        self.key = secrets.values[config.api_key_env].strip() if config.api_key_env else None
-        self.served = config.engine.model or config.engine.kind
-        self.broken: str | None = None
-        try:
-            self.engine = load_engine(config.engine)
-            self.engine.check(config.generation)
-        except ConfigError as error:
-            ray.get(broker.refuse.remote(error))
-            raise
-        if self.engine.remote is not None:
-            self.engine.remote.attach(reserve_through_ray, config.max_outage_s)
-        ray.get(broker.loaded.remote(self.engine.concurrency))
-
-    def check_health(self) -> None:
-        """Called by Ray Serve, which replaces the replica if this raises."""
-        if self.broken is not None:
-            raise RuntimeError(self.broken)
-
-    def __del__(self) -> None:
-        if engine := self.__dict__.pop("engine", None):
-            engine.close()
-
-    async def __call__(self, http: HttpRequest) -> Response:
-        try:
-            return await self._respond(http)
-        except EngineError as error:
-            return self._failed(Failure.of(error))
-        except Exception as error:  # a bug, ours or of a library, fails only this request
-            logger.exception("a bug")
-            return self._failed(Failure("server", f"a bug: {type(error).__name__}: {one_line(error)}"))
-
-    async def _respond(self, http: HttpRequest) -> Response:
-        path = http.url.path.rstrip("/")
-        if path == "/health":
-            if self.broken is not None:
-                raise EngineError("engine_crash", self.broken)
-            return _json({"status": "ok"})
-        self._admit(http.headers.get("authorization", ""))
-        if path == "/v1/chat/completions":
-            if http.method != "POST":
-                raise EngineError("bad_request", f"{path} takes POST", status=405)
-            return await self._chat(await http.body())
-        model = {"id": self.served, "object": "model", "created": 0, "owned_by": "eagleray"}
-        if path == "/v1/models":
-            return _json({"object": "list", "data": [model]})
-        if path == f"/v1/models/{self.served}":
-            return _json(model)
-        raise EngineError("not_found", f"there is nothing at {path:.200}", status=404)
-
-    def _admit(self, authorization: str) -> None:
-        scheme, _, given = authorization.partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), (self.key or "").encode()) and scheme.lower() == "bearer"
-        if self.key is not None and not right:
-            raise EngineError("auth", "this endpoint needs its API key: authorization: Bearer …", status=401)
-
-    async def _chat(self, content: bytes) -> Response:
-        try:
-            body = loads(content)
-        except ValueError as error:
-            raise invalid(f"the body: {error}") from None
-        chat = parse_chat_request(body, self.served, self.config.generation)
-        if not chat.stream:
-            completion = await self.engine.generate(chat.request)
-            return self._failed(completion.error) if completion.error else _json(whole(chat, completion))
-        items = self.engine.stream(chat.request)
-        first = await anext(items)  # a failure before any text has its own HTTP status
-        if isinstance(first, Completion) and first.error is not None:
-            await items.aclose()
-            return self._failed(first.error)
-        return StreamingResponse(self._events(chat, first, items), media_type="text/event-stream")
-
-    async def _events(
-        self, chat: ChatRequest, item: Delta | Completion, items: AsyncGenerator[Delta | Completion, None]
-    ) -> AsyncIterator[bytes]:
-        chunks = Chunks(chat)
-        try:
-            async with contextlib.aclosing(items):  # when a client disconnects, the engine stops generating
-                while isinstance(item, Delta):
-                    yield chunks.piece(item)
-                    item = await anext(items)
-            if item.error is not None:
-                self._failed(item.error)
-            for chunk in chunks.end(item):
-                yield chunk
-        except Exception as error:
-            logger.exception("a bug")
-            yield event(error_body(Failure("server", f"a bug: {type(error).__name__}: {one_line(error)}")))
-
-    def _failed(self, failure: Failure) -> Response:
-        if failure.type == "engine_crash":
-            self.broken = failure.message
-        return _json(error_body(failure), status_of(failure))
-
-
-def _json(value: dict[str, Any], status: int = 200) -> Response:
-    return Response(dumps(value), status, media_type="application/json")
-
-
-# -- the driver's side ------------------------------------------------------------------------------------------------
-
 
 def serve_engine(config: Config, console: Console) -> None:
     """Serves until Ctrl-C or SIGTERM. Raises `ConfigError` or `Stopped` if it cannot serve."""
@@ -205,15 +48,18 @@ def serve_engine(config: Config, console: Console) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config.check(runs=False)
-    placed = placement(config.hardware, config.engine)
+    group, *others = replica_groups(config.hardware, config.engine)
+    if others:
+        text = "eagleray serve has one kind of replica: hardware must not be a list of several entries"
+        raise ConfigError(text, key="hardware.profiles")
     secrets = _secrets(config)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         # A thread of Ray prints notices to stdout, such as the death of its controller at a normal end.
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
-        own = stack.enter_context(running_ray())
+        own = stack.enter_context(running_ray(front_environment(config.serve)))
         interrupts = stack.enter_context(note_signals())  # after the start of Ray, which sets its own handlers
-        look_for_room(placed, own, console)
+        look_for_room([group], own, console)
         if (found := serve.status()).proxies or found.applications:
             raise ConfigError("Ray Serve already runs on this cluster: end it first with `serve shutdown`")
         address, port = _address(config, own), _port(config, own)
@@ -231,11 +77,12 @@ def serve_engine(config: Config, console: Console) -> None:
             serve.start("HeadOnly" if loopback else "EveryNode", {"host": config.serve.host, "port": port})
         except (RuntimeError, TimeoutError) as error:
             raise ConfigError(
-                f"cannot listen at serve.host={config.serve.host} serve.port={port}: {one_line(error)}"
+                f"cannot listen at serve.host={config.serve.host} serve.port={port}: {one_line(error)}",
+                key="serve.host",
             ) from None
 
         def deploy(concurrency: int) -> bool:
-            return _wait(pool.submit(_deploy, config, placed, name, concurrency), broker, interrupts, placed, console)
+            return _wait(pool.submit(_deploy, config, group, name, concurrency), broker, interrupts, group, console)
 
         concurrency = FIRST_CONCURRENCY
         while deploy(concurrency):
@@ -274,7 +121,9 @@ def _address(config: Config, own: bool) -> str:
     if host not in LOOPBACK:
         return str(head)
     if head not in ("127.0.0.1", ray.util.get_node_ip_address()):
-        raise ConfigError(f"serve.host={host} is reachable only on the head node ({head}): set serve.host=0.0.0.0")
+        raise ConfigError(
+            f"serve.host={host} is reachable only on the head node ({head}): set serve.host=0.0.0.0", key="serve.host"
+        )
     return "127.0.0.1"
 
 
@@ -284,24 +133,29 @@ def _port(config: Config, own: bool) -> int:
     if port and not own:
         return port
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            return int(probe.getsockname()[1])
+        if not port:
+            return free_port(host)
+        check_port(host, port)
     except OSError as error:
-        raise ConfigError(f"cannot listen at serve.host={host} serve.port={port}: {error.strerror or error}") from None
+        raise ConfigError(
+            f"cannot listen at serve.host={host} serve.port={port}: {error.strerror or error}", key="serve.host"
+        ) from None
+    return port
 
 
-def _deploy(config: Config, placed: Placement, broker: str, concurrency: int) -> None:
+def _deploy(config: Config, group: ReplicaGroup, broker: str, concurrency: int) -> None:
     """Creates or updates the deployment. An update changes only its concurrency, which does not restart replicas."""
     from ray import serve
 
     replica = ReplicaConfig(
-        engine=spread(config.engine, placed),
+        engine=group.engine,
         generation=config.params(),
+        serve=config.serve,
         max_outage_s=config.run.max_outage_s,
-        cpus=config.hardware.cpus,
-        api_key_env=config.serve.api_key_env,
+        cpus=group.cpus,
         broker=broker,
     )
+    placed = group.placement
     scale: dict[str, Any] = {"num_replicas": placed.low}
     if placed.high > placed.low:
         target = max(1.0, FULL * concurrency)
@@ -312,6 +166,7 @@ def _deploy(config: Config, placed: Placement, broker: str, concurrency: int) ->
         version="1",  # of the code; the default is a new version each time, which would restart all replicas
         _internal=True,
         max_ongoing_requests=concurrency,
+        max_queued_requests=config.serve.max_queued,
         max_constructor_retry_count=3,
         graceful_shutdown_timeout_s=config.run.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
@@ -322,7 +177,7 @@ def _deploy(config: Config, placed: Placement, broker: str, concurrency: int) ->
     serve.run(deployment.bind(replica), name=NAME, route_prefix="/")
 
 
-def _wait(deployed: Future[None], broker: Any, interrupts: list[int], placed: Placement, console: Console) -> bool:
+def _wait(deployed: Future[None], broker: Any, interrupts: list[int], group: ReplicaGroup, console: Console) -> bool:
     """Waits for a deployment. False if Ctrl-C came first. Raises `ConfigError` or `Stopped` if no engine can be loaded."""
     import ray
 
@@ -335,8 +190,7 @@ def _wait(deployed: Future[None], broker: Any, interrupts: list[int], placed: Pl
             raise refusal
         if not warned and time.monotonic() - began > PATIENCE_S:
             warned = True
-            text = f"No replica works yet: each asks for {placed.wish()}, and may be loading its model."
-            console.print(Text(text, "yellow"), soft_wrap=True)
+            console.print(Text(not_ready([group]), "yellow"), soft_wrap=True)
     else:
         return False
     if failure is not None:

@@ -20,10 +20,10 @@ from engines.errors import ConfigError
 from engines.text import one_line
 from pipeline.storage.retry import patiently
 
-# How long a failed request is repeated, in seconds. The client's own retries are off: it first waits 15 s and does not
-# retry HTTP 429.
+# A failed request is repeated for up to this many seconds. The client's own retries are off: it waits 15 s before the first
+# retry, and it does not retry HTTP 429.
 CLIENT_S = 10.0
-BLOCK = 32 << 20  # bytes of one request; longer data takes several
+BLOCK = 32 << 20  # bytes of one request; longer data takes several requests
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def open_account(host: str) -> pafs.FileSystem:
     try:
         return pafs.PyFileSystem(Blobs(_service(host)))
     except (AzureError, ImportError, ValueError) as error:
-        raise ConfigError(f"cannot open Azure's {host or 'account'}: {one_line(error)}") from None
+        raise ConfigError(f"cannot open the Azure account {host or 'of the environment'}: {one_line(error)}") from None
 
 
 def _service(host: str) -> BlobServiceClient:
@@ -85,7 +85,7 @@ class Blobs(pafs.FileSystemHandler):
         container, _, name = path.partition("/")
         return self.service.get_blob_client(container, name)
 
-    def _below(self, directory: str, recursive: bool, **options: Any) -> Iterator[Any]:
+    def _blobs_below(self, directory: str, recursive: bool, **options: Any) -> Iterator[Any]:
         container, _, name = directory.partition("/")
         client = self.service.get_container_client(container)
         prefix = f"{name}/" if name else ""
@@ -105,19 +105,19 @@ class Blobs(pafs.FileSystemHandler):
     def _info(self, path: str) -> pafs.FileInfo:
         if "/" in path:
             try:
-                return _file(path, _call_store(self._blob(path).get_blob_properties))
+                return _blob_info(path, _call_store(self._blob(path).get_blob_properties))
             except FileNotFoundError:
                 pass
         try:
-            there = _call_store(lambda: next(self._below(path, True, results_per_page=1), None))
+            first_blob = _call_store(lambda: next(self._blobs_below(path, True, results_per_page=1), None))
         except FileNotFoundError:  # no such container
-            there = None
-        return pafs.FileInfo(path, pafs.FileType.Directory if there else pafs.FileType.NotFound)
+            first_blob = None
+        return pafs.FileInfo(path, pafs.FileType.Directory if first_blob else pafs.FileType.NotFound)
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
         base = selector.base_dir.rstrip("/")
         try:
-            blobs = _call_store(lambda: list(self._below(base, selector.recursive)))
+            blobs = _call_store(lambda: list(self._blobs_below(base, selector.recursive)))
         except FileNotFoundError:
             blobs = []
         if not blobs and not selector.allow_not_found:
@@ -126,8 +126,8 @@ class Blobs(pafs.FileSystemHandler):
         found: dict[str, pafs.FileInfo] = {}
         for blob in blobs:
             path = f"{container}/{blob.name}".rstrip("/")
-            info = _file(path, blob) if "size" in blob else pafs.FileInfo(path, pafs.FileType.Directory)
-            if not (blob.name.endswith("/") and info.is_file):  # such an object marks a directory for another client
+            info = _blob_info(path, blob) if "size" in blob else pafs.FileInfo(path, pafs.FileType.Directory)
+            if not (blob.name.endswith("/") and info.is_file):  # another client's marker of a directory
                 found[path] = info
             while len(path := posixpath.dirname(path)) > len(base):
                 found.setdefault(path, pafs.FileInfo(path, pafs.FileType.Directory))
@@ -136,7 +136,7 @@ class Blobs(pafs.FileSystemHandler):
 
     def open_input_file(self, path: str) -> pa.PythonFile:
         blob = self._blob(path)
-        info = _file(path, _call_store(blob.get_blob_properties))
+        info = _blob_info(path, _call_store(blob.get_blob_properties))
         if not info.is_file:
             raise IsADirectoryError(errno.EISDIR, "is a directory", path)
         return pa.PythonFile(_Reader(blob, info.size), mode="r")
@@ -150,15 +150,15 @@ class Blobs(pafs.FileSystemHandler):
         _call_store(self._blob(path).delete_blob)
 
     def create_dir(self, path: str, recursive: bool) -> None:
-        """Does nothing: Azure blobs have no directories of their own."""
+        """Does nothing: Azure stores no directories, only blobs."""
 
-    def _never(self, *_: Any) -> None:
+    def _unsupported(self, *_: Any) -> None:
         raise NotImplementedError
 
-    delete_dir = delete_dir_contents = delete_root_dir_contents = move = copy_file = open_append_stream = _never
+    delete_dir = delete_dir_contents = delete_root_dir_contents = move = copy_file = open_append_stream = _unsupported
 
 
-def _file(path: str, blob: Any) -> pafs.FileInfo:
+def _blob_info(path: str, blob: Any) -> pafs.FileInfo:
     if (blob.metadata or {}).get("hdi_isfolder") == "true":  # an account with a hierarchical namespace
         return pafs.FileInfo(path, pafs.FileType.Directory)
     return pafs.FileInfo(path, pafs.FileType.File, size=blob.size, mtime=blob.last_modified)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 from typing import Any
 
 import orjson
@@ -33,7 +34,7 @@ def loads(data: bytes, long_number: bool = True) -> Any:
             value = json.loads(data.decode())
     except (ValueError, RecursionError):
         value = _parse_slowly(data)
-    # A value has at least as many brackets as levels. Counting brackets is cheap and settles it for most rows.
+    # A value has at least as many brackets as levels. Counting brackets is cheap, and for most rows it is enough.
     if data.count(b"{") + data.count(b"[") > MAX_DEPTH and _too_deep(value):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     return value
@@ -57,7 +58,7 @@ def _parse_slowly(data: bytes) -> Any:
 
 
 def _refuse_surrogates(value: Any) -> None:
-    """Raises `ValueError` for half of a UTF-16 pair: UTF-8 cannot encode it for a file or a model."""
+    """Raises `ValueError` for a lone half of a UTF-16 pair: UTF-8 cannot encode it."""
     parts = value.items() if isinstance(value, dict) else [("the value", value)]
     for name, part in parts:
         try:
@@ -80,18 +81,40 @@ def _too_deep(value: Any) -> bool:
 
 
 def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
-    """Compact UTF-8 JSON with integers of any size. `plain` converts values that JSON cannot represent."""
+    """Compact UTF-8 JSON with integers of any size. `plain` converts values that JSON cannot represent. NaN and the
+    infinities, which JSON does not have, become the strings "NaN", "Infinity" and "-Infinity"."""
     try:
-        return orjson.dumps(value, default=plain, option=orjson.OPT_SORT_KEYS if sort_keys else None)
+        data = orjson.dumps(value, default=plain, option=orjson.OPT_SORT_KEYS if sort_keys else None)
+        if b"null" not in data:  # orjson writes null for NaN and the infinities
+            return data
+        named = finite(value)
+        return data if named is value else dumps(named, sort_keys=sort_keys)
     except TypeError:  # an integer beyond 64 bits
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys, default=plain)
+        named = finite(value)
+        text = json.dumps(named, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys, default=plain)
         return text.encode()
 
 
+def finite(value: Any) -> Any:
+    """Replaces NaN and the infinities by their names. Returns the same object if the value has none of them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+    if isinstance(value, dict):
+        named = {key: finite(item) for key, item in value.items()}
+        return named if any(named[key] is not item for key, item in value.items()) else value
+    if isinstance(value, (list, tuple)):
+        items = [finite(item) for item in value]
+        return items if any(one is not other for one, other in zip(items, value, strict=True)) else value
+    return value
+
+
 def plain(value: Any) -> Any:
-    """Text for a value that JSON cannot represent: bytes, an exact decimal, a date, a duration."""
+    """What stands in JSON for a value that it cannot represent: text for bytes, an exact decimal, a date or a duration; the
+    numbers of NumPy's scalars and arrays."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return value.tolist()
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 

@@ -13,12 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from pipeline.storage.ledger import TOKENS, list_segments, read_columns
+from pipeline.storage.ledger import KEY_VERSION, LENGTHS, TOKENS, list_segments, read_segment_columns
 from pipeline.storage.retry import TRIES, patiently, store_failed
 
-# Flags of a request in the index.
-UNKNOWN, REPRICED = 1, 2
-# Computes the cost of records of an earlier version, which wrote none. Takes the token counts, of shape (records, 3):
+# Flags of a request in the index. TRUNCATED: the finish reason of its answer is `length`. OLD: its key is of an earlier
+# version.
+UNKNOWN, REPRICED, TRUNCATED, OLD = 1, 2, 4, 8
+# The result of a request in the ledger, as `KeyLookup.results` returns it. DONE_TRUNCATED: done, but the
+# answer is truncated.
+MISSING, DONE, FAILED, DONE_TRUNCATED = -1, 0, 1, 2
+# Computes the cost of records of an earlier version, which did not write it. Takes the token counts, of shape (records, 3):
 # input, cached input, output; and the path of the segment. Returns US$ for each record, or None if the price is unknown.
 OldCosts = Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.float64] | None]
 
@@ -48,11 +52,14 @@ class Index:
     failed: npt.NDArray[np.bool_]
     tokens: npt.NDArray[np.uint32]  # shape (requests, 5), in the order of `TOKENS`
     cost_usd: npt.NDArray[np.float64]  # sum over the records whose cost is known
-    flags: npt.NDArray[np.uint8]  # UNKNOWN: the cost of a record is unknown; REPRICED: an `OldCosts` priced it
+    flags: npt.NDArray[np.uint8]  # UNKNOWN: the cost of a record is unknown; REPRICED: an `OldCosts` priced it; OLD
     attempts: npt.NDArray[np.uint16]
     paths: list[str]
     torn: list[str]  # segments that could not be read
+    row_bytes: npt.NDArray[np.int64]  # for each path: the approximate bytes of one record in memory
+    old_until_ms: int = 0  # the time of the last record with a key of an earlier version; 0: there is none
     unanswered: Unanswered = Unanswered()
+    lengths: frozenset[int] = frozenset()  # of the embeddings in all segments
 
     def __len__(self) -> int:
         return len(self.hi)
@@ -73,11 +80,26 @@ class Index:
         found = (self.hi[at] == hi) & (self.lo[at] == lo)
         return np.where(found, at, -1)
 
+    def results(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int8]:
+        """The result of each key: MISSING, DONE, FAILED or DONE_TRUNCATED."""
+        at = self.find(keys)
+        if not len(self):
+            return at.astype(np.int8)
+        found = np.where(self.failed[at], FAILED, np.where(self.flags[at] & TRUNCATED, DONE_TRUNCATED, DONE))
+        return np.where(at < 0, MISSING, found).astype(np.int8)
+
     def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
         """The position of each key, or -1; and the segment and row of each key that was found."""
         at = self.find(keys)
         there = at[at >= 0]
         return at, self.segment[there], self.row[there]
+
+    @property
+    def answer_bytes(self) -> float:
+        """The approximate mean bytes of a record in memory."""
+        if not len(self):
+            return 0.0
+        return float(np.bincount(self.segment, minlength=len(self.paths)) @ self.row_bytes) / len(self)
 
     @classmethod
     def empty(cls) -> Index:
@@ -101,14 +123,25 @@ class Index:
 
 
 class KeyLookup(Protocol):
-    """Finds requests in the ledger. An `Index` is one; so is a client of a service that holds an `Index`."""
+    """Finds requests in the ledger. An `Index` does, and so does a client of an actor that holds an `Index`."""
 
     @property
     def paths(self) -> list[str]:
         """The paths of the segments. The segment numbers are positions in this list."""
 
+    @property
+    def row_bytes(self) -> npt.NDArray[np.int64]:
+        """For each path: the approximate bytes of one record in memory."""
+
+    @property
+    def old_until_ms(self) -> int:
+        """The time of the last record with a key of an earlier version, in ms since the epoch; 0: there is none."""
+
     def find(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int64]:
         """The position of each key, or -1."""
+
+    def results(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.int8]:
+        """The result of each key: MISSING, DONE, FAILED or DONE_TRUNCATED."""
 
     def locate(self, keys: Sequence[bytes] | pa.Array) -> Located:
         """The position of each key, or -1; and the segment and row of each key that was found."""
@@ -131,6 +164,8 @@ class _Keys:
     cost_usd: npt.NDArray[np.float64]  # 0 if unknown
     flags: npt.NDArray[np.uint8]
     attempts: npt.NDArray[np.uint16]
+    row_bytes: int = 0
+    lengths: frozenset[int] = frozenset()  # see `Index`
 
 
 _DTYPES = {"hi": np.uint64, "lo": np.uint64, "rank": np.uint8, "done_at": np.int64, "tokens": np.uint32,
@@ -160,7 +195,7 @@ def read_index(fs: pafs.FileSystem, root: str, old_costs: OldCosts | None = None
                 return _index_of(paths, list(pool.map(lambda path: _read_keys(fs, path, old_costs), paths)))
         except FileNotFoundError:  # merged since the listing; the next listing has the merged segment
             continue
-    raise OSError(f"the segments under {root} change faster than they can be read")
+    raise OSError(f"other processes merged segments under {root} during each of {TRIES} reads of the ledger; try again")
 
 
 def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
@@ -168,6 +203,10 @@ def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
     torn = [path for path, part in zip(paths, parts, strict=True) if part is None]
     numbers = [number for number, part in enumerate(parts) if part is not None]
     sizes = [len(part.hi) for part in parts if part is not None]
+    row_bytes = np.array([0 if part is None else part.row_bytes for part in parts], np.int64)
+    old = [part.done_at[(part.flags & OLD) > 0] for part in parts if part is not None]
+    old_until_ms = max((int(times.max()) for times in old if len(times)), default=0)
+    lengths = frozenset[int]().union(*(part.lengths for part in parts if part is not None))
     columns: dict[str, Any] = {}
     for name, dtype in _DTYPES.items():
         found = [getattr(part, name) for part in parts if part is not None]
@@ -183,32 +222,34 @@ def _index_of(paths: list[str], parts: list[_Keys | None]) -> Index:
     del order
     columns, unanswered = _summed(columns)
     columns["failed"] = columns.pop("rank") > 0
-    return Index(**columns, paths=paths, torn=torn, unanswered=unanswered)
+    index = Index(**columns, paths=paths, torn=torn, row_bytes=row_bytes, old_until_ms=old_until_ms)
+    return replace(index, unanswered=unanswered, lengths=lengths)
 
 
 def _summed(columns: dict[str, Any]) -> tuple[dict[str, Any], Unanswered]:
     """Reduces sorted records to one row for each key: the place of its first record, and the sums over all its records.
-    Keys with superseded records only are returned as `Unanswered`. A record that occurs twice, because its segment was
-    being merged, counts once."""
+    Removes keys that have only superseded records, and returns the sums over them as `Unanswered`. A record that occurs
+    twice, because its segment was being merged, counts once."""
     hi, lo, rank, done_at = (columns[name] for name in ("hi", "lo", "rank", "done_at"))
     first = np.ones(len(hi), np.bool_)
     first[1:] = (hi[1:] != hi[:-1]) | (lo[1:] != lo[:-1])
     del columns["done_at"]  # needed for the order only
     if not first.all():
-        once = np.ones(len(hi), np.bool_)
-        once[1:] = first[1:] | (rank[1:] != rank[:-1]) | (done_at[1:] != done_at[:-1])
+        first_copy = np.ones(len(hi), np.bool_)
+        first_copy[1:] = first[1:] | (rank[1:] != rank[:-1]) | (done_at[1:] != done_at[:-1])
         starts = np.flatnonzero(first)
         for name in ("tokens", "cost_usd", "attempts"):
-            columns[name][~once] = 0
+            columns[name][~first_copy] = 0
             columns[name] = np.add.reduceat(columns[name], starts, axis=0, dtype=columns[name].dtype)
-        columns["flags"] = np.bitwise_or.reduceat(columns["flags"], starts)
+        best = columns["flags"][starts] & TRUNCATED  # of the record that answers the request; the other flags are sums
+        columns["flags"] = np.bitwise_or.reduceat(columns["flags"], starts) & ~np.uint8(TRUNCATED) | best
         for name in ("hi", "lo", "rank", "segment", "row"):
             columns[name] = columns[name][first]
-    tried = columns["rank"] == 2
-    if not tried.any():
+    superseded = columns["rank"] == 2
+    if not superseded.any():
         return columns, Unanswered()
-    left = _sums(*(columns[name][tried] for name in ("cost_usd", "flags", "attempts")))
-    return {name: column[~tried] for name, column in columns.items()}, left
+    left = _sums(*(columns[name][superseded] for name in ("cost_usd", "flags", "attempts")))
+    return {name: column[~superseded] for name, column in columns.items()}, left
 
 
 def _sums(cost_usd: Any, flags: Any, attempts: Any, more: Unanswered = Unanswered()) -> Unanswered:
@@ -220,8 +261,8 @@ def _sums(cost_usd: Any, flags: Any, attempts: Any, more: Unanswered = Unanswere
 def _order(
     hi: npt.NDArray[np.uint64], lo: npt.NDArray[np.uint64], rank: npt.NDArray[np.uint8], done_at: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """The order by key, then rank, then latest first. Nearly all keys differ in `hi`; only equal ones are compared
-    further."""
+    """The positions sorted by key, then rank, then latest first. Nearly all keys differ in `hi`. Only records with an equal
+    `hi` are compared further."""
     order = np.argsort(hi, kind="stable")
     equal = np.zeros(len(order) + 1, np.bool_)
     equal[1:-1] = hi[order[1:]] == hi[order[:-1]]
@@ -232,13 +273,13 @@ def _order(
 
 
 def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None) -> _Keys | None:
-    names = ["key", "error.type", "done_at", "usage", "cost_usd", "attempts", "superseded"]
+    names = ["key", "error.type", "done_at", "usage", "cost_usd", "attempts", "superseded", "finish_reason"]
     try:
-        table = patiently(lambda: read_columns(fs, path, names))
+        table, row_bytes = patiently(lambda: read_segment_columns(fs, path, names))
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
-        if store_failed(error):  # the segment may be intact; asking its rows again would cost money twice
+        if store_failed(error):  # the segment may be intact; sending its rows again would cost money twice
             raise
         return None
     try:
@@ -249,21 +290,28 @@ def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None
                 tokens[:, at] = np.asarray(pc.fill_null(pc.struct_field(table["usage"], name), 0))
         if old:
             costs = None if old_costs is None else old_costs(tokens[:, :3].astype(np.int64), path)
-            flags = tokens.any(axis=1).astype(np.uint8) * (REPRICED if costs is not None else UNKNOWN)
+            flags = tokens.any(axis=1).astype(np.uint8) * np.uint8(REPRICED if costs is not None else UNKNOWN)
             superseded = np.zeros(len(table), np.bool_)
         else:
             costs = np.asarray(pc.fill_null(table["cost_usd"], 0.0))
-            flags = np.asarray(pc.is_null(table["cost_usd"])).astype(np.uint8) * UNKNOWN
+            flags = np.asarray(pc.is_null(table["cost_usd"])).astype(np.uint8) * np.uint8(UNKNOWN)
             superseded = np.asarray(pc.fill_null(table["superseded"], False))
+        metadata = table.schema.metadata or {}
+        if not KEY_VERSION.items() <= metadata.items():
+            flags = flags | np.uint8(OLD)
         failed = np.asarray(pc.is_valid(pc.struct_field(table["error"], "type")))
+        truncated = np.asarray(pc.fill_null(pc.equal(table["finish_reason"], "length"), False))
+        flags |= truncated.astype(np.uint8) * np.uint8(TRUNCATED)
         return _Keys(
             *split_keys(table["key"].cast(pa.binary(32))),
             np.asarray(np.where(superseded, 2, failed), np.uint8),
             np.asarray(table["done_at"].cast(pa.int64())),
             tokens,
             np.zeros(len(table)) if costs is None else costs,
-            np.asarray(flags, np.uint8),
+            flags,
             np.asarray(pc.fill_null(table["attempts"], 1)).clip(0, 65535).astype(np.uint16),
+            row_bytes,
+            frozenset(map(int, metadata[LENGTHS].split(b","))) if LENGTHS in metadata else frozenset(),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError):  # a Parquet file of another program, with other columns
         return None
@@ -272,16 +320,27 @@ def _read_keys(fs: pafs.FileSystem, path: str, old_costs: OldCosts | None = None
 class DedupFilter:
     """A compact set of keys, 8 bytes each, that detects duplicate requests.
 
-    Two different keys may agree in 64 bits. Then finalize finds the row that was held back without an answer, and another
-    pass asks it. A collision costs time, never a row.
+    Two different keys may agree in 64 bits. Then the second row counts as a duplicate and is not asked. Finalize finds that
+    it has no answer, and another pass asks it. A collision costs time, never a row.
     """
 
     def __init__(self) -> None:
         self._runs: list[npt.NDArray[np.uint64]] = []
 
-    def add(self, keys: pa.Array) -> npt.NDArray[np.bool_]:
-        """Adds keys. Returns a mask of the new ones; of several equal new keys, only the first is marked."""
+    def contains(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.bool_]:
+        """True for each key that was added."""
         hi, _ = split_keys(keys)
+        found = np.zeros(len(hi), np.bool_)
+        for run in self._runs:
+            found |= run[np.minimum(np.searchsorted(run, hi), len(run) - 1)] == hi
+        return found
+
+    def add(self, keys: Sequence[bytes] | pa.Array) -> npt.NDArray[np.bool_]:
+        """Adds keys. Returns a mask of the new ones; of several equal new keys, only the first is marked."""
+        return self.add_hashes(split_keys(keys)[0])
+
+    def add_hashes(self, hi: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """As `add`, for the first 64 bits of keys."""
         unique, first = np.unique(hi, return_index=True)
         new = np.ones(len(unique), np.bool_)
         for run in self._runs:

@@ -1,56 +1,57 @@
-"""The lock that allows one run at a time in an output directory."""
+"""The lock that allows one run at a time in an output directory.
+
+On a disk of one machine, the kernel holds the lock and releases it when the process ends. An object store has no locks. A
+network file system may have no locks, may apply them to one machine only, or may drop them when a machine is suspended. On
+both, a run holds a claim (`claim.py`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
-import json
 import os
-import socket
-import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.fs as pafs
-from filelock import FileLock, Timeout
 
 from engines.errors import ConfigError, ErrorCode
 from engines.text import one_line
-from pipeline.storage.filesystem import listing, write_atomic
+from pipeline.storage.claim import STALE_S, hold_claim
+from pipeline.storage.filesystem import listing
 from pipeline.storage.output_files import LOCK, SEGMENTS, is_claim
 
-BEAT_S = 10.0
-STALE_S = 60.0  # six missed beats: the holder is dead
-CLAIM = "_lock-"
+# Linux's names of file systems that several machines may use. Names that begin with "fuse." count as well.
+_SHARED = frozenset(
+    ("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "smb3", "virtiofs")
+)
 
 
 @contextmanager
 def run_lock(fs: pafs.FileSystem, root: str) -> Iterator[None]:
-    """Holds the output directory. Raises `ConfigError` if another run holds it.
-
-    On a disk, the kernel holds the lock and releases it when the process dies. An object store has no locks: each run
-    writes a small object, a claim, and rewrites it every 10 s. A run that finds another run's claim younger than 60 s
-    stops.
-    """
+    """Holds the output directory. Raises `ConfigError` if another run holds it."""
     text = f"another run is writing into {root}: wait for it, stop it, or choose another output.path"
     busy = ConfigError(text, code=ErrorCode.OUTPUT_BUSY)
-    if isinstance(fs, pafs.LocalFileSystem):
-        lock = FileLock(f"{root}/{SEGMENTS}/{LOCK}")
+    with contextlib.ExitStack() as stack:
         try:
-            os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
-            lock.acquire(timeout=1)  # not 0, because `held` takes the lock for a moment
-        except Timeout:
+            file = None
+            if isinstance(fs, pafs.LocalFileSystem):
+                os.makedirs(f"{root}/{SEGMENTS}", exist_ok=True)
+                file = _lock_file(root)
+            if file is not None:
+                stack.enter_context(file)  # the lock ends when the file is closed
+            if file is None or is_shared(root):
+                stack.enter_context(hold_claim(fs, root, locked=file is not None))
+        except BlockingIOError:
             raise busy from None
         except OSError as error:
-            raise ConfigError(f"output.path: cannot write into {root}: {error.strerror or error}") from None
-        try:
-            yield
-        finally:
-            lock.release()
-        return
-    with _claim(fs, root, busy):
+            raise ConfigError(
+                f"output.path: cannot write into {root}: {error.strerror or one_line(error)}", key="output.path"
+            ) from None
         yield
 
 
@@ -60,49 +61,45 @@ def held(fs: pafs.FileSystem, root: str) -> bool:
         with suppress(FileNotFoundError), Path(root, SEGMENTS, LOCK).open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+            except OSError as error:
+                if not _means_no_locks(error):
+                    return True
     claims = [info for info in listing(fs, f"{root}/{SEGMENTS}") if is_claim(info.base_name)]
     return any(time.time() - (claim.mtime_ns or 0) / 1e9 < STALE_S for claim in claims)
 
 
-@contextmanager
-def _claim(fs: pafs.FileSystem, root: str, busy: ConfigError) -> Iterator[None]:
-    """Holds the output directory with a claim. Each run writes its claim first and lists the claims then, so of two runs
-    at least one sees the other's claim and stops.
+def _lock_file(root: str) -> BinaryIO | None:
+    """The open, locked file; None if the file system has no locks. Raises `BlockingIOError` if another process has the
+    lock."""
+    file = Path(root, SEGMENTS, LOCK).open("ab")  # noqa: SIM115 -- the caller closes it
+    deadline = time.monotonic() + 1  # `held` takes the lock for a moment
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise
+            time.sleep(0.05)
+        except OSError as error:
+            file.close()
+            if _means_no_locks(error):
+                return None
+            raise
 
-    The store's clock measures ages: the time of another claim is compared with the time of ours.
-    """
-    own_name = f"{CLAIM}{uuid.uuid4().hex}.json"
-    path = f"{root}/{SEGMENTS}/{own_name}"
-    stop = threading.Event()
 
-    def write() -> None:
-        write_atomic(fs, path, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+def _means_no_locks(error: OSError) -> bool:
+    return error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
-    def keep_claim() -> None:
-        while not stop.wait(BEAT_S):
-            with suppress(OSError):  # the store is unavailable; the next beat may succeed
-                write()
 
-    try:
-        write()
-        claims = {info.base_name: info for info in listing(fs, f"{root}/{SEGMENTS}") if is_claim(info.base_name)}
-    except OSError as error:
-        raise ConfigError(f"output.path: cannot write into {root}: {one_line(error)}") from None
-    now = claims[own_name].mtime_ns or 0
-    thread = threading.Thread(target=keep_claim, name="lock", daemon=True)
-    thread.start()
-    try:
-        for name, claim in claims.items():
-            if name != own_name and now - (claim.mtime_ns or 0) < STALE_S * 1e9:
-                raise busy
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        with suppress(OSError):
-            for name, claim in claims.items():
-                if name == own_name or now - (claim.mtime_ns or 0) >= STALE_S * 1e9:
-                    fs.delete_file(claim.path)
+def is_shared(path: str, mounts: str = "/proc/self/mountinfo") -> bool:
+    """True if several machines may use the file system of `path`. False where the system has no list of mounts (macOS)."""
+    kinds: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path(mounts).read_text(errors="surrogateescape").splitlines():
+            mount, _, source = line.partition(" - ")
+            kinds[mount.split()[4].replace(r"\040", " ")] = source.split()[0]  # a later mount covers an earlier one
+    real = Path(os.path.realpath(path))
+    kind = next((kinds[str(place)] for place in (real, *real.parents) if str(place) in kinds), "")
+    return kind in _SHARED or kind.startswith("fuse.")

@@ -6,8 +6,10 @@ content decides: a user's own `manifest.json` is not ours.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -15,7 +17,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.storage.filesystem import TEMPORARY, listing
+from engines.errors import ConfigError
+from engines.text import one_line
+from pipeline.storage.filesystem import TEMPORARY, info_of, listing, write_atomic
 from pipeline.storage.retry import patiently
 
 # Files in the root of the output. `MARKER` is written first, `MANIFEST` last.
@@ -23,11 +27,17 @@ MARKER, FILES, MANIFEST, REPORT = "_eagleray.json", "_files.json", "manifest.jso
 STATE, BUDGET = "_run.json", "_budget.json"
 # Directories below the root, and the lock file in `SEGMENTS`.
 DATA, ERRORS, SEGMENTS, BATCHES = "data", "errors", "_segments", "_batches"
+DATASET, INPUT, TABLE = "_dataset", "_input", "_table"  # the rows of a program, and those of standard input
 LOCK = ".lock"
+# Names of claims begin with this; 32 hexadecimal digits follow.
+CLAIM = "_lock-"
 
 _SEGMENT = re.compile(r"\w[\w.-]*-[0-9a-f]{12}\.parquet")
-_CLAIM = re.compile(r"_lock-[0-9a-f]{32}\.json")
+_CLAIM = re.compile(CLAIM + r"[0-9a-f]{32}\.json")
 _BATCH = re.compile(r"eagleray-[0-9a-f]{8}-\d{5,}\.(json|jsonl|parquet)")
+_ROWS = re.compile(DATASET + r"/[0-9a-f]{32}/rows\.(jsonl|parquet)")
+_TABLE_FILE = re.compile(r"[0-9a-f]{16}(\.json|-\d{5,}\.keys)")
+_KEPT_INPUT = re.compile(r"stdin-[0-9a-f]{16}\.(jsonl|csv|parquet|arrow)")
 _PART = re.compile(r"part-\d{5,}\.(parquet|jsonl)")
 
 # The JSON keys that every version has written.
@@ -49,7 +59,7 @@ _PART_COLUMNS = {
     ),
     ERRORS: ({"error"},),
 }
-# A longer first line of a JSONL part is not read.
+# At most so many bytes of a JSONL part are read, to find its first line.
 _HEAD_BYTES = 1 << 20
 # Up to this many segments and batch files are opened to find one that can be read.
 _TRIES = 3
@@ -70,6 +80,48 @@ def is_batch_file(name: str) -> bool:
     return _BATCH.fullmatch(name) is not None
 
 
+def dataset_file(digest: str, kind: str) -> str:
+    """The path below the output of the rows that a program gave to the run. `kind`: jsonl or parquet."""
+    return f"{DATASET}/{digest[:32]}/rows.{kind}"
+
+
+def is_dataset_file(path: str) -> bool:
+    """True if this path below the output is that of rows that a program gave."""
+    return _ROWS.fullmatch(path) is not None
+
+
+def is_kept_input(name: str) -> bool:
+    """True if a file of this name in `_input/` is a copy of standard input."""
+    return _KEPT_INPUT.fullmatch(name) is not None
+
+
+def keep_rows(fs: pafs.FileSystem, target: str, source: Path) -> bool:
+    """Copies a file of given rows into the output. Returns False if it is there already: its path has a digest of the rows.
+    Raises `ConfigError` if it cannot be written."""
+    there = info_of(fs, target)
+    if there.is_file and there.size == source.stat().st_size:
+        return False
+    try:
+        write_atomic(fs, target, source)
+    except OSError as error:
+        text = f"output.path: cannot write {target}: {error.strerror or one_line(error)}"
+        raise ConfigError(text, key="output.path") from None
+    return True
+
+
+def drop_directories(fs: pafs.FileSystem, file: str) -> None:
+    """Removes the empty directories of given rows above a removed file. A store has no directories."""
+    if isinstance(fs, pafs.LocalFileSystem):
+        for folder in list(Path(file).parents)[:2]:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def is_table_file(name: str) -> bool:
+    """True if a file of this name in `_table/` says which rows were appended to a table."""
+    return _TABLE_FILE.fullmatch(name) is not None
+
+
 def is_temporary(name: str) -> bool:
     """True if a file of this name is the temporary file of a killed writer."""
     return TEMPORARY.fullmatch(name) is not None
@@ -78,10 +130,17 @@ def is_temporary(name: str) -> bool:
 def is_own_key(key: str, parts: Collection[str]) -> bool:
     """True if Eagleray writes this path below the output. `parts` are the paths of its parts in data/ and errors/."""
     folder, _, name = key.rpartition("/")
+    if is_dataset_file(key):
+        return True
     if not folder:
         return key in (*_KEYS, REPORT)
-    of = {SEGMENTS: lambda: is_segment(name) or is_claim(name), BATCHES: lambda: is_batch_file(name)}
-    return of[folder]() if folder in of else key in parts
+    checks = {
+        SEGMENTS: lambda: is_segment(name) or is_claim(name),
+        BATCHES: lambda: is_batch_file(name),
+        INPUT: lambda: is_kept_input(name),
+        TABLE: lambda: is_table_file(name),
+    }
+    return checks[folder]() if folder in checks else key in parts
 
 
 def read_json(fs: pafs.FileSystem, path: str) -> dict[str, Any] | None:
@@ -126,7 +185,7 @@ def is_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> bool:
 
 
 def is_old_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> bool:
-    """True if a version that wrote no marker has written the directory with these `names`."""
+    """True if the directory with these `names` is the output of a version that wrote no marker."""
     if any(name in names and read_own(fs, root, name) for name in (MANIFEST, STATE)):
         return True
     if SEGMENTS in names:
@@ -134,8 +193,8 @@ def is_old_output(fs: pafs.FileSystem, root: str, names: Collection[str]) -> boo
         segments = [name for name in found if is_segment(name)]
         if any(_is_ledger(fs, f"{root}/{SEGMENTS}/{name}") for name in segments[:_TRIES]):
             return True
-        # A run was killed before it wrote anything else.
-        if set(names) == {SEGMENTS} and found == [LOCK]:
+        # A run was killed before it wrote anything else, or another run has just begun.
+        if set(names) == {SEGMENTS} and found and all(name == LOCK or is_claim(name) for name in found):
             return True
     if BATCHES in names:
         files = [name for name in _files(fs, f"{root}/{BATCHES}") if is_batch_file(name) and name.endswith(".json")]

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-# Errors of pyarrow's clients, and of our Azure client, that mean a passing failure of the store and not a wrong file or a
+# Errors of pyarrow's clients, and of our Azure client, that mean a temporary failure of the store, not a wrong file or a
 # missing permission. The clients give no structured code, so the text is searched.
 _PASSING = re.compile(
     r"AWS Error (SLOW_DOWN|INTERNAL_FAILURE|NETWORK_CONNECTION|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT"
@@ -26,9 +26,13 @@ PATIENCE_S, TRIES = 120.0, 8
 T = TypeVar("T")
 
 
+class StoreError(OSError):
+    """A read from a store of fsspec failed. Its clients raise types of their own, so every failure counts as temporary."""
+
+
 def store_failed(error: BaseException) -> bool:
     """True if an object store failed temporarily (throttled, unavailable): the same call may succeed later."""
-    return isinstance(error, OSError) and bool(_PASSING.search(str(error)))
+    return isinstance(error, StoreError) or (isinstance(error, OSError) and bool(_PASSING.search(str(error))))
 
 
 def patiently(work: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
@@ -43,8 +47,8 @@ def patiently(work: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
 
 
 def steadily(start: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """Yields the items of `start()`, which must be the same in each call. If the store fails in between, calls `start`
-    again and continues behind the last item. Raises after `TRIES` failures without a new item."""
+    """Yields the items of `start()`, which must be the same in each call. If the store fails, calls `start` again and
+    continues after the last item. Raises after `TRIES` failures without a new item."""
     passed = failures = 0
     while True:
         try:

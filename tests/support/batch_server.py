@@ -26,13 +26,17 @@ from typing import Any, Self
 from aiohttp import web
 
 from tests.support.loopback import LoopbackServer
+from tests.support.task_server import DIMENSIONS, tokens, vector
 
 # ok | error400 | error500 | expired | cancelled | missing: no word of it
 Fate = Callable[[str, dict[str, Any], int], str]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CHUNK = 1000
 ERROR400 = {"error": {"message": "this request is bad", "type": "invalid_request_error", "code": 400}}
+NO_MONEY = "Your credit balance is too low to access the API."
+ERROR402 = {"error": {"message": NO_MONEY, "type": "invalid_request_error", "code": "billing_hard_limit_reached"}}
 ERROR500 = {"error": {"message": "oops", "type": "server_error", "code": 500}}
+ERRORS = {"error400": ERROR400, "error402": ERROR402, "error500": ERROR500}
 
 
 @dataclass
@@ -91,6 +95,8 @@ class Job:
 
 
 def text_of(body: dict[str, Any]) -> str:
+    if "input" in body:
+        return str(body["input"][0])
     content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -98,12 +104,25 @@ def text_of(body: dict[str, Any]) -> str:
 def chat(body: dict[str, Any]) -> dict[str, Any]:
     asked = text_of(body)
     text = asked.removeprefix("say: ") if asked.startswith("say: ") else f"answer to: {asked}"
+    if asked.startswith("Rate this review "):  # docs/examples/score.yaml
+        text = json.dumps({"why": asked[:40], "stars": 1 + len(asked) % 5, "mood": "calm", "topics": ["price"]})
     usage = {"prompt_tokens": len(json.dumps(body)) // 4, "completion_tokens": len(text) // 4}
     usage["total_tokens"] = sum(usage.values())
     finish = asked.removeprefix("ends with: ") if asked.startswith("ends with: ") else "stop"
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}, "logprobs": None}
     return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body.get("model", "m-1"),
             "choices": [choice], "usage": usage}  # fmt: skip
+
+
+def embeddings(body: dict[str, Any]) -> dict[str, Any]:
+    [text] = body["input"]
+    numbers = vector(text, body.get("dimensions", DIMENSIONS)).tolist()
+    return {"object": "list", "model": body["model"], "data": [{"index": 0, "embedding": numbers}],
+            "usage": {"prompt_tokens": tokens(text), "total_tokens": tokens(text)}}  # fmt: skip
+
+
+def openai_answer(body: dict[str, Any]) -> dict[str, Any]:
+    return embeddings(body) if "input" in body else chat(body)
 
 
 def message(body: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +144,8 @@ class BatchServer(LoopbackServer):
     fate: Fate | None = None
     batch_fate: Callable[[int], str] = lambda number: "ok"
     max_queued_batches: int | None = None
+    overcount: int = 0  # answers that ended batches count, but have no line for
+    relative_urls: bool = False  # of results
     key: str | None = None
     fail_next: dict[str, int] = field(default_factory=dict)
     break_results_after: int | None = None
@@ -244,8 +265,8 @@ class BatchServer(LoopbackServer):
                     self.created.append((request.path, {part.name: await part.text()}))  # type: ignore[union-attr, dict-item]
         return path
 
-    def _make(self, wire: str, file: Path, wanted: set[str], id: str = "", **more: Any) -> Job:
-        """A batch of a file, whose lines must have exactly the keys `wanted`."""
+    def _make(self, wire: str, file: Path, wanted: set[str], id: str = "", url: str = "", **more: Any) -> Job:
+        """A batch of a file, whose lines must have exactly the keys `wanted`, and this `url` if they have one."""
         number = len(self.jobs)
         job = Job(id or f"batch_{number}", wire, file, [], {}, self.batch_fate(number), self.delay_s, number, **more)
         models = set()
@@ -256,7 +277,7 @@ class BatchServer(LoopbackServer):
                 models.add(body.get("model"))
                 if row.keys() != wanted or not re.fullmatch(r"[\w-]{1,64}", row["custom_id"]):
                     job.errors.append({"code": "invalid_request", "line": at, "message": f"line {at} has {sorted(row)}"})
-                if row.get("url", "/v1/chat/completions") != "/v1/chat/completions":
+                if row.get("url", url) != url:
                     job.errors.append({"code": "invalid_url", "line": at, "message": f"line {at} goes to {row['url']}"})
                 job.ids.append(row["custom_id"])
                 if self.fate and (fate := self.fate(row["custom_id"], body, self.times[row["custom_id"]])) != "ok":
@@ -265,8 +286,9 @@ class BatchServer(LoopbackServer):
                     self.bodies.append(body)
         if len(set(job.ids)) < len(job.ids) or len(models) > 1:
             job.errors.append({"code": "invalid", "line": None, "message": f"ids come twice, or models differ: {models}"})
-        if job.fate in ("failed", "token_limit_exceeded"):
-            job.errors.append({"code": job.fate, "line": None, "message": f"the batch is {job.fate}"})
+        if job.fate in ("failed", "token_limit_exceeded", "billing_hard_limit_reached"):
+            said = NO_MONEY if job.fate == "billing_hard_limit_reached" else f"the batch is {job.fate}"
+            job.errors.append({"code": job.fate, "line": None, "message": said})
         if job.errors and job.fate == "ok":
             self.bad += [str(error) for error in job.errors]
         if job.fate != "token_limit_exceeded":
@@ -345,17 +367,19 @@ class BatchServer(LoopbackServer):
             return full
         file = self.files[body["input_file_id"]][0]
         wanted = {"custom_id", "method", "url", "body"}
-        job = self._make("openai", file, wanted, input=body["input_file_id"], extra=body.get("metadata") or {})
+        more = {"input": body["input_file_id"], "extra": body.get("metadata") or {}, "url": body["endpoint"]}
+        job = self._make("openai", file, wanted, **more)
         self.on_step("submit", "after")
         return web.json_response(self._openai(job))
 
     def _openai(self, job: Job) -> dict[str, Any]:
         counts = job.counts()
         done, ended = 0 if job.errors else counts["ok"], job.ended and not job.errors
+        counted = done + self.overcount * ended
         found = {
             "id": job.id, "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": job.input,
             "completion_window": "24h", "status": job.state, "created_at": int(job.created), "metadata": job.extra,
-            "request_counts": {"total": len(job.ids), "completed": done, "failed": len(job.ids) - done if ended else 0},
+            "request_counts": {"total": len(job.ids), "completed": counted, "failed": len(job.ids) - done if ended else 0},
             "errors": {"object": "list", "data": job.errors} if job.errors else None,
         }  # fmt: skip
         if ended and done:
@@ -401,9 +425,11 @@ class BatchServer(LoopbackServer):
             "id": job.id, "type": "message_batch", "processing_status": status, "created_at": rfc3339(job.created),
             "expires_at": rfc3339(job.created + 86400), "ended_at": rfc3339(time.time()) if job.ended else None,
             "cancel_initiated_at": rfc3339(job.cancelled) if job.cancelled else None, "archived_at": None,
-            "results_url": f"{self.url}/v1/messages/batches/{job.id}/results" if job.ended else None,
+            "results_url": f"{'' if self.relative_urls else self.url}/v1/messages/batches/{job.id}/results"
+            if job.ended else None,
             "request_counts": {
-                "processing": counts["processing"], "succeeded": counts["ok"], "expired": counts["expired"],
+                "processing": counts["processing"], "succeeded": counts["ok"] + self.overcount * job.ended,
+                "expired": counts["expired"],
                 "canceled": counts["cancelled"],
                 "errored": counts.total() - sum(counts[name] for name in ("processing", "ok", "expired", "cancelled")),
             },
@@ -427,8 +453,9 @@ class BatchServer(LoopbackServer):
             if fate == "ok":
                 result = {"type": "succeeded", "message": message(body)}
             elif result["type"] == "errored":
-                kind = "invalid_request_error" if fate == "error400" else "api_error"
-                result["error"] = {"type": "error", "error": {"type": kind, "message": "bad"}, "request_id": None}
+                kind = "api_error" if fate == "error500" else "invalid_request_error"
+                said = NO_MONEY if fate == "error402" else "bad"
+                result["error"] = {"type": "error", "error": {"type": kind, "message": said}, "request_id": None}
             return {"custom_id": id, "result": result}
 
         return await self._stream(request, self._job(request), line)
@@ -548,10 +575,11 @@ class BatchServer(LoopbackServer):
 
     def _fireworks(self, job: Job) -> dict[str, Any]:
         counts, state = job.counts(), {"in_progress": "running"}.get(job.state, job.state)
-        done, failed = counts.get("ok", 0), sum(counts.get(name, 0) for name in ("error400", "error500"))
+        done, failed = counts.get("ok", 0), sum(counts.get(name, 0) for name in ERRORS)
+        said = job.errors[0]["message"] if job.errors else ""
         return {
             "name": f"accounts/acme/batchInferenceJobs/{job.id}", "state": f"JOB_STATE_{state.upper()}",
-            "createTime": rfc3339(job.created).replace("+00:00", "Z"), "status": {"code": "OK", "message": ""},
+            "createTime": rfc3339(job.created).replace("+00:00", "Z"), "status": {"code": "OK", "message": said},
             **{name: job.extra[name] for name in ("displayName", "model", "inputDatasetId", "outputDatasetId")},
             "jobProgress": {
                 "totalInputRequests": len(job.ids), "successfullyProcessedRequests": done, "failedRequests": failed,
@@ -596,10 +624,10 @@ def _openai_line(output: bool, bare: bool = False) -> Callable[[str, dict[str, A
             return None
         found: dict[str, Any] = {"id": f"batch_req_{id[:8]}", "custom_id": id, "response": None, "error": None}
         if fate == "ok":
-            found["response"] = {"status_code": 200, "request_id": "r", "body": chat(body)}
-        elif fate in ("error400", "error500"):
-            failure = ERROR400 if fate == "error400" else ERROR500
-            found["response"] = {"status_code": int(fate[5:]), "request_id": "r", "body": failure}
+            found["response"] = {"status_code": 200, "request_id": "r", "body": openai_answer(body)}
+        elif fate in ERRORS:  # a provider says 400, too, where the account has no money
+            status = 400 if fate == "error402" else int(fate[5:])
+            found["response"] = {"status_code": status, "request_id": "r", "body": ERRORS[fate]}
         else:
             found["error"] = {"code": f"batch_{fate}", "message": f"the batch is {fate}"}
         if bare:
@@ -610,5 +638,5 @@ def _openai_line(output: bool, bare: bool = False) -> Callable[[str, dict[str, A
 
 
 def _bare_error(fate: str) -> dict[str, Any]:
-    code = {"error400": 400, "error500": 500}.get(fate, f"batch_{fate}")
+    code = {"error400": 400, "error402": 402, "error500": 500}.get(fate, f"batch_{fate}")
     return {"error": {"code": code, "message": f"it is {fate}"}}

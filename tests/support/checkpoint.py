@@ -32,12 +32,12 @@ def cache_dir() -> Path:
 
 def checkpoint_dir() -> Path:
     """The checkpoint (269 MB, bfloat16)."""
-    return _made_once(f"smollm2-135m-v{_VERSION}", _write_checkpoint)
+    return made_once(f"smollm2-135m-v{_VERSION}", _write_checkpoint)
 
 
 def adapter_dir(seed: int = 0) -> Path:
     """A rank-8 LoRA adapter with random weights, large enough to change the answers and small enough to keep words."""
-    return _made_once(f"smollm2-135m-lora-{seed}-v{_VERSION}", lambda path: _write_adapter(path, seed))
+    return made_once(f"smollm2-135m-lora-{seed}-v{_VERSION}", lambda path: _write_adapter(path, seed))
 
 
 @pytest.fixture(scope="session")
@@ -58,10 +58,10 @@ def smollm2_adapters() -> list[Path]:
 @pytest.fixture(scope="session")
 def tiny_llava() -> Path:
     """A LLaVA with random weights and the tokenizer of SmolLM2: what it says is noise, but the same noise each time."""
-    return _made_once(f"tiny-llava-v{_VERSION}", _write_llava)
+    return made_once(f"tiny-llava-v{_VERSION}", _write_llava)
 
 
-def _made_once(name: str, write: Callable[[Path], None]) -> Path:
+def made_once(name: str, write: Callable[[Path], None]) -> Path:
     """`cache_dir()/name`, written by whoever comes first. It appears by one rename, so nobody sees a part of it."""
     from filelock import FileLock
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from engines.free_port import free_port
 from tests.support.processes import PATIENCE_S, end, family, folder, own_ray, title
 
 # A cluster of several raylets on this machine, in a process of its own; told over stdin, answers over stdout.
@@ -27,8 +27,8 @@ cluster = Cluster(initialize_head=True, head_node_args=small)
 nodes = {"head": cluster.head_node}
 for line in sys.stdin:
     verb, name = line.split()
-    if verb == "add":
-        nodes[name] = cluster.add_node(**small)
+    if verb == "add":  # a node has its name as a label
+        nodes[name] = cluster.add_node(**small, labels={"name": name})
     elif verb == "drain":
         address = ["--address", cluster.address, "--node-id", nodes[name].node_id]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice"]
@@ -90,9 +90,7 @@ def raylets() -> Iterator[Raylets]:
 @contextlib.contextmanager
 def standing_cluster(cpus: int) -> Iterator[dict[str, str]]:
     """`ray start --head` with token authentication; the environment in which to join it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {**own_ray(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     with folder() as path:
         command = [

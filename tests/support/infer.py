@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from jobs.compose import compose
+from pipeline.configuration.compose import compose
 from pipeline.run import Outcome, run
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,10 @@ def snapshot(root: Path) -> dict[str, Any]:
             elif path.is_file():
                 found[key] = path.read_bytes()
     return found
+
+
+def figure(page: str, label: str) -> str:
+    """What stands in the tile of that label."""
+    found = re.search(rf"<dt>{re.escape(label)}</dt><dd>(.*?)</dd>", page)
+    assert found, label
+    return unescape(found[1])

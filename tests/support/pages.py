@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from pipeline.configuration.run_file import is_run_file
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # These take a configuration; the others take the path of an output.
-CONFIGURED = ("infer", "plan", "batch", "serve", "chat")
+CONFIGURED = ("infer", "plan", "tune", "batch", "serve", "chat")
 STEPS = ("submit", "status", "fetch", "cancel", "list")
 
 
@@ -35,6 +37,7 @@ class Command:
 
     page: str
     text: str
+    language: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}: {self.text}"
@@ -54,20 +57,27 @@ class Command:
 
     @property
     def overrides(self) -> list[str]:
-        """Its keys, without a step of `eagleray batch` and the flag with a directory of the reader's."""
+        """Its keys, without a step of `eagleray batch`, a run file, and flags."""
         words = self.words
         words = words[words.index("eagleray") + 2 :] if "eagleray" in words else words[words.index("-m") + 2 :]
         if self.job == "batch" and words[0] in STEPS:
             words = words[1:]
-        if "--config-dir" in words:
-            at = words.index("--config-dir")
-            words = words[:at] + words[at + 2 :]
-        return words
+        for flag in ("--config-dir", "--env-file", "--again", "--save", "-c"):
+            if flag in words:
+                at = words.index(flag)
+                words = words[:at] + words[at + 2 :]
+        return [word for word in words if not is_run_file(word) and word not in ("--write", "--json")]
+
+    @property
+    def run_file(self) -> str | None:
+        words = self.words
+        words = words[words.index("eagleray") :] if "eagleray" in words else words[words.index("-m") :]
+        return next((word for word in words if is_run_file(word) and "--save" not in words), None)
 
     @property
     def runs(self) -> bool:
-        """Whether all that it needs is here."""
-        return "docs/examples" in self.text
+        """Whether all that it needs is here, and no other test runs it (test_howto.py runs ```sh)."""
+        return "docs/examples" in self.text and self.language != "sh" and not re.search(r" engine=openai\b", self.text)
 
 
 def blocks(page: Path) -> list[Block]:
@@ -94,7 +104,7 @@ def commands(page: Path) -> list[Command]:
             text = re.sub(
                 r"^(?:\S+ +){5}cd \S+ && \S*/(eagleray [^>\n]*).*", lambda m: m[1].replace("\\%", "%"), text, flags=re.M
             )
-            found += [Command(page.name, line) for line in text.splitlines()
+            found += [Command(page.name, line, block.language) for line in text.splitlines()
                       if re.match(r"(\w+=\S+ )*(eagleray [a-z]|ray job submit )", line)]  # fmt: skip
     return found
 

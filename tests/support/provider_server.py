@@ -30,6 +30,10 @@ from tests.support.loopback import LoopbackServer
 STATUSES = {"400": "bad", "401": "invalid x-api-key", "402": "pay", "404": "no such model", "413": "too large",
             "429": "slow down", "500": "oops", "501": "no", "502": "bad gateway", "503": "unavailable",
             "529": "Overloaded"}  # fmt: skip
+# status -> the error's type on the wire of Anthropic's messages
+MESSAGES_TYPES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+                  404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                  529: "overloaded_error"}  # fmt: skip
 # What goes wrong in passing: asked again, the row is answered.
 PASSING = ("429", "429-after", "500", "502", "503", "529", "hang", "reset", "reset-body", "truncated", "not-json", "null",
            "empty", "error-200", "bad-gzip")  # fmt: skip
@@ -110,7 +114,7 @@ class ProviderServer(LoopbackServer):
                     return error(request, 429, "quota", headers | {"x-ratelimit-reset-requests": "1s"})
             planned = self.plan.get(text)
             fault = planned.pop(0) if planned else self.fault(text, self.attempts[text])
-            if fault in (None, "break", "break-error", "end") and body.get("stream"):
+            if fault in (None, "break", "break-error", "end", "filtered") and body.get("stream"):
                 return await stream(request, body, text, fault)
             if fault is None:
                 return web.json_response(answer(request, body, text), headers=headers)
@@ -153,7 +157,8 @@ def answer(request: web.Request, body: dict[str, Any], text: str | None, finish:
 
 async def stream(request: web.Request, body: dict[str, Any], text: str, fault: str | None) -> web.StreamResponse:
     """The answer as events, a word each, each in two pieces; or a part of them, and then a fault."""
-    whole = answer(request, body, text)
+    whole = answer(request, body, text, "content_filter" if fault == "filtered" else "stop")
+    fault = None if fault == "filtered" else fault
     words = [word + " " for word in text.split(" ")]
     words[-1] = words[-1][:-1]
     events: list[dict[str, Any]] = []
@@ -198,7 +203,7 @@ def error(request: web.Request, status: int, message: str, headers: dict[str, st
         return web.json_response({"message": message}, status=status, headers=named | (headers or {}))
     body: dict[str, Any] = {"error": {"message": message, "type": "t", "code": None}}
     if request.path.endswith("/messages"):
-        body = {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+        body = {"type": "error", "error": {"type": MESSAGES_TYPES.get(status, "api_error"), "message": message}}
     return web.json_response(body, status=status, headers=headers)
 
 

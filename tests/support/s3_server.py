@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, Self
 from urllib.parse import parse_qs
 
@@ -28,6 +29,9 @@ class S3Server:
         self.refused: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.random = random.Random(seed)
+        # Called with (method, key) of each request: before it is answered, and when its answer is ready.
+        self.before: Callable[[str, str], object] = lambda method, key: None
+        self.after: Callable[[str, str], object] = lambda method, key: None
         self.app = DomainDispatcherApplication(create_backend_app)
 
     def __enter__(self) -> Self:
@@ -73,6 +77,13 @@ class S3Server:
         keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
         return {key.removeprefix(prefix): client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
 
+    def age(self, key: str, seconds: float) -> None:
+        """Makes an object older, as if its writer had been suspended."""
+        from moto.s3.models import s3_backends
+
+        found = s3_backends["123456789012"]["aws"].get_object("bucket", key)
+        found.last_modified -= timedelta(seconds=seconds)
+
     def delete(self, key: str) -> None:
         self.client().delete_object(Bucket="bucket", Key=key)
 
@@ -85,7 +96,11 @@ class S3Server:
             status, body = (SLOW_DOWN, INTERNAL)[self.refused.total() % 2]
             start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
             return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
-        return self.app(environ, start)
+        place = environ["REQUEST_METHOD"], environ["PATH_INFO"].removeprefix("/bucket/")
+        self.before(*place)
+        answer = self.app(environ, start)
+        self.after(*place)
+        return answer
 
 
 def _what(environ: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ ENDED = "<the end>"
 
 
 class Terminal:
-    """`python -m ARGV`. `screen` is the state of the terminal; `shown` is all output so far, with `ENDED` at its end."""
+    """`python -m ARGV`, or the program `ARGV` if it is an absolute path. `screen` is the state of the terminal; `shown` is
+    all output so far, with `ENDED` at its end."""
 
     def __init__(self, *argv: str, columns: int = 100, term: str = "xterm-256color") -> None:
         self.screen = pyte.Screen(columns, 30)
@@ -40,7 +41,8 @@ class Terminal:
             os.chdir(ROOT)
             environment = {**os.environ, "TERM": term, "PYTHONPATH": str(ROOT)}
             environment.pop("COLUMNS", None)  # pytest-xdist's, which would count for more than the terminal's own width
-            os.execve(sys.executable, [sys.executable, "-m", *argv], environment)
+            command = argv if argv[0].startswith("/") else (sys.executable, "-m", *argv)
+            os.execve(command[0], command, environment)
 
     @property
     def text(self) -> str:

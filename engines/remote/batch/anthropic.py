@@ -35,6 +35,7 @@ _OPEN, _CLOSE = b'{"requests":[', b"]}"
 class AnthropicBatches(BatchWire):
     max_rows = 100_000
     max_bytes = 256_000_000
+    names_batches = False
 
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"custom_id": custom_id, "params": body}
@@ -57,9 +58,10 @@ class AnthropicBatches(BatchWire):
         return str(made["id"])
 
     def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
-        """The oldest batch since then with as many rows: batches have no name here.
+        """The oldest batch after `since` with the same number of rows: batches of this API have no names.
 
-        If it belongs to somebody else, none of its rows has a key of ours, and our rows are asked again.
+        It may belong to another program. Then none of its results has one of our keys. The caller must not cancel it before
+        it knows its results, and calls again with its id among the `known`.
         """
         found = None
         for batch in self.list():
@@ -89,7 +91,7 @@ class AnthropicBatches(BatchWire):
         )
 
     def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
-        for url in status.outputs:
+        for url in map(self.client.resolve, status.outputs):
             for line in self.client.lines(url, signed=not self.client.ours(url)):
                 yield str(line.get("custom_id")), _read(line.get("result") or {})
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Batches:
     """The batch methods of remote engines. They raise `ConfigError` if the provider has no batch API.
 
-    An answer finds its conversation by what was asked, so neither the order of answers nor their number matters.
+    Answers are matched to conversations by the content of the requests, so neither their order nor their number matters.
     """
 
     def infer_batch(
@@ -37,16 +37,21 @@ class Batches:
         from engines.remote.batch.client import Requests
         from engines.remote.batch.factory import batch_limits, encoded, wire_of
 
-        engine, wire = wire_of(self)
-        lines = {id: engine.body(request) for id, request in _named(engine, conversations, generation)}
+        named = dict(_named(self, conversations, generation))
+        tasks = {request.task for request in named.values()}
+        if len(tasks) > 1:
+            raise ConfigError(f"infer_batch takes one task at a time, not {', '.join(sorted(tasks))}")
+        engine, wire = wire_of(self, *tasks)
+        lines = {id: engine.body(engine.load_media_sync(request)) for id, request in named.items()}
         data = b"".join(encoded(wire, id, body, engine) for id, body in lines.items())
         if not lines:
             raise ConfigError("infer_batch needs a conversation")
-        max_rows, max_bytes = batch_limits(engine, wire)
+        max_rows, max_bytes = batch_limits(engine.provider.batch)
         if len(lines) > max_rows or len(data) > max_bytes:
             raise ConfigError(
                 f"a batch of engine={engine.kind} holds at most {max_rows:,} requests and {max_bytes:,} bytes, "
-                f"not {len(lines):,} and {len(data):,}; eagleray batch splits datasets"
+                f"not {len(lines):,} and {len(data):,}; eagleray batch splits datasets",
+                key=f"engine={engine.kind}",
             )
         models = {str(body.get("model")) for body in lines.values()}
         if len(models) > 1:
@@ -76,7 +81,7 @@ class Batches:
         """
         from engines.remote.batch.client import BatchState
         from engines.remote.batch.factory import wire_of
-        from engines.structured import in_shape
+        from engines.structured import checked_once
 
         engine, wire = wire_of(self)
         status = wire.status(batch_id)
@@ -87,13 +92,16 @@ class Batches:
             if custom_id not in asked:
                 continue
             try:
-                completion = engine.read(outcome, asked[custom_id].generation.n, asked[custom_id].model)
+                completion = engine.read_batched(outcome, asked[custom_id])
             except EngineError as error:
                 completion = Completion(error=Failure.of(error), usage=error.usage or Usage())
             completion.cost_usd = engine.cost(completion.usage, asked[custom_id].model, completion.model, batch=True)
             found[custom_id] = completion
         absent = Completion(error=Failure("not_found", status.error or f"batch {batch_id} has no answer to this"))
-        completions = [in_shape(found.get(id, absent), request.generation) for id, request in asked.items()]
+        completions = [
+            checked_once(found.get(id, absent), request.generation, engine.null_for_absent(request.model))
+            for id, request in asked.items()
+        ]
         for completion in completions:
             completion.engine, completion.model = engine.kind, completion.model or engine.config.model
         return completions

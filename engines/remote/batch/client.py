@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, BinaryIO, ClassVar, Protocol
@@ -12,7 +12,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 import orjson
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from engines.config import EngineConfig
 from engines.errors import EngineError
@@ -59,7 +59,9 @@ class BatchStatus:
     outputs: list[str] = field(default_factory=list)  # files or URLs that `results` reads
     error: str | None = None  # why the whole batch failed
     lines: dict[int, str] = field(default_factory=dict)  # input lines (from 1) that made it fail, with the reason
-    queue_full: bool = False  # it failed only because the queue was full
+    queue_full: bool = False  # it failed only because the queue was full, or because of a rate limit
+    refusal: EngineError | None = None  # it failed because of the account, key, model or a parameter; `lines` is empty
+    refused_line: int | None = None  # the input line (from 1) that `refusal` names
     counts_rows: bool = True  # False: counts are percentages
 
 
@@ -72,13 +74,22 @@ class Requests:
     rows: int
     size: int  # bytes
     open: Callable[[], BinaryIO]
+    submission: int = 1  # the number of the submission
+
+    @property
+    def idempotency_key(self) -> str:
+        """Differs for each submission: a provider answers a key that it knows with the batch that it made for it."""
+        return self.name if self.submission == 1 else f"{self.name}-{self.submission}"
 
 
 class Client:
     """JSON over HTTP with retries. Raises `EngineError`, whose text never holds the key."""
 
-    def __init__(self, base: str, headers: Mapping[str, str], clean: Callable[[str], str], patience_s: float) -> None:
+    def __init__(
+        self, base: str, headers: Mapping[str, str], clean: Callable[[str], str], patience_s: float, query: str = ""
+    ) -> None:
         self.base, self.headers, self.clean, self.patience_s = base.rstrip("/"), dict(headers), clean, patience_s
+        self.query = query  # of every request, such as `api-version=…`
         self.http = httpx.Client(timeout=TIMEOUT, follow_redirects=False)
 
     def json(self, method: str, path: str, **more: Any) -> Any:
@@ -96,12 +107,12 @@ class Client:
         *,
         body: Callable[[], dict[str, Any]] = dict,
         once: bool = False,
-        fine: tuple[int, ...] = (),
+        accepted: tuple[int, ...] = (),
         signed: bool = False,
     ) -> httpx.Response:
         """Sends one request. `body` makes httpx's arguments for each try; `once` means one try only.
 
-        `fine` are statuses beside 2xx that are not errors. A request to a `signed` address is sent without the key.
+        `accepted` are statuses beside 2xx that are not errors. A request to a `signed` address is sent without the key.
         """
 
         def attempt() -> httpx.Response:
@@ -113,7 +124,7 @@ class Client:
                 raise self._clean(broken(error)) from None
             except httpx.InvalidURL:
                 raise EngineError("bad_response", "the provider gave an invalid URL", retryable=True) from None
-            if not answer.is_success and answer.status_code not in fine:
+            if not answer.is_success and answer.status_code not in accepted:
                 raise self._clean(failure(answer.status_code, answer.content, answer.headers))
             return answer
 
@@ -132,10 +143,17 @@ class Client:
                 time.sleep(wait)
 
     def url(self, path: str) -> str:
-        return path if "://" in path else f"{self.base}{path}"
+        if "://" in path:
+            return path
+        url = f"{self.base}{path}"
+        return f"{url}{'&' if '?' in path else '?'}{self.query}" if self.query else url
+
+    def resolve(self, url: str) -> str:
+        """The full URL of a file or page that the provider named. Its URL may be relative to the API's."""
+        return urljoin(f"{self.base}/", url)
 
     def ours(self, url: str) -> bool:
-        """Whether this is the API's own server, so that the key may be sent there."""
+        """True if this is a full URL of the API's own server, so that the key may be sent there."""
         return urlsplit(url)[:2] == urlsplit(self.base)[:2]
 
     def _retrying(self) -> Retrying:
@@ -148,7 +166,13 @@ class Client:
         def passing(error: BaseException) -> bool:
             return isinstance(error, EngineError) and error.retryable
 
-        return Retrying(wait=wait, stop=stop_after_delay(self.patience_s), retry=retry_if_exception(passing), reraise=True)
+        return Retrying(wait=wait, stop=stop_before_delay(self.patience_s), retry=retry_if_exception(passing), reraise=True)
+
+    def batch_error(self, error: Any) -> EngineError:
+        """An error of a batch that failed as a whole. The provider gives an object or a text, without an HTTP status."""
+        found = failure(400, orjson.dumps({"error": error}), {})
+        found.status, found.args = None, (str(found).removeprefix("HTTP 400: "),)
+        return self._clean(found)
 
     def _clean(self, error: EngineError) -> EngineError:
         error.args = (self.clean(str(error)),)
@@ -226,15 +250,21 @@ class BatchEngine(Protocol):
 
     def body(self, request: Request) -> dict[str, Any]: ...
 
+    def load_media_sync(self, request: Request) -> Request: ...
+
+    def served_model(self, request: Request) -> str | None: ...
+
     def encode(self, body: dict[str, Any]) -> tuple[Any, int]: ...
 
-    def read(self, answer: dict[str, Any] | EngineError, n: int | None = None, model: str | None = None) -> Completion: ...
+    def read_batched(self, answer: dict[str, Any] | EngineError, request: Request) -> Completion: ...
 
     def cost(
         self, usage: Usage, asked: str | None, answered: str | None = None, *, batch: bool = False
     ) -> float | None: ...
 
     def prepared(self, request: Request) -> Request: ...
+
+    def null_for_absent(self, model: str | None) -> bool: ...
 
     def check(self, generation: GenerationParams) -> None: ...
 
@@ -247,6 +277,8 @@ class BatchWire(ABC):
     # The provider's documented limits for one batch.
     max_rows: ClassVar[int] = 50_000
     max_bytes: ClassVar[int] = 200_000_000
+    # False: `find` may take the batch of another program for ours, because nothing at the provider names the batch.
+    names_batches: ClassVar[bool] = True
 
     def __init__(self, client: Client, path: str, idempotency_header: str | None = None) -> None:
         self.client = client
@@ -254,8 +286,24 @@ class BatchWire(ABC):
         self.idempotency_header = idempotency_header
 
     def once(self, requests: Requests) -> dict[str, str]:
-        """The idempotency header, where the provider has one: it makes a repeated submission harmless."""
-        return {self.idempotency_header: requests.name} if self.idempotency_header else {}
+        """The idempotency header, if the provider has one. It makes a repeated submission harmless."""
+        return {self.idempotency_header: requests.idempotency_key} if self.idempotency_header else {}
+
+    def explain_failure(self, status: BatchStatus, errors: Sequence[Any]) -> None:
+        """Fills in why a whole batch failed, from the provider's errors: objects or texts."""
+        texts = [(error.get("message") or error.get("code")) if isinstance(error, dict) else error for error in errors]
+        status.error = "; ".join(str(text) for text in texts[:3] if text) or "the batch failed"
+        for error, text in zip(errors, texts, strict=True):
+            fields, found = error if isinstance(error, dict) else {}, self.client.batch_error(error)
+            line = fields["line"] if type(fields.get("line")) is int else None
+            if found.type == "rate_limit" or fields.get("code") == "token_limit_exceeded":
+                status.queue_full = True
+            elif found.scope != "row" and status.refusal is None:
+                status.refusal, status.refused_line = found, line
+            elif line is not None:
+                status.lines[line] = str(text)
+        if status.refusal is not None:  # a line that it names is only the first one with a problem of all lines
+            status.queue_full, status.lines = False, {}
 
     @abstractmethod
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +311,7 @@ class BatchWire(ABC):
 
     @abstractmethod
     def upload(self, requests: Requests) -> str | None:
-        """Sends the request file and returns its id; None where `submit` sends the requests itself."""
+        """Sends the request file and returns its id. None if `submit` sends the requests itself."""
 
     @abstractmethod
     def submit(self, requests: Requests, file: str | None) -> str:
@@ -273,7 +321,7 @@ class BatchWire(ABC):
     def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
         """The batch that an interrupted `submit` may have created after `since`, other than those `known`; or None.
 
-        Raises `EngineError` also where the provider has no way to find out.
+        Raises `EngineError`, also if the provider has no way to look for a batch.
         """
 
     @abstractmethod
@@ -282,7 +330,7 @@ class BatchWire(ABC):
 
     @abstractmethod
     def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
-        """The results of an ended batch, in any order. A row may be there twice, or not at all."""
+        """The results of an ended batch, in any order. A row may be in them twice, or not at all."""
 
     @abstractmethod
     def cancel(self, id: str) -> None:

@@ -38,7 +38,7 @@ class FireworksBatches(BatchWire):
     def upload(self, requests: Requests) -> str | None:
         id = requests.name
         dataset = {"datasetId": id, "dataset": {"userUploaded": {}, "exampleCount": str(requests.rows)}}
-        self.client.send("POST", "/datasets", body=lambda: {"json": dataset}, fine=(409,))
+        self.client.send("POST", "/datasets", body=lambda: {"json": dataset}, accepted=(409,))
         if self._state(id) != "READY":
             file = f"{id}.jsonl"
             body = lambda: {"files": {"file": (file, requests.open(), "application/jsonl")}}  # noqa: E731
@@ -62,14 +62,14 @@ class FireworksBatches(BatchWire):
             "outputDatasetId": self._dataset(f"{name}-out"),
         }
         path = f"{_JOBS}?batchInferenceJobId={name}"
-        self.client.send("POST", path, body=lambda: {"json": job}, once=True, fine=(409,))
+        self.client.send("POST", path, body=lambda: {"json": job}, once=True, accepted=(409,))
         return name
 
     def _dataset(self, id: str) -> str:
         return f"accounts/{self.client.base.rsplit('/', 1)[1]}/datasets/{id}"
 
     def find(self, requests: Requests, file: str | None, since: float, known: set[str]) -> str | None:
-        found = self.client.send("GET", f"{_JOBS}/{requests.name}", fine=(404,))
+        found = self.client.send("GET", f"{_JOBS}/{requests.name}", accepted=(404,))
         return requests.name if found.is_success else None
 
     def status(self, id: str) -> BatchStatus:
@@ -79,8 +79,7 @@ class FireworksBatches(BatchWire):
         progress = job.get("jobProgress") or {}
         state = _STATES.get(job["state"], BatchState.IN_PROGRESS)
         created = job.get("createTime")
-        error = (job.get("status") or {}).get("message") or "the job failed"
-        return BatchStatus(
+        found = BatchStatus(
             job["name"].rsplit("/", 1)[1],
             state,
             total=int(progress.get("totalInputRequests") or 0),
@@ -90,15 +89,17 @@ class FireworksBatches(BatchWire):
             name=job.get("displayName"),
             input=job.get("inputDatasetId"),
             outputs=[job["outputDatasetId"].rsplit("/", 1)[1]] if job.get("outputDatasetId") else [],
-            error=error if state is BatchState.FAILED else None,
         )
+        if state is BatchState.FAILED:
+            self.explain_failure(found, [(job.get("status") or {}).get("message")])
+        return found
 
     def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:
         for dataset in status.outputs:
-            answer = self.client.send("GET", f"/datasets/{dataset}:getDownloadEndpoint", fine=(404,))
+            answer = self.client.send("GET", f"/datasets/{dataset}:getDownloadEndpoint", accepted=(404,))
             # A dataset that does not exist: no row was answered. The caller compares with the job's own counts.
             files = orjson.loads(answer.content).get("filenameToSignedUrls") or {} if answer.is_success else {}
-            for url in files.values():
+            for url in map(self.client.resolve, files.values()):
                 for line in self.client.lines(url, signed=True):
                     yield outcome(line)
 

@@ -71,9 +71,7 @@ class OpenAIBatches(BatchWire):
             outputs=[id for name in ("output_file_id", "error_file_id") if (id := batch.get(name))],
         )
         if found.status is BatchState.FAILED:
-            found.error = "; ".join(str(error.get("message")) for error in errors[:3]) or "the batch failed"
-            found.lines = {error["line"]: str(error.get("message")) for error in errors if type(error.get("line")) is int}
-            found.queue_full = any(error.get("code") == "token_limit_exceeded" for error in errors)
+            self.explain_failure(found, errors)
         return found
 
     def results(self, status: BatchStatus) -> Iterator[BatchAnswer]:

@@ -21,6 +21,7 @@ _STATES = {
 
 class TogetherBatches(OpenAIBatches):
     max_bytes = 100_000_000
+    names_batches = False  # `find` goes by the file, and the same file of another run has the same id
 
     def line(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"custom_id": custom_id, "body": body}
@@ -38,7 +39,7 @@ class TogetherBatches(OpenAIBatches):
             "checksum": checksum.hexdigest(),
         }
         multipart = {name: (None, value) for name, value in form.items()}
-        answer = self.client.send("POST", "/files", body=lambda: {"files": multipart}, fine=(302, 307, 409))
+        answer = self.client.send("POST", "/files", body=lambda: {"files": multipart}, accepted=(302, 307, 409))
         if answer.status_code == 409:  # the same file was uploaded before
             return str(answer.json()["file_id"])
         place, id = answer.headers.get("location"), answer.headers.get("x-together-file-id")
@@ -61,7 +62,7 @@ class TogetherBatches(OpenAIBatches):
     def _status(self, batch: dict[str, Any]) -> BatchStatus:
         state = _STATES.get(batch["status"], BatchState.IN_PROGRESS)
         created = batch.get("created_at")
-        return BatchStatus(
+        found = BatchStatus(
             batch["id"],
             state,
             total=100,  # the API gives a percentage only
@@ -70,8 +71,10 @@ class TogetherBatches(OpenAIBatches):
             created_at=datetime.fromisoformat(created).timestamp() if created else 0.0,
             input=batch.get("input_file_id"),
             outputs=[id for name in ("output_file_id", "error_file_id") if (id := batch.get(name))],
-            error=(batch.get("error") or "the batch failed") if state is BatchState.FAILED else None,
         )
+        if state is BatchState.FAILED:
+            self.explain_failure(found, [batch.get("error")])
+        return found
 
     def list(self) -> Iterator[BatchStatus]:
         found = map(self._status, self.client.json("GET", "/batches"))

@@ -1,7 +1,7 @@
 """Brings the results of batches into the ledger.
 
-A row that comes back without an answer (expired, cancelled, an error that may pass) gets no record: the next round asks it
-again with everything else that is missing.
+A row that comes back without an answer (expired, cancelled, a temporary error) gets no record. The next round sends it
+again, with all other rows that are missing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -18,16 +18,19 @@ from engines.errors import EngineError, Failure
 from engines.remote.batch.client import BatchState, BatchStatus
 from engines.structured import first_schema_error
 from engines.text import one_line
-from engines.types import Completion
+from engines.types import Completion, Request
 from engines.usage import Usage
 from pipeline.executors.batch.session import BatchSession
 from pipeline.executors.batch.store import Batch
+from pipeline.executors.row_counter import RowCounter
 from pipeline.monitor.status import RunStatus
-from pipeline.output.cost import BATCH_SEGMENT_PREFIX
 from pipeline.storage.exact_json import loads
-from pipeline.storage.ledger import Record, write_segment
-from pipeline.storage.ledger_index import read_index
+from pipeline.storage.ledger import BATCH_SEGMENT_PREFIX, Record, write_segment
+from pipeline.storage.ledger_index import Index, read_index
 
+# Files of results can be late: they are read again while they have fewer answers than the provider counts. After so many
+# reads and seconds, the files are right and the counts are wrong.
+INCOMPLETE_READS, INCOMPLETE_S = 3, 600.0
 # The most answers, and about the most bytes, in one segment.
 SEGMENT_ROWS, SEGMENT_BYTES = 5_000, 32 << 20
 
@@ -38,7 +41,7 @@ class _Counts:
 
     lines: int = 0
     answers: int = 0  # lines without an error
-    ours: int = 0  # lines for rows of the batch
+    ours: set[bytes] = field(default_factory=set)  # keys of rows of the batch
 
 
 class BatchCollector:
@@ -47,34 +50,55 @@ class BatchCollector:
     def __init__(self, session: BatchSession) -> None:
         self.session, self.store = session, session.store
         self.status = RunStatus()
+        self.row_counter = RowCounter(self.status, reads_ahead=True)
+        self.known: Index | None = None  # the ledger at the start of the round
+        self.answered: dict[str, set[bytes]] = {}  # open batch -> its rows that were answered since then
+        self.refusal: EngineError | None = None  # it would hit all rows: the run stops, and they stay open
 
     def fetch(self, batch: Batch, status: BatchStatus) -> None:
         """Brings all results of an ended batch into the ledger. Raises `EngineError`; the results before it are kept."""
         left, found = self.unanswered(batch), _Counts()
+        self.refusal = self._refusal_of_all(batch, status) or self.refusal
         if not batch.fetched_at:
             batch.fetched_at = time.time()
             self.store.save(batch)
         for records in _portions(self._records(batch, status, left, found)):
-            self.commit(records)
-        whole = status.status is BatchState.COMPLETED
-        short = found.answers < status.done if status.counts_rows else whole and not status.outputs
-        if short and status.status is not BatchState.FAILED:
-            expected = f"of {status.done:,} answers" if status.counts_rows else "of the answers"
-            raise EngineError("bad_response", f"{expected} {found.answers:,} are there so far", retryable=True)
-        if found.lines and not found.ours:  # it is the batch of somebody else, taken for this one
-            batch.foreign.append(str(batch.id))
-            batch.id = None
+            self.commit(records, batch)
+        if self._may_be_late(batch, status, found):
+            batch.incomplete_reads += 1
+            self.store.save(batch)
+            if batch.incomplete_reads < INCOMPLETE_READS or time.time() < batch.fetched_at + INCOMPLETE_S:
+                expected = f"of {status.done:,} answers" if status.counts_rows else "of the answers"
+                raise EngineError("bad_response", f"{expected} {found.answers:,} are there so far", retryable=True)
+        if found.ours:
+            batch.guessed = False
+        elif found.lines and not self.session.wire.names_batches:  # a batch of another program was taken for this one
+            batch.give_up_submission()
             self.session.enter(batch, "submitting")
             return
         self.close_batch(batch, status, left)
 
+    @staticmethod
+    def _may_be_late(batch: Batch, status: BatchStatus, found: _Counts) -> bool:
+        """True if the files have neither a line for each row nor as many answers as the provider counts."""
+        if status.status is BatchState.FAILED or len(found.ours) >= batch.rows:
+            return False
+        if status.counts_rows:
+            return found.answers < status.done
+        return status.status is BatchState.COMPLETED and not status.outputs
+
     def unanswered(self, batch: Batch) -> dict[bytes, str]:
-        """The keys and ids of a batch's rows that the ledger has no answer to."""
+        """The keys and ids of a batch's rows that the ledger has no answer to.
+
+        The ledger is read once. Since then only this object has recorded answers to rows of batches.
+        """
+        if self.known is None:
+            self.known = read_index(self.session.fs, self.session.root).only(failed_count_as_answered=False)
         table = self.store.keys(batch)
-        keys = table["key"].cast(pa.binary(32))
-        known = read_index(self.session.fs, self.session.root).only(failed_count_as_answered=False)
-        table = table.filter(pa.array(known.find(keys) < 0))
-        return dict(zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True))
+        table = table.filter(pa.array(self.known.find(table["key"].cast(pa.binary(32))) < 0))
+        answered = self.answered.get(batch.name, set())
+        rows = zip(table["key"].to_pylist(), table["id"].to_pylist(), strict=True)
+        return {key: id for key, id in rows if key not in answered}
 
     # -- the results ---------------------------------------------------------------------------------------------------
 
@@ -93,7 +117,8 @@ class BatchCollector:
                 key = bytes.fromhex(custom_id)
             except ValueError:
                 continue
-            found.ours += key in keys
+            if key in keys:
+                found.ours.add(key)
             id = left.get(key)
             if id is None:  # not a row of this batch, or one that has its answer
                 continue
@@ -113,9 +138,11 @@ class BatchCollector:
         used, answered = Usage(known=isinstance(outcome, EngineError)), None
         try:
             generation = self.session.generation.override(loads((own or "{}").encode()))
-            completion = engine.read(outcome, generation.n, batch.model)
+            request = Request([], generation, batch.model, task=self.session.config.task, inputs={"text": ""})
+            completion = engine.read_batched(outcome, request)
             used, answered = completion.usage, completion.model
-            if wrong := first_schema_error(completion, generation, batch.tries - 1):
+            null_for_absent = engine.null_for_absent(batch.model)
+            if wrong := first_schema_error(completion, generation, batch.tries - 1, null_for_absent):
                 raise wrong
         except (EngineError, KeyError, TypeError, ValueError, AttributeError) as raised:
             return self._failed_try(batch, key, id, _as_engine_error(raised), used, answered)
@@ -127,6 +154,9 @@ class BatchCollector:
     def _failed_try(
         self, batch: Batch, key: bytes, id: str, error: EngineError, used: Usage, answered: str | None
     ) -> Record | None:
+        if error.scope == "key" and not error.retryable:
+            self.refusal = error
+            return None
         record = self.failure(key, id, error)
         # All reads of a batch's results give its failures the same time, so that none counts twice.
         record.done_at = batch.fetched_at
@@ -148,7 +178,7 @@ class BatchCollector:
     def close_batch(self, batch: Batch, status: BatchStatus, left: dict[bytes, str]) -> None:
         """Ends a batch. Rows in `left` have no answer: they are asked again, or recorded as failed."""
         reasons = self._line_errors(batch, status)
-        last = self._reason_for_all(batch, status, len(left))
+        last = self._reason_for_all(batch, status, whole=not reasons and len(left) == batch.rows)
         failed = [self.failure(key, id, error) for key, id in left.items() if (error := reasons.get(key) or last)]
         for record in failed:
             record.completion.attempts = batch.tries
@@ -159,24 +189,45 @@ class BatchCollector:
         batch.ended = str(status.status)
         self.session.enter(batch, "fetched")
         self.store.drop_files(batch)
+        self.answered.pop(batch.name, None)
 
     def _line_errors(self, batch: Batch, status: BatchStatus) -> dict[bytes, EngineError]:
         """The rows that made the provider refuse the whole batch."""
-        errors: dict[bytes, EngineError] = {}
-        if status.lines:
-            keys = self.store.keys(batch)["key"].to_pylist()
-            for line, reason in status.lines.items():
-                if 0 < line <= len(keys):
-                    errors[keys[line - 1]] = EngineError("bad_request", reason)
-        return errors
+        lines = {line: EngineError("bad_request", reason) for line, reason in status.lines.items()}
+        if status.refusal and not self._live_follows and (line := self._own_line(batch, status)) is not None:
+            lines = {line: status.refusal}
+        keys = self.store.keys(batch)["key"].to_pylist() if lines else []
+        return {keys[line - 1]: error for line, error in lines.items() if 0 < line <= len(keys)}
 
-    def _reason_for_all(self, batch: Batch, status: BatchStatus, left: int) -> EngineError | None:
-        """Why all rows without an answer fail; None if they are asked again."""
-        failed = status.status is BatchState.FAILED and not status.lines and left == batch.rows
+    def _refusal_of_all(self, batch: Batch, status: BatchStatus) -> EngineError | None:
+        """Why the provider refused the whole batch, if the run must stop for it.
+
+        A model or a parameter that rows name themselves is no such reason: these rows fail alone. With
+        `run.batch_fallback=live` all rows go live, and the live requests show if they are refused too.
+        """
+        refusal = status.refusal
+        if refusal is None or refusal.scope == "key":
+            return refusal
+        own = batch.model != self.session.model if refusal.scope == "model" else self._own_line(batch, status) is not None
+        return None if own or self._live_follows else refusal
+
+    def _own_line(self, batch: Batch, status: BatchStatus) -> int | None:
+        """The input line that has the refused parameter itself; None if the parameter is the run's."""
+        refusal, line = status.refusal, status.refused_line
+        if refusal is None or refusal.scope != "run" or line is None:
+            return None
+        table = self.store.keys(batch)
+        own = table["generation"].to_pylist() if "generation" in table.column_names else []
+        return line if 0 < line <= len(own) and own[line - 1] else None
+
+    def _reason_for_all(self, batch: Batch, status: BatchStatus, whole: bool) -> EngineError | None:
+        """Why all rows without an answer fail; None if they are asked again. `whole`: no row is answered or blamed."""
         if batch.cancelled:
             return EngineError("cancelled", "its batch was cancelled", retryable=True)
-        if failed and not self._live_follows:
-            return EngineError("bad_request", status.error or "the batch failed")
+        if self.refusal is not None:  # the rows stay open
+            return None
+        if status.status is BatchState.FAILED and whole and not self._live_follows:
+            return status.refusal or EngineError("bad_request", status.error or "the batch failed")
         if self._is_last(batch):
             return EngineError("bad_response", f"no answer to it came back, {batch.tries} times", retryable=True)
         return None
@@ -199,26 +250,34 @@ class BatchCollector:
         completion = Completion(error=failure, engine=session.engine.kind, model=session.config.engine.model, attempts=0)
         return Record(key, id, completion, time.time())
 
-    def commit(self, records: list[Record]) -> None:
-        """Makes records durable and counts them."""
+    def commit(self, records: list[Record], batch: Batch | None = None) -> None:
+        """Makes records durable and counts them. `batch`: the open batch that they belong to."""
         if not records:
             return
         write_segment(self.session.fs, self.session.root, BATCH_SEGMENT_PREFIX, records)
+        if batch is not None:
+            answered = (record.key for record in records if record.completion.error is None)
+            self.answered.setdefault(batch.name, set()).update(answered)
         status = self.status
+        failures: dict[bytes, str] = {}
         for record in records:
             completion = record.completion
             status.input_tokens += completion.usage.input
             status.output_tokens += completion.usage.output
             status.cost_usd += completion.cost_usd or 0.0
             status.cost_unknown += completion.cost_usd is None
+            status.sent += completion.attempts
             if record.superseded:
                 continue
             if completion.error is None:
                 status.done += 1
             else:
                 status.failed += 1
-                status.errors[completion.error.type] += 1
+                failures[record.key] = completion.error.type
                 status.first_errors.setdefault(completion.error.type, f"{record.id}: {completion.error.message}")
+        final = [record for record in records if not record.superseded]
+        cut = [record.key for record in final if record.completion.finish_reason == "length"]
+        self.row_counter.finish([record.key for record in final], failures, cut)
 
 
 def _as_engine_error(error: Exception) -> EngineError:

@@ -8,13 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from engines.errors import EngineError
-from engines.remote.batch.factory import encoded
+from engines.errors import EngineError, invalid
+from engines.remote.batch.factory import check_batch_task, encoded
+from pipeline.dataset.occurrences import Occurrences
 from pipeline.dataset.reader import ReadSplit, RowReader, SplitSummary
 from pipeline.executors.batch.session import BatchSession
 from pipeline.executors.batch.store import Batch, BatchFileWriter
 from pipeline.executors.cost_budget import CostBudget, check_model
 from pipeline.executors.requests import read_split, request_of
+from pipeline.executors.row_counter import RowCounter
 from pipeline.storage.exact_json import loads
 from pipeline.storage.ledger_index import DedupFilter, Index
 
@@ -30,25 +32,29 @@ class BatchPlanner:
         advance: Callable[[Batch], object],  # takes a batch that is written its next steps
         refuse: Callable[[bytes, str, EngineError], None],  # records a row that cannot be asked
         check_interrupt: Callable[[], None],
+        row_counter: RowCounter,
     ) -> None:
+        self.row_counter = row_counter
         self.session, self.row_reader, self.budget = session, row_reader, budget
         self.advance, self.refuse, self.check_interrupt = advance, refuse, check_interrupt
         self.round = session.next_round
         self.writers: dict[str, BatchFileWriter] = {}  # model -> its batch
-        self.rows = 0  # put into batches, or refused
-        self.left = 0  # rows that the budget has no room for
+        self.rows = 0  # requests that are in new batches, or refused
+        self.left = 0  # requests that the budget has no room for
         self.summaries: dict[int, SplitSummary] = {}
 
     def write(self, splits: list[ReadSplit], known: Index) -> None:
         """Writes batches of all rows that are neither in `known` nor under way."""
-        under_way = DedupFilter()
+        under_way, seen, occurrences = DedupFilter(), DedupFilter(), Occurrences()
         for batch in self.session.store.open:
             under_way.add(self.session.store.keys(batch)["key"].cast(pa.binary(32)))
         fail = self.session.config.dataset.on_bad_input == "fail"
         for split in splits:
             summary = self.summaries[split.number] = SplitSummary()
-            for table in read_split(split, self.row_reader, known, fail, summary):
+            for table in read_split(split, self.row_reader, known, fail, summary, occurrences):
                 self.check_interrupt()
+                duplicates = table["key"].filter(pa.array(~seen.add(table["key"])))
+                self.row_counter.read((), duplicates.to_pylist())
                 fresh = table.filter(pa.array(under_way.add(table["key"])))
                 for row in zip(*(fresh[name].to_pylist() for name in ("key", "id", "request")), strict=True):
                     self._add(*row)
@@ -90,9 +96,12 @@ class BatchPlanner:
         """The model of a request, and its line in the file of requests. Raises `EngineError`."""
         session = self.session
         request = request_of(values, session.generation, key)
+        check_batch_task(session.config.engine, request.task)
+        if request.task != session.config.task:
+            raise invalid(f"the batches of this run have task={session.config.task}, this row has task={request.task}")
         if self.budget is not None:
             check_model(request, session.config.engine)
-        body = session.engine.body(session.engine.prepared(request))
+        body = session.engine.body(session.engine.load_media_sync(session.engine.prepared(request)))
         line = encoded(session.wire, key.hex(), body, session.engine)
         if len(line) > session.max_bytes:
             raise EngineError("invalid_input", f"the request has {len(line):,} bytes, a batch holds {session.max_bytes:,}")

@@ -9,11 +9,14 @@ import orjson
 import pyarrow.fs as pafs
 
 from engines.errors import ConfigError, ErrorCode
+from engines.identity import first_url, identity
 from engines.registry import load_engine
 from engines.remote.batch.client import BatchStatus
 from engines.remote.batch.factory import batch_limits, no_batch_api, wire_of
+from engines.tasks import is_chat
+from engines.types import Request
 from pipeline.config import Config
-from pipeline.executors.batch.store import BYTES_PER_TOKEN, Batch, BatchStore
+from pipeline.executors.batch.store import Batch, BatchStore
 
 
 class BatchSession:
@@ -24,14 +27,17 @@ class BatchSession:
         self.config, self.fs, self.root = config, fs, root
         if not config.engine.provider.get("batch"):
             raise no_batch_api(config.engine.kind)
-        self.engine, self.wire = wire_of(load_engine(dataclasses.replace(config.engine, fallback=[])))
+        self.engine, self.wire = wire_of(load_engine(dataclasses.replace(config.engine, fallback=[])), config.task)
         self.generation = config.params()
+        plain = Request([], self.generation, task=config.task)
+        self.model = str(self.engine.served_model(plain))  # of batches whose rows name no model themselves
         self.engine.check(self.generation)
-        self.max_rows, self.max_bytes = batch_limits(self.engine, self.wire)
+        self.max_rows, self.max_bytes = batch_limits(self.engine.provider.batch, queue=True)
         self.queued_tokens: int | None = self.engine.provider.batch.get("queued_tokens")
-        if self.queued_tokens:
-            self.max_bytes = min(self.max_bytes, self.queued_tokens * BYTES_PER_TOKEN)
-        self.settings = _as_json({**config.engine.identity(), "generation": self.generation.given()})
+        settings = {**identity(config.engine).values, "base_url": first_url(config.engine)}
+        if not is_chat(config.task):  # batches of earlier versions have no task
+            settings["task"] = config.task
+        self.settings = _as_json({**settings, "generation": self.generation.given()})
         self.store = BatchStore(fs, root)
         self._check_settings()
         # A resumed run goes on with the rounds of its batches. A new run starts new rounds.

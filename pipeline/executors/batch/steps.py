@@ -2,8 +2,10 @@
 
     spooled -> uploaded -> submitting -> submitted -> fetched
 
-Each state is written down before the next step, so that a run may be killed anywhere. A crash between `submitting` and
-`submitted` can leave a batch at the provider that we have no record of: there the provider is asked first.
+Each state is written before the next step, so that a run may be killed anywhere. A crash between `submitting` and
+`submitted` can leave a batch at the provider without a record here. So a batch in the state `submitting` is first searched
+for at the provider. Where batches have no names, the search can find a batch of another program. Only its results show
+that, and it is not cancelled before.
 """
 
 from __future__ import annotations
@@ -18,8 +20,15 @@ from pipeline.errors import Stopped
 from pipeline.executors.batch.collector import BatchCollector
 from pipeline.executors.batch.session import BatchSession
 from pipeline.executors.batch.store import NEXT_STEP, Batch
+from pipeline.executors.stop_reasons import account_stop
 
 CANCEL = "eagleray batch cancel ends it"
+UNCLEAR = "it is not known yet if the provider has this batch: type the command again in {:.0f} s"
+GUESSED = (
+    "not cancelled, because it may be a batch of another program: the answer to our submission was lost, the provider "
+    "keeps no names of batches, and this one only looks like ours. If it is yours, cancel it in the provider's console, or "
+    "with engine.cancel_batch('{}') from Python. eagleray batch fetch sees by its results if it is ours"
+)
 # How long the provider's queue may be full with no batch of ours in it.
 QUEUE_S = 24 * 3600.0
 
@@ -50,7 +59,7 @@ class BatchSteps:
         try:
             self._step(batch)
         except EngineError as error:
-            if error.type == "auth" or not error.retryable:
+            if not error.retryable:
                 raise self._refusal(batch, error) from None
             self._stall(batch, str(error), self.session.config.run.max_outage_s)
             return False
@@ -63,11 +72,14 @@ class BatchSteps:
         return batch.state != before
 
     def _step(self, batch: Batch) -> None:
+        if batch.cancelled and batch.state in ("spooled", "uploaded"):
+            self._close_unsubmitted(batch)
+            return
         if batch.state == "spooled":
             batch.file = self.wire.upload(self.store.requests(batch))
             self.session.enter(batch, "uploaded")
         if batch.state == "uploaded" and self._has_room(batch):
-            batch.submitting_at = time.time()
+            batch.submitting_at = batch.tried_at = time.time()
             self.session.enter(batch, "submitting")
             self._submit(batch)
         elif batch.state == "submitting":
@@ -77,8 +89,7 @@ class BatchSteps:
 
     def _refusal(self, batch: Batch, error: EngineError) -> Stopped:
         if error.type == "auth":
-            text = f"the provider refuses the key ({error}); the same command goes on from here"
-            return Stopped(text, code=ErrorCode.KEY_REFUSED)
+            return account_stop(error)
         reason = f"batch {batch.id or batch.name} cannot be {NEXT_STEP[batch.state]}: {error}"
         hint = f"if the provider has it no longer, delete {self.store.path(batch, 'json')}: its rows go again"
         text = f"{reason} ({hint if error.type == 'not_found' else CANCEL})"
@@ -110,20 +121,35 @@ class BatchSteps:
         self.session.enter(batch, "submitted")
 
     def _resubmit(self, batch: Batch) -> None:
-        """A run was killed while it submitted this batch: the provider may have it, and may list it late."""
-        batch.id = self._find(batch)
-        if batch.id is not None:
+        """A submission had no answer, or a run was killed in it: the provider may have the batch, and may list it late."""
+        if self._find(batch):
             self.session.enter(batch, "submitted")
-        elif time.time() > batch.submitting_at + self.session.config.run.batch_poll_s:
+        elif self._wait_s(batch) <= 0:
+            if batch.cancelled:
+                self._close_unsubmitted(batch)
+                return
+            batch.tried_at = time.time()
+            self.store.save(batch)
             self._submit(batch)
 
-    def _find(self, batch: Batch) -> str | None:
-        """The id of a batch that the provider may have, by its name or file."""
+    def _find(self, batch: Batch) -> bool:
+        """Looks for the batch at the provider. Returns true if there is one that is ours, or may be."""
         known = {*batch.foreign, *(other.id for other in self.store.batches if other.id)}
-        return self.wire.find(self.store.requests(batch), batch.file, batch.submitting_at, known)
+        batch.id = self.wire.find(self.store.requests(batch), batch.file, batch.submitting_at, known)
+        batch.guessed = batch.id is not None and not self.wire.names_batches
+        return batch.id is not None
+
+    def _wait_s(self, batch: Batch) -> float:
+        """Seconds until the provider lists a batch that the last submission made."""
+        tried_at = max(batch.tried_at, batch.submitting_at)  # batches of earlier versions have no `tried_at`
+        return tried_at + self.session.config.run.batch_poll_s - time.time()
+
+    def _close_unsubmitted(self, batch: Batch) -> None:
+        """Ends a cancelled batch that the provider does not have."""
+        self.collector.close_batch(batch, BatchStatus("", BatchState.CANCELLED), self.collector.unanswered(batch))
 
     def _queue_is_full(self, batch: Batch, reason: str) -> None:
-        batch.id = None
+        batch.give_up_submission()
         self.session.enter(batch, "uploaded")
         self.full_until = time.monotonic() + self.session.config.run.batch_poll_s
         self.full_with = len([b for b in self.store.open if b.state == "submitted"])
@@ -141,15 +167,20 @@ class BatchSteps:
             self.collector.fetch(batch, status)
 
     def cancel(self, batch: Batch) -> None:
-        """Ends a batch because the user asks for it. Raises `EngineError`."""
+        """Ends a batch because the user asks for it. Raises `EngineError`, also if the batch may be another program's."""
         batch.cancelled = True
         self.store.save(batch)
-        if batch.state == "submitting":
-            batch.id = self._find(batch)
+        if batch.state == "submitting" and not self._find(batch) and (wait_s := self._wait_s(batch)) > 0:
+            raise EngineError("not_found", UNCLEAR.format(wait_s))
         if batch.id is None:  # the provider never got it
-            self.collector.close_batch(batch, BatchStatus("", BatchState.CANCELLED), self.collector.unanswered(batch))
+            self._close_unsubmitted(batch)
             return
         self.session.enter(batch, "submitted")
+        if batch.guessed:
+            batch.status = self.wire.status(batch.id)
+            if batch.status.status is BatchState.IN_PROGRESS:
+                raise EngineError("not_found", GUESSED.format(batch.id))
+            return
         try:
             self.wire.cancel(batch.id)
         except EngineError:

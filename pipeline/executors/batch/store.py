@@ -17,12 +17,10 @@ import pyarrow.parquet as pq
 from engines.errors import ConfigError
 from engines.remote.batch.client import BatchStatus, Requests
 from engines.text import one_line
+from engines.types import BYTES_PER_TOKEN
 from pipeline.storage.exact_json import dumps
 from pipeline.storage.filesystem import exists, listing, remove, write_atomic
 from pipeline.storage.output_files import BATCHES, is_batch_file, is_temporary
-
-# A request is counted as one token for each so many bytes, for the limit of queued tokens.
-BYTES_PER_TOKEN = 4
 
 
 def damaged_batch(path: str, error: Exception, id: str | None = None) -> ConfigError:
@@ -52,11 +50,13 @@ class Batch:
     state: str = "spooled"
     file: str | None = None  # its id at the provider
     id: str | None = None  # the batch's id at the provider
-    submitting_at: float = 0.0
-    fetched_at: float = (
-        0.0  # when its results were first read; all its failed rows get this time, so that none counts twice
-    )
-    foreign: list[str] = field(default_factory=list)  # ids of other batches that were mistaken for this one
+    submitting_at: float = 0.0  # of the first try to submit; the provider has no older batch of ours
+    tried_at: float = 0.0  # of the last try
+    submission: int = 1  # the number of the submission; each has an idempotency key of its own
+    guessed: bool = False  # `id` may be a batch of another program, because nothing at the provider names ours
+    fetched_at: float = 0.0  # when its results were first read; all its failed rows get this time, so none counts twice
+    incomplete_reads: int = 0  # reads of results with fewer answers than the provider counts
+    foreign: list[str] = field(default_factory=list)  # ids that `find` passes over: of other programs, or failed
     cancelled: bool = False  # by the user: its rows are not asked again in this run
     answered: int = 0
     failed: int = 0  # recorded as failed
@@ -75,7 +75,14 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return self.size // BYTES_PER_TOKEN
+        return int(self.size / BYTES_PER_TOKEN)
+
+    def give_up_submission(self) -> None:
+        """The provider has no batch for the last submission, or one that is of no use: the next is another submission."""
+        if self.id is not None:
+            self.foreign.append(self.id)
+        self.id, self.guessed, self.fetched_at, self.incomplete_reads = None, False, 0.0, 0
+        self.submission += 1
 
 
 @dataclass
@@ -114,7 +121,7 @@ class BatchStore:
 
     def requests(self, batch: Batch) -> Requests:
         path = self.path(batch, "jsonl")
-        return Requests(batch.name, batch.model, batch.rows, batch.size, lambda: self._open(path))
+        return Requests(batch.name, batch.model, batch.rows, batch.size, lambda: self._open(path), batch.submission)
 
     def _open(self, path: str) -> BinaryIO:
         # Buffered, because Arrow's files have no `readline`.

@@ -1,6 +1,6 @@
-"""Admission by budget: a row is leased only where `run.budget_usd` has room for the most that it may cost.
+"""Admission by budget: a row is leased only if `run.budget_usd` has room for its maximum cost.
 
-Without a budget every row is admitted and costs nothing.
+Without a budget, every row is admitted and nothing is reserved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.storage.filesystem import resolve
 
 
 class Admission:
-    """Reserves the cost of leased rows, and writes down what may be spent before it is spent."""
+    """Reserves the maximum cost of leased rows. Writes the sum to `_budget.json` before money is spent."""
 
     def __init__(self, budget: CostBudget | None, output_path: str) -> None:
         self.budget, self.output_path = budget, output_path
@@ -43,14 +43,15 @@ class Admission:
         return fit, costs, others
 
     def release(self, cost: float, *, spent: bool = False) -> None:
-        """A row is no longer in flight. `spent`: its answer may have to be paid though it was lost."""
+        """Frees the reservation of a row that is no longer in flight. `spent`: its answer is lost and may be
+        charged, so its cost counts as spent."""
         if self.budget is not None:
             self.budget.reserved -= cost
             if spent:
                 self.budget.spent += cost
 
     def spend(self, cost: float, seen: UsageStats | None = None) -> None:
-        """Answers, or lost tries, cost so much. `seen` improves the estimates."""
+        """Adds the cost of answers or lost tries. `seen` improves the estimates."""
         if self.budget is not None:
             self.budget.spent += cost
             if seen is not None:
@@ -69,11 +70,15 @@ class Admission:
         """True if there are rows and the budget has room for none of them."""
         if self.budget is None:
             return False
-        costs = [self.budget.max_cost(row.request) for row in rows]
-        return bool(costs) and not any(map(self.budget.fits, costs))
+        fits, some = self.budget.fits, False
+        for row in rows:
+            some = True
+            if fits(self.budget.max_cost(row.request)):
+                return False
+        return some
 
     async def write_down(self) -> None:
-        """Writes what is about to be spent, unless the file has it already."""
+        """Writes the sum that may be spent next, unless the file already covers it."""
         if self.budget is None:
             return
         async with self.writing:

@@ -1,4 +1,4 @@
-"""Ray for one run: started when something first needs it. Reads large ledgers and runs tasks on all nodes."""
+"""`RayCluster`: starts Ray when a run first needs it (`ray_session.py`), reads large ledgers, runs tasks on all nodes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from rich.console import Console
 
 from engines.config import EngineConfig
 from engines.text import one_line
-from pipeline.errors import Interrupted
-from pipeline.executors.live.placement import Placement
-from pipeline.executors.live.ray_session import here, look_for_room, running_ray
-from pipeline.executors.live.remote_index import IndexActor, RemoteIndex
+from pipeline.errors import Interrupted, Stopped
+from pipeline.executors.live.background_start import BackgroundStart
+from pipeline.executors.live.placement import ReplicaGroup
+from pipeline.executors.live.ray_session import here, look_for_room, running_ray, starts_here
+from pipeline.executors.live.remote_index import IndexActor, RemoteIndex, reference_to
+from pipeline.garbage import collect_rarely
 from pipeline.output.cost import old_costs
-from pipeline.signals import note_signals
+from pipeline.signals import Interrupts, note_signals
+from pipeline.storage.claim import claim_of, join_claim
 from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger_index import Index, KeyLookup, read_index
 from pipeline.storage.ledger_snapshot import LedgerSnapshot
 
-# With more nodes than one, an index of more requests than this stays on the driver's node, in an actor.
-FAR_ROWS = 100_000
+# If the cluster has several nodes, an index of more requests than this stays on the driver's node, in an actor.
+REMOTE_INDEX_ROWS = 100_000
+# An index of at most this many requests (about 40 bytes each) is sent to the dispatcher as it is.
+SMALL_INDEX_ROWS = 1_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,23 +35,30 @@ Result = TypeVar("Result")
 class RayCluster:
     """A `TaskRunner` (see pipeline/tasks.py), and the place of a large ledger's index."""
 
-    def __init__(self, output_path: str, engine: EngineConfig, stack: contextlib.ExitStack, interrupts: list[int]) -> None:
+    def __init__(self, output_path: str, engine: EngineConfig, stack: contextlib.ExitStack, interrupts: Interrupts) -> None:
         self.output_path, self.engine = output_path, engine
         self.stack, self.interrupts = stack, interrupts
+        self.starting: BackgroundStart | None = None
         self.started = False
         self.own = False  # Ray was started by this run, on this machine
+
+    def begin(self) -> None:
+        """Begins to start Ray in the background, if this run starts its own. `start` waits for it."""
+        if starts_here():
+            self.starting = BackgroundStart(running_ray)
+            self.stack.callback(self.starting.give_up)
 
     def start(self) -> None:
         """Joins or starts Ray, until the end of the run. Later calls do nothing."""
         if not self.started:
-            self.own = self.stack.enter_context(running_ray())
+            self.own = self.stack.enter_context(self.starting or running_ray())
             self.stack.enter_context(note_signals(self.interrupts))  # after Ray, which sets handlers of its own
             self.started = True
 
-    def check_room(self, placement: Placement, console: Console) -> None:
+    def check_room(self, groups: Sequence[ReplicaGroup], console: Console) -> None:
         """Warns if replicas have no room. Raises `ConfigError` if none has room and no node can join."""
         self.start()
-        look_for_room(placement, self.own, console)
+        look_for_room(groups, self.own, console)
 
     def read_ledger(self, failed_count_as_answered: bool) -> tuple[Index, Any]:
         """Reads the ledger in a task on the driver's node. The arrays of the index lie in shared memory, so that the
@@ -59,7 +71,8 @@ class RayCluster:
         return ray.get(reference), reference
 
     def share(self, snapshot: LedgerSnapshot) -> Any:
-        """A reference to the index or, if it is large and there are several nodes, to a lookup service."""
+        """A reference to the index or, if it is large and there are several nodes, to a lookup service. If the index is
+        small, the index itself: if Ray's store ends, Ray ends the processes whose objects were in it."""
         import ray
 
         self.start()
@@ -67,12 +80,12 @@ class RayCluster:
         if isinstance(reference, _Shared):
             return reference.lookup
         if reference is None:
-            reference = ray.put(index)
+            reference = index if len(index) <= SMALL_INDEX_ROWS else ray.put(index)
         lookup = reference
-        if len(index) > FAR_ROWS and len(ray.nodes()) > 1:
+        if len(index) > REMOTE_INDEX_ROWS and len(ray.nodes()) > 1:
             actor = ray.remote(IndexActor).options(num_cpus=0, scheduling_strategy=here())
-            # In a list, so that the actor gets the reference itself.
-            lookup = ray.put(RemoteIndex(actor.remote([reference]), index.paths))
+            # In a list, so that the actor gets the reference and not the index.
+            lookup = ray.put(RemoteIndex(actor.remote([reference]), index.paths, index.row_bytes, index.old_until_ms))
         snapshot.reference = _Shared(reference, lookup)
         return lookup
 
@@ -83,19 +96,25 @@ class RayCluster:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        lookup = self.share(snapshot)
+        lookup = reference_to(self.share(snapshot))
         shared = ray.put(work)
-        run = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_run_task)
-        waiting = [run.remote(shared, item, lookup) for item in items]
+        # "SPREAD": by default, Ray fills half of a node before it takes the next one, so a few nodes would do all the work.
+        options = {"num_cpus": 1, "max_retries": 3, "retry_exceptions": [OSError], "scheduling_strategy": "SPREAD"}
+        run = ray.remote(**options)(_run_task)
+        claim = claim_of(resolve(self.output_path)[1])
+        output = (self.output_path, claim.path if claim else None)
+        waiting = [run.remote(shared, item, lookup, *output) for item in items]
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5)
             if self.interrupts:
-                raise Interrupted("interrupted while putting the output together; the same command does it again")
+                raise Interrupted("interrupted while writing the output; the same command writes it again")
             try:
                 results: list[Result] = ray.get(done)
             except RayTaskError as error:
                 if isinstance(error.cause, OSError):
                     raise OSError(one_line(error.cause)) from None
+                if isinstance(error.cause, Stopped):
+                    raise Stopped(str(error.cause), code=error.cause.code) from None
                 raise
             except RayError as error:  # Ray ended a process, for example because memory ran out
                 raise OSError(one_line(error)) from None
@@ -113,5 +132,10 @@ def _read_ledger(path: str, failed_count_as_answered: bool, engine: EngineConfig
     return read_index(*resolve(path), old_costs(engine)).only(failed_count_as_answered=failed_count_as_answered)
 
 
-def _run_task(work: Callable[[Item, KeyLookup], Result], item: Item, lookup: KeyLookup) -> Result:
+def _run_task(
+    work: Callable[[Item, KeyLookup], Result], item: Item, lookup: KeyLookup, output_path: str, claim: str | None
+) -> Result:
+    collect_rarely()
+    if claim is not None:
+        join_claim(*resolve(output_path), claim)
     return work(item, lookup)

@@ -2,18 +2,19 @@
 
 The rows that were inside an engine when its process died form a group of suspects. One half of a group is leased to a
 worker that holds nothing else; the other half waits. If the process dies again, the rows that were inside it then are the
-group, and all others are cleared. If the half comes out whole, it is cleared and the other half is the group. So one
-culprit among n rows costs at most 1 + log2(n) deaths.
+group, and all others are cleared. If all rows of the half come out, they are cleared and the other half is the group. So
+one culprit among n rows costs at most 1 + log2(n) deaths.
 
 Rules:
 - A row is marked as a poison row when it was the only row inside at a death and inside at two deaths or more.
-- While no row has ever come out of an engine, a mark is held back, for the engine may die on everything. It is carried out
-  as soon as a row comes out, or when nothing else is left to ask.
+- Until a row has come out of an engine, no row is marked, because the engine may die on every row. The marks wait until a
+  row comes out, or until no other row is left to ask.
 - Every death counts for `run.max_engine_deaths`, the number of deaths in succession without a finished row. After the
   second death in succession, the cleared rows are tried next, alone on one engine. If they are answered, the engine works
-  and the count returns to zero. If they die too, again and again, the engine dies on all rows: the run stops before any
+  and the count returns to zero. If the engine keeps dying on them too, it dies on all rows: the run stops before any
   row is marked.
-- A death with no row inside, a lost node or a drained worker blames nobody: the trial is repeated with what is left.
+- After a death with no row inside, a lost node or a drained worker, no row is blamed: the trial is repeated with the
+  remaining rows.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from dataclasses import dataclass
 
 from pipeline.executors.requests import PendingRequest
 
-# A row that was inside an engine at so many deaths, at the last one alone, is marked as a poison row.
+# A row is marked as a poison row after this many engine deaths with it inside. At the last one, it was the only row inside.
 DEATHS_TO_MARK = 2
 
-# Chooses up to so many of these rows: the chosen ones, their reserved costs, and the others.
+# Chooses up to a number of the given rows. Returns the chosen rows, their reserved costs, and the other rows.
 Admit = Callable[[list[PendingRequest], int], tuple[list[PendingRequest], list[float], list[PendingRequest]]]
 
 
 @dataclass(slots=True)
 class Group:
-    """Rows of which one killed an engine; without those that are in a lease on trial."""
+    """Suspects: one of these rows killed an engine. Rows in a lease on trial are not included."""
 
     rows: list[PendingRequest]
     guilty: bool = True  # False: cleared rows, tried together to prove that an engine works
@@ -75,7 +76,8 @@ class CrashTrial:
     # -- lending ---------------------------------------------------------------------------------------------------
 
     def choose(self, admit: Admit) -> tuple[Group, list[PendingRequest], list[float]] | None:
-        """A group, and the rows of it to try next with their costs. None where no group waits, or none can be afforded."""
+        """A group, and the rows of it to try next with their costs. None if no group waits, or the
+        budget has room for none."""
         for _ in range(len(self.waiting)):
             group = self.waiting.popleft()
             part, costs, rest = admit(group.rows, group.next_size)
@@ -102,14 +104,14 @@ class CrashTrial:
         self.works = True
 
     def came_out(self, lease: int) -> None:
-        """All rows of a lease came out of the engine. Where it was on trial, the rest of its group is to be tried."""
+        """All rows of a lease came out of the engine. If the lease was on trial, the rest of its group is tried next."""
         self.works = True
         group = self.on_trial.pop(lease, None)
         if group is not None and group.rows:
             self.waiting.appendleft(group)
 
     def clear(self, row: PendingRequest) -> None:
-        """The row came out of an engine whole."""
+        """The row came out of an engine. Its deaths no longer count."""
         self.deaths.pop(row.key, None)
 
     def accuse(self, inside: list[PendingRequest]) -> None:
@@ -144,5 +146,5 @@ class CrashTrial:
         return others
 
     def end_recording(self, lease: int) -> None:
-        """The worker that was to record a poison row is gone before the record was durable: another one records it."""
+        """The worker with a poison row left before its record was durable. Another worker records the row."""
         self.marked.appendleft(self.recording.pop(lease))

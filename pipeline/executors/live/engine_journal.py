@@ -2,12 +2,13 @@
 
 The file has 8 bytes for each slot of the engine and is mapped into memory (shared), so a slot costs one store and no
 system call, and the kernel keeps what was stored when the process is killed. It lies in Ray's session directory of the
-worker's node. A worker that ends removes its file; for one that was killed, the reader does.
+worker's node. A worker removes its file when it ends. The reader removes the file of a killed worker.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 # A slot holds lease << OFFSET_BITS | offset. Leases count from 1, so 0 is an empty slot.
 OFFSET_BITS = 24
 OFFSET_MASK = (1 << OFFSET_BITS) - 1
-# The time that a read may take; most of it is the start of a process.
+_NAME = re.compile(r"eagleray-[0-9a-f]{32}\.journal")
+# The maximum time of a read. Most of it is the start of a process.
 READ_S = 15.0
-# The time that files of workers that were ended may take to go.
+# The maximum time for the removal of the files of ended workers.
 REMOVE_S = 3.0
 
 
@@ -35,6 +37,23 @@ def journal_place() -> JournalPlace:
     context = ray.get_runtime_context()
     folder = Path(context.get_temp_dir()) / context.get_session_name()
     return JournalPlace(context.get_node_id(), str(folder / f"eagleray-{context.get_actor_id()}.journal"))
+
+
+def remove_orphans(own: str) -> None:
+    """Removes the journals beside `own` that belong to runs that have ended: the driver of a killed run does not
+    read them."""
+    from ray._private.state import state
+
+    others = [
+        path for path in Path(own).parent.glob("eagleray-*.journal") if str(path) != own and _NAME.fullmatch(path.name)
+    ]
+    if not others:
+        return
+    ended = {job["JobID"] for job in state.job_table() if job["IsDead"]}
+    for path in others:
+        # The last 8 digits of an actor's id are its job's. Jobs of one Ray session have different ids.
+        if path.name.removesuffix(".journal")[-8:] in ended:
+            path.unlink(missing_ok=True)
 
 
 class EngineJournal:
@@ -63,7 +82,7 @@ class EngineJournal:
 
 
 def take_journal(path: str) -> list[tuple[int, int]] | None:
-    """The (lease, offset) of the rows that were inside the engine; removes the file. None where there is no file."""
+    """The (lease, offset) of the rows that were inside the engine; removes the file. None if there is no file."""
     try:
         data = Path(path).read_bytes()
     except OSError:
@@ -93,7 +112,7 @@ class JournalReading:
 
         self.node = found.node
         there = NodeAffinitySchedulingStrategy(found.node, soft=False)
-        read = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(take_journal)
+        read = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=there)(take_journal)
         self.task = read.remote(found.path)
 
     @property
@@ -103,7 +122,7 @@ class JournalReading:
         return self.task is None or time.monotonic() > self.until or bool(ray.wait([self.task], timeout=0)[0])
 
     def inside(self) -> list[tuple[int, int]] | None:
-        """The rows that were inside the engine; None where that is not known."""
+        """The rows that were inside the engine; None if they are not known."""
         import ray
         from ray.exceptions import RayError
 

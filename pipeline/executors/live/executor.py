@@ -1,4 +1,4 @@
-"""The live executor: replicas of the engine ask row by row, on all nodes of a Ray cluster."""
+"""The live executor: replicas of the engine send one request per row, on all nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pipeline.errors import Stopped
 from pipeline.executors.base import Execution, Executor
 from pipeline.executors.live.live_run import LiveRun
 from pipeline.monitor.console import warn
+from pipeline.storage.filesystem import exists
 from pipeline.storage.ledger_snapshot import LedgerSnapshot
+from pipeline.storage.output_files import MANIFEST
 
-# Dispatchers that may die, each with its node, in one pass.
+# The maximum number of dispatchers in one pass. Each may die, for example with its node.
 MAX_DISPATCHERS = 5
 
 
@@ -20,10 +22,16 @@ class LiveExecutor(Executor):
 
     prepared = False
 
+    def begin(self) -> None:
+        """Begins to start Ray, which takes seconds. A run over a complete output may not need it."""
+        if not exists(self.context.fs, f"{self.context.root}/{MANIFEST}"):
+            self.context.cluster.begin()
+
     def prepare(self) -> None:
-        """Starts Ray, which takes seconds, and looks for room for the replicas."""
+        """Waits until Ray runs, and looks for room for the replicas."""
         if not self.prepared:
-            self.context.cluster.check_room(self.context.placement, self.context.console)
+            with self.context.phase("starting Ray"):
+                self.context.cluster.check_room(self.context.groups, self.context.console)
             self.prepared = True
 
     def execute(self, inputs: SplitInput, known: LedgerSnapshot) -> Execution:
@@ -34,8 +42,8 @@ class LiveExecutor(Executor):
         for _ in range(MAX_DISPATCHERS):
             try:
                 return LiveRun(self.context, inputs, known).run()
-            except RayActorError as error:  # the dispatcher died, perhaps with its node; the ledger has all that matters
-                warn(self.context.console, f"The dispatcher died; going on from the ledger. {one_line(error)}")
+            except RayActorError as error:  # perhaps its node was lost; the ledger has all answers
+                warn(self.context.console, f"The dispatcher died. The run continues from the ledger. {one_line(error)}")
                 known = self.context.snapshot(failed_count_as_answered=known.failed_count_as_answered)
-        text = f"the dispatcher died {MAX_DISPATCHERS} times; the same command goes on from here"
+        text = f"the dispatcher died {MAX_DISPATCHERS} times; the same command continues"
         raise Stopped(text, code=ErrorCode.ROWS_MISSING)

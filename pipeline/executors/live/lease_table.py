@@ -1,4 +1,4 @@
-"""The leases: which worker holds which rows. Plain Python: no Ray, no asyncio.
+"""The leases: the rows that each worker holds. Plain Python: no Ray, no asyncio.
 
 A row is in one place at a time: in the queue, in a crash trial, or in a lease. A lease's rows are LEASED, then COMPLETED
 (they came out of the engine), then DURABLE (the ledger has them). Rows that are not durable when their worker leaves go
@@ -8,11 +8,14 @@ back to the queue; those that were inside its engine when it crashed go to the c
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pipeline.executors.live.admission import Admission
+from pipeline.executors.live.byte_limits import LEASE_BYTES, LEASED_BYTES, count_within
 from pipeline.executors.live.crash_trial import CrashTrial
+from pipeline.executors.live.pace import Paces
 from pipeline.executors.live.protocol import Lease
 from pipeline.executors.live.queue import PrefixQueue
 from pipeline.executors.requests import PendingRequest
@@ -28,7 +31,7 @@ class LeaseState:
     """A lease as the dispatcher sees it."""
 
     rows: list[PendingRequest]
-    costs: list[float]  # reserved for each row; empty where there is no budget
+    costs: list[float]  # reserved for each row; empty if there is no budget
     states: bytearray = field(init=False)  # LEASED, COMPLETED or DURABLE for each row
     durable: int = 0
 
@@ -39,18 +42,25 @@ class LeaseState:
 class LeaseTable:
     """Lends rows to workers, and takes them back."""
 
-    def __init__(self, queue: PrefixQueue, trial: CrashTrial, admission: Admission) -> None:
+    def __init__(self, queue: PrefixQueue, trial: CrashTrial, admission: Admission, paces: Paces | None = None) -> None:
         self.queue, self.trial, self.admission = queue, trial, admission
+        self.paces = paces or Paces()
         self.leases: dict[str, dict[int, LeaseState]] = {}  # worker -> lease number -> lease
-        self.lent = 0  # rows in the state LEASED
+        self.lent_to: Counter[str] = Counter()  # worker -> its rows in the state LEASED; all workers that joined
+        self.held_bytes: Counter[str] = Counter()  # worker -> bytes of its rows that are not durable
         self.joined: set[str] = set()  # workers that pull, or load their engine
-        self.gone: set[str] = set()  # workers that left; a call of theirs may still be under way
+        self.gone: set[str] = set()  # workers that left; a late call of theirs may still arrive
         self.last_number = 0
 
     @property
     def waiting(self) -> int:
         """Rows that no worker holds."""
         return len(self.queue) + len(self.trial)
+
+    @property
+    def lent(self) -> int:
+        """Rows in the state LEASED."""
+        return self.lent_to.total()
 
     @property
     def idle(self) -> bool:
@@ -61,50 +71,61 @@ class LeaseTable:
         """The rows that could be leased next."""
         return itertools.chain(*self.queue.groups.values(), self.trial.suspects())
 
-    def share(self) -> int:
-        """The most rows that one worker may hold: an equal part of all that are left, so that none idles at the end."""
-        return -(-(self.waiting + self.lent) // max(1, len(self.joined)))
+    def share(self, worker: str, fed: bool) -> int:
+        """The most rows that `worker` may hold, so that all workers end together."""
+        return self.paces.share(worker, self.lent_to, self.waiting, fed)
 
     def join(self, worker: str) -> None:
         self.joined.add(worker)
+        self.lent_to.setdefault(worker, 0)
 
     # -- lending ---------------------------------------------------------------------------------------------------
 
     def lend(self, worker: str, want: int, held: int, fed: bool) -> Lease | None:
         """Up to `want` rows for a worker that still holds `held`. `fed`: the whole input is in the queue or past it.
 
-        None where no row is ready, the worker has its share, or the budget has no room for any row.
+        None if no row is ready, the worker has its share of the rows or of `LEASED_BYTES`, or the budget has no room for
+        any row.
         """
         self.leases.setdefault(worker, {})
+        self.lent_to.setdefault(worker, 0)
         poison = self.trial.next_marked(fed and self.idle and not self.queue and not self.trial.waiting)
         if poison is not None:
-            lease = self._record(worker, [poison.row], [], fed)
+            lease = self._new_lease(worker, [poison.row], [], fed)
             self.trial.recording[lease.number] = poison
             lease.poison = poison.reason
             return lease
         if held == 0 and (chosen := self.trial.choose(self.admission.admit)) is not None:
             group, rows, costs = chosen
-            lease = self._record(worker, rows, costs, fed)
+            lease = self._new_lease(worker, rows, costs, fed)
             self.trial.on_trial[lease.number] = group
             lease.alone = True
             return lease
-        want = min(want, self.share() - held)
-        if not self.queue or want <= 0:
+        room = LEASED_BYTES // max(1, len(self.joined)) - self.held_bytes[worker]
+        if not self.queue or (held and room <= 0):
             return None
-        rows, costs = self._from_queue(worker, want, want)
+        want = min(want, self.share(worker, fed) - held)
+        if want <= 0:
+            return None
+        rows, costs = self._from_queue(worker, want, want, room)
         if not rows and self.idle:  # a row further back may be cheaper
-            rows, costs = self._from_queue(worker, len(self.queue), want)
-        return self._record(worker, rows, costs, fed) if rows else None
+            rows, costs = self._from_queue(worker, len(self.queue), want, room)
+        return self._new_lease(worker, rows, costs, fed) if rows else None
 
-    def _from_queue(self, worker: str, look: int, want: int) -> tuple[list[PendingRequest], list[float]]:
-        """Up to `want` rows of the next `look`; those that the budget has no room for go back."""
+    def _from_queue(self, worker: str, look: int, want: int, room: int) -> tuple[list[PendingRequest], list[float]]:
+        """Up to `want` rows, and about `room` bytes, of the next `look` rows. The others go back, also those that the
+        budget has no room for."""
         rows, costs, others = self.admission.admit(self.queue.take(worker, look), want)
-        self.queue.put_back(others)
-        return rows, costs
+        count = count_within((len(row.request) for row in rows), min(room, LEASE_BYTES))
+        for cost in costs[count:]:
+            self.admission.release(cost)
+        self.queue.put_back([*rows[count:], *others])
+        return rows[:count], costs[:count]
 
-    def _record(self, worker: str, rows: list[PendingRequest], costs: list[float], fed: bool) -> Lease:
+    def _new_lease(self, worker: str, rows: list[PendingRequest], costs: list[float], fed: bool) -> Lease:
         self.last_number += 1
-        self.lent += len(rows)
+        self.lent_to[worker] += len(rows)
+        self.held_bytes[worker] += sum(len(row.request) for row in rows)
         self.leases[worker][self.last_number] = LeaseState(rows, costs)
         deaths = [self.trial.deaths[row.key] for row in rows] if self.trial.deaths else []
         return Lease(
@@ -129,8 +150,8 @@ class LeaseTable:
             for at in offsets:
                 if states[at] == LEASED:
                     states[at] = COMPLETED
-                    self.lent -= 1
-            self._look_at_trial(number, lease)
+                    self.lent_to[worker] -= 1
+            self._update_trial(number, lease)
 
     def commit(self, worker: str, durable: Places) -> None:
         """The ledger has the answers of these rows."""
@@ -139,26 +160,40 @@ class LeaseTable:
             lease = mine.get(number)
             if lease is None:
                 continue
-            states = lease.states
+            states, rows = lease.states, lease.rows
             for at in offsets:
                 if states[at] == DURABLE:
                     continue
-                self.lent -= states[at] == LEASED
+                self.lent_to[worker] -= states[at] == LEASED
                 states[at] = DURABLE
                 lease.durable += 1
+                self.held_bytes[worker] -= len(rows[at].request)
                 if lease.costs:
                     self.admission.release(lease.costs[at])
-            self._look_at_trial(number, lease)
+            self._update_trial(number, lease)
             if lease.durable == len(states):
                 self.trial.recording.pop(number, None)
                 del mine[number]
+            else:  # frees the memory of the requests
+                for at in offsets:
+                    rows[at] = rows[at]._replace(request=b"")
+
+    def keys(self, worker: str, places: Places) -> list[bytes]:
+        """The keys of rows in leases of `worker` that have not ended."""
+        mine = self.leases.get(worker, {})
+        found: list[bytes] = []
+        for number, offsets in places:
+            if (lease := mine.get(number)) is not None:
+                rows = lease.rows
+                found += [rows[at].key for at in offsets]
+        return found
 
     def reserved(self, worker: str, places: Iterable[tuple[int, int]]) -> float:
         """The most that these (lease, row) of `worker` may cost, in US dollars; 0 without a budget."""
         mine = self.leases.get(worker, {})
         return sum(mine[number].costs[at] for number, at in places if number in mine and mine[number].costs)
 
-    def _look_at_trial(self, number: int, lease: LeaseState) -> None:
+    def _update_trial(self, number: int, lease: LeaseState) -> None:
         if number in self.trial.recording:
             return
         self.trial.works = True
@@ -175,13 +210,15 @@ class LeaseTable:
         """
         self.gone.add(worker)
         self.joined.discard(worker)
+        self.held_bytes.pop(worker, None)
+        self.lent_to.pop(worker, None)
+        self.paces.leave(worker)
         self.queue.leave(worker)
         if crash is not None:
             self.trial.died(crash)
         places = None if inside is None else set(inside)
         suspects: list[PendingRequest] = []
         for number, lease in self.leases.pop(worker, {}).items():
-            self.lent -= lease.states.count(LEASED)
             # After a crash, answers that were paid and not yet durable are lost too.
             self._release(number, lease, places if crash is None else None)
             if number in self.trial.recording:
@@ -206,8 +243,8 @@ class LeaseTable:
         self.trial.accuse(suspects)
 
     def _release(self, number: int, lease: LeaseState, paid: set[tuple[int, int]] | None) -> None:
-        """Gives back what is reserved for rows that are not durable. `paid`: those whose answer may have to be paid; None:
-        all of them."""
+        """Frees the reservations of rows that are not durable. `paid`: the rows whose answers may be charged; None: all of
+        them."""
         for at, cost in enumerate(lease.costs):
             if lease.states[at] != DURABLE:
                 self.admission.release(cost, spent=paid is None or (number, at) in paid)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from engines.config import EngineConfig
 from engines.errors import ConfigError
 from engines.registry import kind_of
-from pipeline.config import HardwareConfig
+from engines.text import counted
+from pipeline.hardware import HardwareConfig, hardware_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,30 +30,64 @@ class Placement:
         """The resources of one replica, for messages."""
         first = self.bundles[0]
         gpus = sum(bundle.get("GPU", 0) for bundle in self.bundles)
-        wish = f"{first.get('CPU', 0):g} CPUs, {gpus:g} GPUs, {first.get('memory', 0) / 2**30:g} GiB"
+        wish = f"{counted(first.get('CPU', 0), 'CPU')}, {counted(gpus, 'GPU')}, {first.get('memory', 0) / 2**30:g} GiB"
         wish += f", on nodes with {dict(self.labels)}" if self.labels else ""
         return wish + (", over several nodes" if len(self.bundles) > 1 else "")
 
 
-def placement(hardware: HardwareConfig, engine: EngineConfig) -> Placement:
-    """The placement for a hardware profile and the engine's parallel sizes. Raises `ConfigError` if they contradict."""
-    tensor, stages = (
-        max(_size(engine, f"{name}_parallel_size"), _size(engine, f"{name[0]}p_size")) for name in ("tensor", "pipeline")
-    )
-    tensor *= max(_size(engine, "data_parallel_size"), _size(engine, "dp_size"))
+@dataclass(frozen=True, slots=True)
+class ReplicaGroup:
+    """The replicas of one hardware entry."""
+
+    name: str  # in messages: `hardware`, or `hardware[1]`
+    placement: Placement
+    engine: EngineConfig  # as these replicas load it
+    cpus: float
+
+
+def not_ready(groups: Sequence[ReplicaGroup]) -> str:
+    """The message while no replica is ready."""
+    wishes = " or ".join(dict.fromkeys(group.placement.wish() for group in groups))
+    return f"No replica is ready yet. Each one needs {wishes}; it waits for them, or loads its model."
+
+
+def replica_groups(hardware: HardwareConfig, engine: EngineConfig) -> tuple[ReplicaGroup, ...]:
+    """A group for each entry of `hardware`. Raises `ConfigError` that names the entry."""
+    groups = []
+    for entry in hardware_entries(hardware, engine):
+        placed = placement(entry.hardware, entry.engine, entry.name)
+        groups.append(ReplicaGroup(entry.name, placed, spread(entry.engine, placed), entry.hardware.cpus))
+    return tuple(groups)
+
+
+def placement(hardware: HardwareConfig, engine: EngineConfig, where: str = "hardware") -> Placement:
+    """The placement for a hardware entry and the engine's parallel sizes. Raises `ConfigError` if they contradict.
+
+    `where` is the entry's name in messages.
+    """
+    kwargs = "engine.kwargs" if where == "hardware" else f"{where}.engine.kwargs"
+
+    def size(*names: str) -> int:
+        return max(_size(engine, name, kwargs) for name in names)
+
+    tensor, stages = size("tensor_parallel_size", "tp_size"), size("pipeline_parallel_size", "pp_size")
+    tensor *= size("data_parallel_size", "dp_size")
     gpus = float(tensor * stages) if hardware.gpus is None else hardware.gpus
     if 0 < gpus < tensor * stages:
         raise ConfigError(
-            f"hardware.gpus={gpus:g} is less than tensor_parallel_size × pipeline_parallel_size = {tensor * stages}; "
-            "null takes as many as it needs"
+            f"{where}.gpus={gpus:g} is less than tensor_parallel_size × pipeline_parallel_size = {tensor * stages}; "
+            "null reserves as many as needed",
+            key=f"{where}.gpus",
         )
     node = hardware.gpus_per_node
     if node and gpus and (tensor > node or (stages == 1 and gpus > node)):
+        needed = counted(max(tensor, gpus / stages), "GPU of one node is", "GPUs of one node are")
         raise ConfigError(
-            f"{max(tensor, gpus / stages):g} GPUs of one node are asked for, and hardware.gpus_per_node is {node}; "
-            "engine.kwargs.pipeline_parallel_size goes over several nodes"
+            f"{needed} needed, and {where}.gpus_per_node is {node}; "
+            f"{kwargs}.pipeline_parallel_size divides a replica over several nodes",
+            key=f"{where}.gpus_per_node",
         )
-    low, high = hardware.bounds() or (1, _room(hardware, gpus))
+    low, high = hardware.bounds(where) or (1, _auto_replicas(hardware, gpus, where))
     first = {"CPU": hardware.cpus, "GPU": gpus, "memory": float(int(hardware.memory * 2**30))}
     bundles = [first]
     if stages > 1 and gpus > 1 and not 0 < gpus <= node and kind_of(engine).parallel_sizes:
@@ -61,27 +96,32 @@ def placement(hardware: HardwareConfig, engine: EngineConfig) -> Placement:
     return Placement(low, high, tuple({k: v for k, v in bundle.items() if v} for bundle in bundles), labels)
 
 
-def _size(engine: EngineConfig, name: str) -> int:
+def _size(engine: EngineConfig, name: str, kwargs: str) -> int:
     value = engine.kwargs.get(name)
     if value is None:
         return 1
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"engine.kwargs.{name} must be a number of at least 1, not {value!r}")
+        raise ConfigError(f"{kwargs}.{name} must be a number of at least 1, not {value!r}", key=kwargs)
     return value
 
 
-def _room(hardware: HardwareConfig, gpus: float) -> int:
+def _auto_replicas(hardware: HardwareConfig, gpus: float, where: str) -> int:
     if not hardware.gpus_per_node or not gpus:
-        raise ConfigError("hardware.replicas=auto divides GPUs among replicas: it needs hardware.gpus_per_node, and GPUs")
+        raise ConfigError(
+            f"{where}.replicas=auto divides GPUs among replicas: it needs {where}.gpus_per_node, and replicas with GPUs",
+            key=f"{where}.replicas",
+        )
     node, nodes = hardware.gpus_per_node, hardware.nodes
     count = nodes * int(node // gpus) if gpus <= node else int(nodes * node // gpus)
     if not count:
-        raise ConfigError(f"a replica of {gpus:g} GPUs does not fit on {nodes} nodes of {node}")
+        raise ConfigError(
+            f"a replica of {counted(gpus, 'GPU')} does not fit on {counted(nodes, 'node')} of {node}", key=f"{where}.gpus"
+        )
     return count
 
 
 def spread(engine: EngineConfig, placed: Placement) -> EngineConfig:
-    """The engine's configuration. If its GPUs are on several nodes, vLLM is told to use Ray."""
+    """The engine's configuration. If its GPUs are on several nodes, vLLM uses Ray."""
     if len(placed.bundles) == 1:
         return engine
     return replace(engine, kwargs={"distributed_executor_backend": "ray", **engine.kwargs})
@@ -92,18 +132,35 @@ def room(placed: Placement, nodes: Iterable[Mapping[str, Any]]) -> int:
     fitting = [
         node["Resources"]
         for node in nodes
-        if node["Alive"] and all(_has(node.get("Labels") or {}, name, value) for name, value in placed.labels.items())
+        if node["Alive"] and all(_satisfies(node.get("Labels") or {}, name, value) for name, value in placed.labels.items())
     ]
     first, total = placed.bundles[0], 0.0
     if len(placed.bundles) == 1:
-        for has in fitting:
-            total += min((has.get(name, 0) // value for name, value in first.items()), default=math.inf)
+        total = sum(_times(first, has) for has in fitting)
     elif any(all(has.get(name, 0) >= value for name, value in first.items()) for has in fitting):
         total = sum(has.get("GPU", 0) for has in fitting) // len(placed.bundles)
     return int(min(total, placed.high))
 
 
-def _has(labels: Mapping[str, str], name: str, value: str) -> bool:
+def _times(wanted: Mapping[str, float], has: Mapping[str, float]) -> float:
+    return min((has.get(name, 0) // value for name, value in wanted.items()), default=math.inf)
+
+
+def without(placed: Placement, nodes: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The nodes without the resources of the least number of replicas, as far as these fit."""
+    left = [{**node, "Resources": dict(node["Resources"])} for node in nodes]
+    bundles = [bundle for _ in range(min(placed.low, room(placed, nodes))) for bundle in placed.bundles]
+    for bundle in bundles:
+        for node in left:
+            labels, has = node.get("Labels") or {}, node["Resources"]
+            fits = node["Alive"] and all(_satisfies(labels, name, value) for name, value in placed.labels.items())
+            if fits and _times(bundle, has) >= 1:
+                has.update({name: has[name] - value for name, value in bundle.items()})
+                break
+    return left
+
+
+def _satisfies(labels: Mapping[str, str], name: str, value: str) -> bool:
     """True if a node's labels satisfy a selector, in Ray's forms: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
     wanted, no = value.removeprefix("!"), value.startswith("!")
     options = [part.strip() for part in wanted[3:-1].split(",")] if wanted.startswith("in(") else [wanted]
@@ -118,9 +175,9 @@ def lack(placed: Placement, nodes: list[Mapping[str, Any]]) -> str | None:
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     best: Mapping[str, float] = max(alive, key=lambda has: (has.get("GPU", 0), has.get("CPU", 0)), default={})
     return (
-        f"there is room for {found} of {placed.low} replicas: each asks for {placed.wish()}; the cluster has "
-        f"{len(alive)} nodes, the largest with {best.get('CPU', 0):g} CPUs, {best.get('GPU', 0):g} GPUs, "
-        f"{best.get('memory', 0) / 2**30:.0f} GiB"
+        f"there is room for {found} of {counted(placed.low, 'replica')}: each asks for {placed.wish()}; the cluster has "
+        f"{counted(len(alive), 'node')}, the largest with {counted(best.get('CPU', 0), 'CPU')}, "
+        f"{counted(best.get('GPU', 0), 'GPU')}, {best.get('memory', 0) / 2**30:.0f} GiB"
     )
 
 

@@ -1,9 +1,11 @@
-"""Rows that wait for a worker, in an order that suits the engines' prefix caches."""
+"""The queue of rows that no worker has. Its order lets engines reuse cached prefixes."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
 
 from pipeline.executors.requests import PendingRequest
 
@@ -11,8 +13,8 @@ from pipeline.executors.requests import PendingRequest
 class PrefixQueue:
     """Rows with one prefix go to one worker, whose KV cache has that prefix.
 
-    A worker without rows of its prefix takes the prefix that has waited longest. If other workers have all prefixes, it
-    takes rows of the largest one. So no worker waits, and no row waits longer than the buffer takes to pass.
+    If a worker's prefix has no more rows, the worker takes the prefix that has waited longest. If other workers have all
+    prefixes, it takes rows of the largest one. So no worker is idle while rows wait.
     """
 
     def __init__(self) -> None:
@@ -20,23 +22,24 @@ class PrefixQueue:
         self.at: dict[str, int] = {}  # worker -> its prefix
         self.owners: Counter[int] = Counter()
         self.rows = 0
+        self.bytes = 0  # of the rows' requests
 
     def __len__(self) -> int:
         return self.rows
 
     def add(self, rows: Iterable[PendingRequest]) -> None:
-        for row in rows:
-            group = self.groups.get(row.prefix)
-            if group is None:
-                group = self.groups[row.prefix] = deque()
-            group.append(row)
-            self.rows += 1
+        for prefix, same in groupby(rows, attrgetter("prefix")):
+            found = list(same)
+            self.groups.setdefault(prefix, deque()).extend(found)
+            self.rows += len(found)
+            self.bytes += sum(len(row.request) for row in found)
 
     def put_back(self, rows: list[PendingRequest]) -> None:
-        """Rows that a worker gave back. They are the next to go out."""
+        """Returns rows to the front of the queue."""
         for row in reversed(rows):
             self.groups.setdefault(row.prefix, deque()).appendleft(row)
             self.groups.move_to_end(row.prefix, last=False)
+            self.bytes += len(row.request)
         self.rows += len(rows)
 
     def take(self, worker: str, want: int) -> list[PendingRequest]:
@@ -45,11 +48,13 @@ class PrefixQueue:
         while len(taken) < want and self.groups:
             prefix = self._next(worker)
             group = self.groups[prefix]
-            for _ in range(min(want - len(taken), len(group))):
-                taken.append(group.popleft())
-            if not group:
+            if len(group) <= want - len(taken):
+                taken += group
                 del self.groups[prefix]
+            else:
+                taken += [group.popleft() for _ in range(want - len(taken))]
         self.rows -= len(taken)
+        self.bytes -= sum(len(row.request) for row in taken)
         return taken
 
     def _next(self, worker: str) -> int:

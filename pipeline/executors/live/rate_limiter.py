@@ -1,8 +1,8 @@
 """The rate limits of a key, shared by the whole cluster: one Ray actor holds them, and workers reserve in portions.
 
-A worker reserves for all its waiting requests in one call, one call at a time. So the actor gets few calls, however many
-rows there are. If it dies, a new actor starts with nothing to give: the reservations of the old one end within a second,
-and there is no burst.
+A worker reserves for all its waiting requests in one call, one call at a time. So the actor gets few calls, even for many
+rows. If it dies, a new actor starts with nothing available, so there is no burst. The reservations of the old actor end
+within a second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMESPACE = "eagleray"
 
 
 class RateLimitActor:
-    """The actor."""
+    """Holds the limits of one key."""
 
     def __init__(self, limits: dict[str, float | None]) -> None:
         self.limiters = RateLimiters(limits)
@@ -32,9 +32,9 @@ def rate_limit_actor(config: EngineConfig) -> Any:
     """The actor with the limits of this engine's key. All runs with the key on one cluster share it."""
     import ray
 
-    # The name has the key's variable, never the key.
-    who = hashlib.sha256(canonical([config.kind, config.base_url, config.api_key_env])).hexdigest()[:16]
-    options = {"name": f"eagleray-limiter-{who}", "namespace": NAMESPACE, "get_if_exists": True}
+    # The name depends on the key's environment variable, never on the key.
+    digest = hashlib.sha256(canonical([config.kind, config.base_url, config.api_key_env])).hexdigest()[:16]
+    options = {"name": f"eagleray-limiter-{digest}", "namespace": NAMESPACE, "get_if_exists": True}
     return ray.remote(RateLimitActor).options(num_cpus=0, max_restarts=-1, **options).remote(per_minute(config))
 
 

@@ -1,0 +1,1 @@
+"""From keys, options and files to a `Config`, with Hydra."""

@@ -1,0 +1,1 @@
+"""A whole run from a Python program: `from pipeline import infer`."""
