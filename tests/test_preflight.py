@@ -18,6 +18,7 @@ from rich.console import Console
 
 from engines.errors import ConfigError
 from pipeline.configuration.compose import compose
+from pipeline.preflight import dry_run
 from pipeline.run import Outcome, run
 from pipeline.storage.lock import held, run_lock
 from tests.support.checkpoint import smollm2_checkpoint  # noqa: F401
@@ -266,11 +267,15 @@ def test_a_real_run_says_in_a_line_what_it_will_take(
     assert "generation.min_p" in rest[1]
 
 
-def test_a_real_run_looks_at_the_first_rows_only(infer: Infer, write_jsonl: Write) -> None:
+@pytest.mark.parametrize(("seconds", "shown"), [(600.0, "1,000 rows"), (0.0, "32 rows")])
+def test_a_real_run_looks_at_the_first_rows_only(
+    infer: Infer, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch, seconds: float, shown: str
+) -> None:
+    monkeypatch.setattr(dry_run, "FIRST_S", seconds)
     rows = [ask(f"row {i:06}") for i in range(5000)]
     infer(write_jsonl(rows))
     assert infer.printed.startswith("About 5,")
-    assert "by the first 1,000" in infer.printed.splitlines()[0]
+    assert f"by the first {shown}:" in infer.printed.splitlines()[0]
 
 
 def test_neither_torch_nor_ray_is_loaded_to_look_ahead(tmp_path: Path, write_jsonl: Write) -> None:
