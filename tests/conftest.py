@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.infer import Infer
 from tests.support.provider_server import ProviderServer
@@ -17,6 +18,10 @@ from tests.support.provider_server import ProviderServer
 if TYPE_CHECKING:
     from tests.support.length_executor import Job, LengthExecutor
     from tests.support.s3_server import S3Server
+
+# Without a deadline: the time of one example depends on what else the machine does.
+settings.register_profile("eagleray", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("eagleray")
 
 # These take longest: pytest-xdist gives a worker a whole file, and the last file must not be a long one.
 LONGEST = (
@@ -42,8 +47,17 @@ def local_ray() -> Iterator[None]:
 
     from pipeline.executors.live.ray_processes import end_processes, few_processes
 
-    with few_processes():
+    def begin() -> None:
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+    with few_processes():
+        try:
+            begin()
+        except (
+            Exception
+        ):  # Ray gives up after half a minute, which may be too short on a busy machine; a run tries twice, too
+            ray.shutdown()
+            begin()
     yield
     end_processes()
 
@@ -128,5 +142,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver_ = Chrome(options=options, service=Service(driver))
     driver_.set_page_load_timeout(120)
+    driver_.set_script_timeout(240)
     yield driver_
     driver_.quit()

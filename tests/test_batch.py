@@ -26,7 +26,7 @@ from engines.remote.batch.factory import wire_of
 from jobs import cost
 from jobs.batch import main as batch_main
 from pipeline.configuration.compose import compose
-from pipeline.errors import Stopped
+from pipeline.errors import Interrupted, Stopped
 from pipeline.executors.batch import collector, executor
 from pipeline.executors.batch.store import BatchStore
 from pipeline.run import STOPPED, WITH_FAILURES
@@ -371,12 +371,16 @@ def test_an_account_without_money_fails_no_row_and_the_run_goes_on_later(
 
 
 def test_starting_over_does_not_forget_batches_under_way(server: BatchServer, infer: Infer, write_jsonl: Write) -> None:
-    server.delay_s = 60
+    server.delay_s = 3600
+
+    def interrupt() -> None:
+        until(lambda: server.submitted)
+        os.kill(os.getpid(), signal.SIGINT)
+
     data = write_jsonl(conversations(3))
-    with contextlib.suppress(Stopped):
-        threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(Exception, match="go on at the provider"):
-            infer(data, *CASES["openai"].overrides(server), engine="openai")
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(Interrupted, match="go on at the provider"):
+        infer(data, *CASES["openai"].overrides(server), engine="openai")
     with pytest.raises(ConfigError, match="would forget 1 batch under way"):
         infer(data, *CASES["openai"].overrides(server, "run.resume=false"), engine="openai")
 
@@ -523,7 +527,7 @@ def test_rounds_are_counted_over_steps(server: BatchServer, tmp_path: Path, writ
 def test_the_steps_of_eagleray_batch(
     case: Case, server: BatchServer, tmp_path: Path, write_jsonl: Write, capfd: pytest.CaptureFixture[str], local_ray: None
 ) -> None:
-    server.delay_s = 60
+    server.delay_s = 3600
     data, out = write_jsonl(conversations(10)), tmp_path / "out"
     args = [f"engine={case.engine}", f"dataset.path={data}", f"output.path={out}", *case.overrides(server)]
     args.append("engine.provider.batch.rows=6")

@@ -117,7 +117,7 @@ def test_what_was_in_flight_when_a_run_was_killed_counts_as_spent(tmp_path: Path
 def test_an_interrupted_run_pays_for_nothing_that_it_did_not_ask(
     infer: Infer, write_jsonl: Write, server: ProviderServer
 ) -> None:
-    data = write_jsonl([ask(TEXT.format(i)) for i in range(300)])
+    data = write_jsonl([ask(TEXT.format(i)) for i in range(1000)])
     server.latency_s = 0.2
     more = remote(server, "run.budget_usd=1", "generation.max_tokens=80")
 

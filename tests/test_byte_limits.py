@@ -39,7 +39,7 @@ from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import Compactor, Record, list_segments, read_segment, write_segment
 from pipeline.storage.ledger_index import Index, read_index
 from tests.support.infer import ask
-from tests.support.processes import until
+from tests.support.processes import PATIENCE_S, until
 from tests.support.s3_server import S3Server
 
 MB = 1 << 20
@@ -244,7 +244,7 @@ def test_results_become_durable_while_a_merge_takes_long(monkeypatch: pytest.Mon
         """A merge reads the segments. The store does not answer it until it is released."""
         if method == "GET" and "/_segments/w1-" in key:
             reading.set()
-            released.wait(60)
+            released.wait(PATIENCE_S)
 
     async def run(fs: Any, root: str) -> int:
         recorder = RowRecorder(EngineConfig(kind="echo"), 0)
@@ -265,8 +265,8 @@ def test_results_become_durable_while_a_merge_takes_long(monkeypatch: pytest.Mon
             recorder.record(LeasedRow(1, n, 0, one.key, one.id, b""), one.completion)
             while n not in durable:
                 changed.clear()
-                await asyncio.wait_for(changed.wait(), 30)
-        during = len(durable) if await asyncio.to_thread(reading.wait, 30) and not released.is_set() else 0
+                await asyncio.wait_for(changed.wait(), PATIENCE_S)
+        during = len(durable) if await asyncio.to_thread(reading.wait, PATIENCE_S) and not released.is_set() else 0
         released.set()
         tasks[0].cancel()
         await flusher.flush()

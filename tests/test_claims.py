@@ -113,16 +113,17 @@ def test_a_run_that_was_suspended_while_it_wrote_the_output_does_not_commit_it(s
 
 def test_a_claim_that_was_replaced_is_noticed_before_the_next_write(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "WAIT_S", 0.0)
+    monkeypatch.setattr(claim, "BEAT_S", 3600.0)
     fs, root = resolve(s3.uri("out"))
     with run_lock(fs, root):
         old = claim_of(root)
         assert isinstance(old, ClaimHolder)
         write_atomic(fs, f"{root}/manifest.json", b"old")
-        s3.age(f"out/_segments/{old.name}", 50)
+        s3.age(f"out/_segments/{old.name}", 20)
         new = ClaimHolder(fs, root, "")
         with pytest.raises(BlockingIOError):
             new.acquire()
-        s3.age(f"out/_segments/{old.name}", 11)
+        s3.age(f"out/_segments/{old.name}", 41)
         new.acquire()
         for change in (
             lambda: write_atomic(fs, f"{root}/manifest.json", b"x"),

@@ -23,7 +23,7 @@ from pipeline.configuration.compose import compose
 from tests.support.infer import ask
 from tests.support.marks import slow
 from tests.support.outputs import durable, write
-from tests.support.processes import family, finish, gone, own_ray, until
+from tests.support.processes import PATIENCE_S, family, finish, gone, own_ray, until
 
 GOOD = ["engine=echo", "dataset.path=in.jsonl", "output.path=out"]
 
@@ -435,6 +435,6 @@ def test_sigterm_to_all_processes_ends_a_run_that_can_be_continued(to: str, tmp_
     printed = finish(run, 130)
     assert "interrupted" in printed and "To continue: eagleray infer" in printed
     assert "GCS" not in printed
-    psutil.wait_procs(members, timeout=30)
+    psutil.wait_procs(members, timeout=PATIENCE_S)
     assert all(gone(process.pid) for process in members)
     assert durable(out) >= 4

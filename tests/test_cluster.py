@@ -65,7 +65,7 @@ SPREAD = ("hardware.cpus=1", "engine.kwargs.latency_s=0.05", "engine.kwargs.jitt
 
 @pytest.mark.slow
 def test_replicas_spread_over_the_nodes_and_a_node_that_joins_is_used(raylets: Raylets, tmp_path: Path) -> None:
-    rows = 10_000
+    rows = 30_000
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
     raylets.tell("add", "second")
     run = start(data, out, raylets.env, *SPREAD, "hardware.replicas=3")
@@ -79,7 +79,7 @@ def test_replicas_spread_over_the_nodes_and_a_node_that_joins_is_used(raylets: R
 
 @pytest.mark.slow
 def test_a_node_that_is_lost_costs_no_row_and_convicts_none(raylets: Raylets, tmp_path: Path) -> None:
-    rows = 6000
+    rows = 15_000
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
     for name in ("second", "third"):
         raylets.tell("add", name)
@@ -143,7 +143,7 @@ def test_answers_are_readable_while_others_are_still_on_their_way_and_ctrl_c_lea
     os.killpg(run.pid, signal.SIGINT)
     assert "the same command continues" in " ".join(finish(run, 130).split())
     wait_gone(relatives)
-    assert durable(out) == len(set(answers))
+    assert len(set(answers)) <= durable(out) < rows
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ class Cluster:
 SEEDS = st.integers(0, 2**32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(1, 120), st.sets(st.integers(0, 119), max_size=8), st.integers(1, 40), st.integers(1, 4), SEEDS,
     st.builds(Mishaps, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.booleans()), st.booleans(),
@@ -195,7 +195,7 @@ def test_every_row_ends_once_and_only_poison_rows_are_marked(
     assert cluster.lone_trials <= 2 * chains + others
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 200), st.integers(0, 199), st.integers(1, 64), SEEDS, st.booleans(), st.booleans())
 def test_one_poison_row_never_stops_a_run(rows: int, at: int, slots: int, seed: int, full: bool, at_once: bool) -> None:
     cluster = Cluster(rows, {at % rows}, slots, 1, seed).run(full=full, at_once=at_once)
@@ -203,7 +203,7 @@ def test_one_poison_row_never_stops_a_run(rows: int, at: int, slots: int, seed: 
     assert cluster.most_in_a_row <= 3 < 5  # the default of run.max_engine_deaths
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(6, 200), st.integers(1, 64), st.integers(1, 4), SEEDS, st.booleans())
 def test_an_engine_that_dies_on_everything_marks_no_row(rows: int, slots: int, workers: int, seed: int, full: bool) -> None:
     cluster = Cluster(rows, set(range(rows)), slots, workers, seed)

@@ -29,6 +29,7 @@ from tests.support.clusters import raylets as raylets
 from tests.support.infer import Infer, ask
 from tests.support.outputs import check, write
 from tests.support.processes import finish, own_ray, until
+from tests.support.together import Together
 from tests.test_cluster import start
 
 
@@ -216,8 +217,11 @@ def entries(*kwargs: dict[str, Any], **more: Any) -> str:
     return "hardware=" + json.dumps([{"engine": {"kwargs": each, **more}} for each in kwargs])
 
 
-def test_replicas_without_memory_are_told_and_the_others_answer_all_rows(infer: Infer, write_jsonl: Any) -> None:
+def test_replicas_without_memory_are_told_and_the_others_answer_all_rows(
+    infer: Infer, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One entry cannot be loaded, and the other one runs out of memory at more than five requests at once."""
+    monkeypatch.setattr("pipeline.executors.live.live_run.Dispatcher", Together)
     from jobs import status
     from jobs.reading import open_output
 
@@ -288,7 +292,8 @@ def test_a_run_ends_if_the_only_replicas_left_have_no_node(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_an_entry_whose_engines_die_is_given_up(infer: Infer, write_jsonl: Any) -> None:
+def test_an_entry_whose_engines_die_is_given_up(infer: Infer, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.executors.live.live_run.Dispatcher", Together)
     data = write_jsonl([ask(f"{at}") for at in range(200)])
     outcome = infer(data, entries({"latency_s": 0.2}, {"crash_rate": 1}, max_concurrency=8), "run.max_engine_deaths=0")
     assert outcome.exit_status == 0

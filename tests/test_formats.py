@@ -475,7 +475,7 @@ KEYS = st.sampled_from(
 SHAPED = st.dictionaries(st.sampled_from(["role", "from", "value", "content", "type", "text", "messages"]), VALUES | KEYS)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     columns=st.dictionaries(KEYS, VALUES | st.lists(SHAPED, max_size=3) | SHAPED, max_size=5),
     format=st.sampled_from(["auto", "messages", "oumi", "openai_batch", "sharegpt", "prompt"]),
@@ -507,7 +507,7 @@ MESSAGES = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     columns=st.fixed_dictionaries(
         {"messages": MESSAGES},
@@ -533,7 +533,7 @@ def test_the_short_way_of_plain_messages_gives_the_same(
     assert parse(short) == parse(long)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(value=st.recursive(st.none() | st.integers() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)))
 def test_json_is_read_as_the_standard_library_reads_it(value: Any) -> None:
     assert loads(json.dumps(value).encode()) == value

@@ -77,7 +77,7 @@ TEXTS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
 }
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(table=TABLES, encoding=st.sampled_from(sorted(ENCODINGS)), ending=st.sampled_from(sorted(COMPRESSED)))
 def test_the_same_table_gives_the_same_rows(tmp_path: Path, table: list[Any], encoding: str, ending: str) -> None:
     for name, text in TEXTS.items():
@@ -92,7 +92,7 @@ def test_the_same_table_gives_the_same_rows(tmp_path: Path, table: list[Any], en
         assert good(tmp_path / name) == table, name
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     objects=st.lists(st.dictionaries(st.text(CHARACTERS, max_size=5), VALUES, max_size=4), min_size=1, max_size=6),
     indent=st.sampled_from([None, 1]),

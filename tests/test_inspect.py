@@ -230,16 +230,20 @@ def test_an_output_without_a_state_tells_what_its_ledger_has(infer: Infer, look:
     assert look("status", infer.out) == 4 and "the same command as before" in look.out
 
 
-def test_whoever_looks_at_the_lock_for_a_moment_does_not_keep_a_run_out(tmp_path: Path) -> None:
+def test_whoever_looks_at_the_lock_for_a_moment_does_not_keep_a_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.lock.HELD_S", 60.0)
     fs, root = resolve(str(tmp_path))
     assert not held(fs, root)
     with run_lock(fs, root):
         assert held(fs, root)
     with (tmp_path / "_segments" / ".lock").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        timer = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
         with run_lock(fs, root):
-            pass
+            timer.join()
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

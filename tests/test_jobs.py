@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,9 @@ import httpx
 import psutil
 import pytest
 
+from engines.free_port import free_port
 from tests.support.outputs import check, durable, write
-from tests.support.processes import PATIENCE_S, end, family, folder, own_ray, replicas, title, wait_gone
+from tests.support.processes import PATIENCE_S, content, end, family, folder, own_ray, replicas, title, wait_gone
 from tests.support.provider_server import ProviderServer
 
 ROOT = Path(__file__).parent.parent
@@ -69,12 +69,6 @@ class Standing:
         self.until(id, lambda: client.get_job_status(id).is_terminal())
         found = client.get_job_info(id)
         return str(found.status.value), found.driver_exit_code
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +143,9 @@ def test_the_keys_of_a_job_reach_the_replicas_and_neither_metadata_nor_logs(
     way: str, cluster: Standing, server: ProviderServer, tmp_path: Path
 ) -> None:
     """`file`: `--env-file`. `pod`: the variables of Ray's own processes, as a pod of KubeRay has them from a secret."""
-    id, data, out = f"keyed-by-{way}", write(tmp_path / "in.jsonl", 40), tmp_path / "out"
+    id, data, out = f"keyed-by-{way}", write(tmp_path / "in.jsonl", 200), tmp_path / "out"
     server.key = "sk-" + secrets.token_hex(16) if way == "file" else cluster.env["EAGLERAY_POD_KEY"]
-    server.latency_s = 1.0
+    server.latency_s = 2.0
     given = [*remote(server), *args(data, out), f"engine.api_key_env=EAGLERAY_{way.upper()}_KEY"]
     if way == "file":
         file = tmp_path / "keys.env"
@@ -161,14 +155,15 @@ def test_the_keys_of_a_job_reach_the_replicas_and_neither_metadata_nor_logs(
     cluster.submit(id, *given)
     cluster.until(id, lambda: durable(out) > 0)
     during = told(cluster, id)
-    assert durable(out) < 40
+    assert durable(out) < 200
+    server.latency_s = 0.0
     if way == "file" and os.geteuid() == 0:  # all that Ray's server has: also the arguments of constructors
         (gcs,) = [process for process in psutil.process_iter() if re.search(f"gcs_server .*{cluster.path}", title(process))]
         during["memory of the GCS"] = memory(gcs.pid)
     assert cluster.ended(id) == ("SUCCEEDED", 0), cluster.ray("job", "logs", id)
-    check(out, 40)
+    check(out, 200)
     places = [path for folder in (cluster.path, out) for path in folder.rglob("*") if path.is_file()]
-    after = {**told(cluster, id), **{str(path): path.read_bytes() for path in places}}
+    after = {**told(cluster, id), **{str(path): content(path) for path in places}}
     after["ray job"] = (cluster.ray("job", "list") + cluster.ray("job", "logs", id)).encode()
     assert [name for name, text in (*during.items(), *after.items()) if str(server.key).encode() in text] == []
     # They are about this job.
@@ -214,6 +209,7 @@ def test_a_job_that_is_stopped_finishes_what_is_in_flight_and_goes_on_when_submi
     cluster: Standing, server: ProviderServer, tmp_path: Path
 ) -> None:
     data, out = write(tmp_path / "in.jsonl", 400), tmp_path / "out"
+    server.latency_s = 2.0
     cluster.submit("stopped", *remote(server), *args(data, out))
     cluster.until("stopped", lambda: durable(out) > 20)
     cluster.ray("job", "stop", "stopped")
@@ -221,6 +217,7 @@ def test_a_job_that_is_stopped_finishes_what_is_in_flight_and_goes_on_when_submi
     logs = " ".join(cluster.ray("job", "logs", "stopped").split())
     assert "the same command continues" in logs
     assert durable(out) == len(server.requests) < 400
+    server.latency_s = 0.05
     cluster.submit("again", *remote(server), *args(data, out))
     assert cluster.ended("again") == ("SUCCEEDED", 0)
     check(out, 400)
@@ -246,7 +243,7 @@ def test_a_job_whose_driver_is_killed_goes_on_when_submitted_again(
     assert cluster.ended("after") == ("SUCCEEDED", 0)
     check(out, 400)
     # In flight, or done and not yet durable (run.flush_s=0.2, 8 at a time, 0.2 s each).
-    assert len(server.requests) - 400 == sent - kept <= 8 * 3
+    assert len(server.requests) - 400 == sent - kept <= 8 * 10
     assert json.loads((out / "manifest.json").read_text())["this_run"]["asked"] == 400 - kept
 
 

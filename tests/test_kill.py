@@ -111,7 +111,7 @@ def workers(relatives: list[psutil.Process]) -> list[psutil.Process]:
 def test_ctrl_c_and_sigterm_drain_say_how_to_go_on_and_resume(tmp_path: Path, number: signal.Signals) -> None:
     data, out = tmp_path / "in.jsonl", tmp_path / "out"
     write(data, ROWS)
-    run = start(data, out)
+    run = start(data, out, "engine.kwargs.latency_s=0.5")
     until(lambda: durable(out)[1], run)
     if number == signal.SIGINT:
         os.killpg(run.pid, number)  # as a terminal does
@@ -153,7 +153,7 @@ def test_two_runs_into_one_output_at_once(tmp_path: Path) -> None:
 def test_embeddings_of_a_killed_run_are_kept_and_the_others_are_asked(tmp_path: Path) -> None:
     data, out, rows = tmp_path / "in.jsonl", tmp_path / "out", 2000
     data.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(rows)))
-    run = start(data, out, "task=embed")
+    run = start(data, out, "task=embed", "engine.kwargs.latency_s=0.5")
     until(lambda: len(durable(out)[0]) > 100, run)
     relatives = family(run.pid)
     strike("everything", run, relatives)

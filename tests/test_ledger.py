@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -138,7 +138,6 @@ def test_rows_of_a_segment_are_read_in_the_order_asked_for_whatever_their_groups
     assert table.schema == ANSWER_SCHEMA
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.integers(0, 5)), max_size=12), max_size=6))
 def test_the_best_record_of_each_key_is_found_in_any_order(segments: list[list[tuple[int, bool, int]]]) -> None:
     """Held against a plain search; keys come in pairs that agree in their first 64 bits."""

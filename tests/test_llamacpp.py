@@ -20,7 +20,7 @@ from engines import Completion, ConfigError, Engine, EngineConfig, EngineError, 
 from engines.errors import ErrorCode
 from engines.local.gguf_files import requantized, resolve_model
 from engines.text import parse_tool_calls
-from tests.support.processes import PATIENCE_S
+from tests.support.processes import PATIENCE_S, until
 
 SMALL = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 4}
 
@@ -368,7 +368,7 @@ def test_closing_fails_what_is_pending_and_an_engine_can_be_closed_twice() -> No
     request = Request([{"role": "user", "content": "Write a long story."}], GenerationParams(max_tokens=400))
 
     async def run() -> list[Completion]:
-        asking = [asyncio.ensure_future(engine.generate(request)) for _ in range(8)]
+        asking = [asyncio.ensure_future(engine.generate(request)) for _ in range(64)]
         await asyncio.sleep(0.2)
         await asyncio.to_thread(engine.close)
         return await asyncio.wait_for(asyncio.gather(*asking), PATIENCE_S)
@@ -414,14 +414,21 @@ def test_memory_that_runs_out_fails_those_that_run_and_the_engine_goes_on(
     """llama.cpp has no memory to compute more than two sequences at once (status -2: the allocation failed)."""
     import llama_cpp
 
-    decode = llama_cpp.llama_decode
+    decode, submit = llama_cpp.llama_decode, engine.scheduler.submit  # type: ignore[attr-defined]
+    submitted: list[Any] = []
+
+    def note(sequences: list[Any]) -> None:
+        submit(sequences)
+        submitted.extend(sequences)
 
     def scarce(context: Any, batch: Any) -> int:
+        until(lambda: len(submitted) == 4)
         return -2 if len({batch.seq_id[at][0] for at in range(batch.n_tokens)}) > 2 else decode(context, batch)
 
     alone = ask(engine, QUESTIONS[0]).text
     with monkeypatch.context() as patch:
         patch.setattr(llama_cpp, "llama_decode", scarce)
+        patch.setattr(engine.scheduler, "submit", note)  # type: ignore[attr-defined]
         failed = [completion.error for completion in engine.infer([user(q) for q in QUESTIONS[:4]], {"max_tokens": 8})]
         assert all(error is not None and error.needs_room for error in failed)
         text = "llama.cpp has not enough memory: llama_decode failed with status -2"

@@ -30,7 +30,7 @@ from tests.support.provider_server import ProviderServer
 
 pytestmark = pytest.mark.slow
 
-ROWS = 10_000  # more than the losses have time for: they must find a run that still goes on
+ROWS = 20_000  # more than the losses have time for: they must find a run that still goes on
 AT_ONCE = 8  # rows in one replica
 
 
@@ -107,18 +107,18 @@ def test_nodes_go_and_come_the_limiter_moves_and_the_driver_dies(
     some_more(order.randint(100, 400))
     victim = order.choice(sorted(raylets.busy() - {"head", stays}))  # a node with a replica, and all that its store holds
     raylets.tell("kill", victim)
-    bound += AT_ONCE * 4
+    bound += AT_ONCE * 10
     some_more(200)
     limiter, process = where("RateLimitActor")
     while limiter in ("head", stays):  # these stay; a new limiter, as good as the old one, comes on any node
         os.kill(process, signal.SIGKILL)
         limiter, process = where("RateLimitActor")
     raylets.tell("kill", limiter)  # and the replica on it
-    bound += AT_ONCE * 4
+    bound += AT_ONCE * 10
     raylets.tell("add", "five")
     raylets.tell("add", "six")
-    until(lambda: raylets.busy() & {"five", "six"}, run)
-    some_more(200)
+    until(lambda: raylets.busy() & {"five", "six"} and len(raylets.busy()) >= 4, run)
+    some_more(400)  # the rows of the two lost replicas are asked again first
     notice = order.choice(sorted(raylets.busy() - {"head", stays}))  # two minutes before a spot node goes
     before = paid_twice(server)
     raylets.tell("drain", notice)
@@ -128,7 +128,7 @@ def test_nodes_go_and_come_the_limiter_moves_and_the_driver_dies(
     some_more(200)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    bound += AT_ONCE * 4 * 4
+    bound += AT_ONCE * 10 * 4
     server.latency_s = 0.05
     again = start(data, out, raylets.env, server)
     finish(again)

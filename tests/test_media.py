@@ -8,7 +8,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ import pytest
 
 pytest.importorskip("PIL")
 
+import threading
+
 import PIL.Image
 
-from engines import EngineError, load_engine
+from engines import EngineError, load_engine, media
 from engines.config import EngineConfig, packaged
 from engines.errors import ConfigError
 from engines.fetch import FetchLimits, fetch, is_allowed, parse_networks
 from engines.local.images import open_image
-from engines.media import in_thread_with_media, load_media
+from engines.media import load_media
 from engines.remote.engine import RemoteEngine
 from engines.types import Request
 from tests.support.batch_server import BatchServer
@@ -318,38 +320,30 @@ def test_other_formats_than_the_four_are_refused(kind: str) -> None:
         assert open_image(file.getvalue(), 1000).convert("RGB").size == (8, 8)
 
 
-async def heartbeats(work: Any) -> int:
-    """How often the event loop went round while `work` was awaited."""
-    count = 0
+def test_a_large_image_is_read_and_encoded_beside_the_event_loop(
+    tmp_path: Path, server: MediaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, str] = {}
 
-    async def beat() -> None:
-        nonlocal count
-        while True:
-            count += 1
-            await asyncio.sleep(0)
+    def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            threads[name] = threading.current_thread().name
+            return work(*args)
 
-    task = asyncio.create_task(beat())
-    await work
-    task.cancel()
-    return count
+        return call
 
-
-def test_the_event_loop_goes_round_while_a_large_image_is_read_and_encoded(tmp_path: Path) -> None:
-    """A small image is the measure of what a request costs without any work on an image."""
-    small, large = tmp_path / "small.png", tmp_path / "large.png"
-    small.write_bytes(png())
-    large.write_bytes(png() + bytes(30 << 20))
-    with load_engine("openai_compatible", model="m", base_url="http://127.0.0.1:1") as engine:
+    large = tmp_path / "large.png"
+    large.write_bytes(png() + bytes(3 << 20))
+    monkeypatch.setattr(media, "_data_url", noted("read", media._data_url))
+    with (
+        ProviderServer() as provider,
+        load_engine("openai_compatible", model="m", base_url=provider.url) as engine,
+    ):
         assert isinstance(engine, RemoteEngine)
-
-        async def counts(file: Path) -> tuple[int, int]:
-            asked = request(image(str(file)))
-            loading = await heartbeats(engine.load_media(asked))
-            return loading, await heartbeats(in_thread_with_media(engine._content, await engine.load_media(asked)))
-
-        asyncio.run(counts(small))  # starts the threads
-        few, many = asyncio.run(counts(small)), asyncio.run(counts(large))
-    assert all(more > less + 50 for less, more in zip(few, many, strict=True))
+        monkeypatch.setattr(engine, "_content", noted("encode", engine._content))
+        assert engine.infer([{"messages": request(image(str(large))).messages}])[0].error is None
+    assert threads.keys() == {"read", "encode"}
+    assert all(name.startswith("eagleray-media") for name in threads.values())
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------

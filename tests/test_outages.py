@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ import engines.remote.concurrency
 import engines.remote.sender
 from engines import Completion, load_engine
 from engines.config import EngineConfig
+from engines.free_port import free_port
 from engines.params import GenerationParams
 from engines.remote.rate_limits import Reservation, Reserve, ReserveRequest
 from engines.types import to_request
@@ -42,12 +42,6 @@ def load(server: ProviderServer) -> Iterator[Load]:
     yield one
     for engine in loaded:
         engine.close()
-
-
-def closed_port() -> int:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        return int(closed.getsockname()[1])
 
 
 async def answers(engine: Any, *texts: str) -> list[Completion | BaseException]:
@@ -134,7 +128,7 @@ def test_an_address_where_nothing_ever_answered_is_given_up_soon(
     place: str, server: ProviderServer, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines.remote.sender, "UNREACHED_S", 1.0)
-    url = {"nobody listens": f"http://127.0.0.1:{closed_port()}", "no such host": "http://api.provider.invalid"}.get(place)
+    url = {"nobody listens": f"http://127.0.0.1:{free_port()}", "no such host": "http://api.provider.invalid"}.get(place)
     server.fault = lambda text, attempt: "not-json"
     engine = load(base_url=f"{(url or server.url).replace('//', '//me:secret@')}/v1", max_concurrency=16)
     done = asyncio.run(answers(engine, *(f"row {i}" for i in range(32))))
@@ -157,7 +151,7 @@ def test_a_server_that_takes_requests_and_is_slow_is_waited_for(
 
 
 def test_one_row_alone_finds_out_that_nobody_is_there(load: Load) -> None:
-    url = f"http://127.0.0.1:{closed_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     [done] = asyncio.run(answers(load(base_url=url, max_retries=1), "a"))
     assert isinstance(done, Completion) and done.error is not None
     assert (done.error.type, done.error.scope, done.attempts) == ("connection", "run", 2)

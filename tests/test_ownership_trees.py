@@ -135,7 +135,7 @@ def plant(root: Path, tree: dict[str, Any], earlier: list[Path]) -> set[str]:
     return own
 
 
-@settings(max_examples=TREES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=TREES, suppress_health_check=list(HealthCheck))
 @given(tree=trees())
 def test_no_byte_of_the_users_changes(tree: dict[str, Any], earlier: list[Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from pipeline.storage.filesystem import resolve
 from pipeline.storage.ledger import list_segments
 from pipeline.storage.ledger_index import Index, read_index
 from tests.support.infer import Infer, ask
-from tests.support.processes import until
+from tests.support.processes import PATIENCE_S, until
 
 Write = Callable[..., Path]
 
@@ -397,7 +397,7 @@ def test_a_row_that_kills_an_engine_full_of_rows_is_found_by_bisection(infer: In
     assert 3 <= deaths <= 8  # 64 rows are inside at most
     session = Path(ray.get_runtime_context().get_temp_dir()) / ray.get_runtime_context().get_session_name()
     assert session.is_dir()
-    until = time.monotonic() + 30  # a run that ends does not wait long for the tasks that remove them
+    until = time.monotonic() + PATIENCE_S  # a run that ends does not wait long for the tasks that remove them
     while list(session.glob("*.journal")) and time.monotonic() < until:
         time.sleep(0.2)
     assert not list(session.glob("*.journal"))

@@ -201,7 +201,7 @@ def test_replicas_land_on_nodes_and_give_their_places_back() -> None:
             start_new_session=True,
         )  # fmt: skip
         try:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=840)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

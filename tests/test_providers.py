@@ -7,7 +7,6 @@ import base64
 import http.server
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from engines import Completion, load_engine
 from engines.base import Engine
 from engines.config import EngineConfig
 from engines.errors import ConfigError
+from engines.free_port import free_port
 from engines.params import GenerationParams
 from engines.remote.auth import Auth
 from engines.remote.concurrency import AdaptiveSemaphore, RetryBudget
@@ -79,9 +79,10 @@ def test_what_passes_is_asked_again_and_what_does_not_is_not(server: ProviderSer
     passing = [fault for fault in PASSING if not (kind == "bedrock" and fault in ("error-200", "bad-gzip", "hang"))]
     for fault in (*passing, *STATUSES):
         server.plan[fault] = [fault]
-    engine = load(kind, timeout_s=1.0)
+    engine = load(kind, timeout_s=3.0)
     for fault, done in zip(passing, infer(engine, *passing), strict=True):
-        assert (done.text, done.attempts, done.error) == (fault, 2, None), fault
+        assert (done.text, done.error) == (fault, None), fault
+        assert done.attempts == server.attempts[fault] == 2, fault
     for status in ("400", "401", "402", "404", "413", "501"):
         server.plan[status] = [status]
         (done,) = infer(engine, status)
@@ -196,12 +197,12 @@ def test_retry_after_is_a_floor(server: ProviderServer, load: Load) -> None:
 
 
 def test_rows_that_wait_for_another_try_hold_no_slot(server: ProviderServer, load: Load) -> None:
-    server.plan = {f"bad {i}": ["500-after=1"] for i in range(2)}
+    server.plan = {f"bad {i}": ["500-after=2"] for i in range(2)}
     engine = load(max_concurrency=2)
     done = infer(engine, "bad 0", "bad 1", *(f"row {i}" for i in range(50)))
     assert all(completion.error is None for completion in done)
-    # Both slots' first rows failed; all others were answered before those were asked again.
-    assert sorted(server.texts()[-2:]) == ["bad 0", "bad 1"]
+    # Both slots' first rows failed, and the slots took the next rows at once.
+    assert sorted(server.texts()[:4]) == ["bad 0", "bad 1", "row 0", "row 1"]
     assert server.most_busy <= 2
 
 
@@ -288,7 +289,7 @@ def test_rows_wait_out_an_outage(server: ProviderServer, load: Load) -> None:
 def test_retries_have_a_budget() -> None:
     budget = RetryBudget(share=0.2, least_per_s=1.0, maximum=10)
     waits = [budget.take() for _ in range(7)]
-    assert waits[:5] == [0] * 5 and all(0.5 < wait <= 1 for wait in waits[5:])
+    assert waits[:5] == [0] * 5 and all(0 < wait <= 1 for wait in waits[5:])
     for _ in range(5):
         budget.answered(retried=False)
     assert budget.take() == 0 and budget.take() > 0
@@ -318,9 +319,7 @@ def test_the_time_in_the_queue_does_not_count_as_time_of_failures(server: Provid
 
 
 def test_a_dead_endpoint_is_left_out_and_comes_back(server: ProviderServer, load: Load) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
+    port = free_port()
     engine: Any = load(base_url=[server.url, f"http://127.0.0.1:{port}"], max_retries=10, max_concurrency=8)
     done = infer(engine, *(f"row {i}" for i in range(200)))
     assert all(completion.error is None for completion in done)
@@ -367,7 +366,7 @@ def test_drain_gives_back_what_waits(server: ProviderServer, load: Load) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rate=st.integers(60, 60_000), late=st.lists(st.floats(0, SLACK_S), min_size=8, max_size=8), dies=st.booleans())
 def test_no_minute_has_more_than_the_limit_and_little_is_wasted(rate: int, late: list[float], dies: bool) -> None:
     """A client that always wants to send, and is late by anything up to the slack."""

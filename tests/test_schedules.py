@@ -25,7 +25,7 @@ from pipeline.run import STOPPED, WITH_FAILURES, WRONG
 from tests.support.infer import Infer
 from tests.support.outputs import check, write
 from tests.support.pages import blocks, commands
-from tests.support.processes import PATIENCE_S
+from tests.support.processes import PATIENCE_S, content
 from tests.support.provider_server import ProviderServer
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ class Machine:
         ]
         assert len(files) > 20
         key = str(self.server.key).encode()
-        assert [path for path in files if key in path.read_bytes()] == []
+        assert [path for path in files if key in content(path)] == []
 
 
 @pytest.fixture

@@ -348,7 +348,7 @@ def _values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     }[kind]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_value_that_a_schema_allows_comes_back_out_of_its_arrow_type(data: st.DataObject) -> None:
     schema = data.draw(_SCHEMAS)

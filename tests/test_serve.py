@@ -191,12 +191,12 @@ def test_a_batch_run_pointed_at_it_finishes_all_rows(
 
 @pytest.mark.slow
 def test_sigterm_answers_what_is_under_way_and_leaves_nothing(tmp_path: Path) -> None:
-    running = start(tmp_path, "engine=echo", "engine.kwargs.latency_s=5", "hardware.replicas={min: 1, max: 2}")
+    running = start(tmp_path, "engine=echo", "engine.kwargs.latency_s=20", "hardware.replicas={min: 1, max: 2}")
     processes = [psutil.Process(running.process.pid), *family(running.process.pid)]
     assert len(processes) > 4
     slow = subprocess.Popen(["bash", "-c", "exec " + running.printed], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     until(lambda: any(line.status == "ESTABLISHED" for line in psutil.Process(slow.pid).net_connections()))
-    time.sleep(1)  # from the connection to the replica
+    time.sleep(5)  # from the connection to the replica
     assert slow.poll() is None
     running.process.send_signal(signal.SIGTERM)
     (answered,) = json.loads(slow.communicate(timeout=PATIENCE_S)[0])["choices"]

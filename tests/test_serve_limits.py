@@ -44,7 +44,7 @@ def limited(provider: LoopbackServer, *more: str) -> list[str]:
     """An endpoint in front of the provider that answers two requests at once, and lets few wait."""
     return [
         "engine=openai_compatible", "engine.model=m", f"engine.base_url={provider.url}", "engine.max_concurrency=1",
-        "engine.api_key_env=UPSTREAM", f"serve.max_body_bytes={MOST}", "serve.body_timeout_s=3", "serve.max_tokens=50",
+        "engine.api_key_env=UPSTREAM", f"serve.max_body_bytes={MOST}", "serve.body_timeout_s=10", "serve.max_tokens=50",
         "serve.max_n=3", "serve.max_images=2", "serve.max_queued=2", *more,
     ]  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_slow_bodies_end_and_take_no_place_in_a_replica(endpoint: Endpoint) -> N
             connection.setblocking(True)
             status, body = answer_on(connection)
             assert status == 408
-            assert body["error"]["message"] == "the body did not arrive within 3 s (serve.body_timeout_s)"
+            assert body["error"]["message"] == "the body did not arrive within 10 s (serve.body_timeout_s)"
 
 
 # -- clients that leave -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pipeline.configuration.compose import compose
 from pipeline.run import WITH_FAILURES
 from tests.support.outputs import durable, write
 from tests.support.pages import blocks
-from tests.support.processes import PATIENCE_S, folder, replicas, title
+from tests.support.processes import PATIENCE_S, content, folder, replicas, title
 from tests.support.provider_server import ProviderServer
 from tests.support.slurm import HERE, Slurm, slurm
 
@@ -73,7 +73,7 @@ def _run(cluster: Slurm, server: ProviderServer, here: Path, keys: Path, data: P
     out, log = here / "out", here / "eagleray.log"
     cluster.env["PYTHONPATH"] = str(ROOT)  # the installed command is that of the checkout which made the environment
     id = cluster(
-        "sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--mem=1000", "--gpus-per-node=1", "--time=2",
+        "sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--mem=1000", "--gpus-per-node=1", "--time=5",
         "--signal=B:TERM@25", f"--output={log}", str(SCRIPT), "--env-file", str(keys), "engine=remote_vllm",
         "engine.model=m", f"engine.base_url={server.url}/v1", "engine.api_key_env=EAGLERAY_TEST_KEY",
         "engine.max_concurrency=4", "hardware.replicas=2", "hardware.cpus=0", "hardware.gpus=1", "run.flush_s=0.2",
@@ -122,6 +122,6 @@ def _no_key_in(cluster: Slurm, id: str, places: list[Path], key: str) -> None:
     """The key is in nothing that Slurm shows or keeps, in no file of Ray or of the run, and in no command line."""
     files = [path for place in places for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file()]
     assert len(files) > 10
-    assert [path for path in files if key.encode() in path.read_bytes()] == []
+    assert [path for path in files if key.encode() in content(path)] == []
     assert key not in cluster("scontrol", "show", "job", "-dd", id) + cluster("scontrol", "write", "batch_script", id, "-")
     assert not any(key in title(process) for process in psutil.process_iter())

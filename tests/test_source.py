@@ -441,7 +441,7 @@ LINES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=LINES, chunk_bytes=st.integers(1, 400), end=st.sampled_from([b"", b"\n"]))
 def test_cutting_a_file_anywhere_gives_the_same_rows(
     tmp_path: Path, lines: list[bytes], chunk_bytes: int, end: bytes
@@ -479,7 +479,7 @@ VALUES = st.recursive(
 OBJECTS = st.lists(st.dictionaries(TEXT, VALUES, max_size=5), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(objects=OBJECTS, ascii_only=st.booleans())
 def test_any_json_objects_come_back_equal(tmp_path: Path, objects: list[dict[str, object]], ascii_only: bool) -> None:
     text = "\n".join(json.dumps(o, ensure_ascii=ascii_only) for o in objects)
@@ -488,7 +488,7 @@ def test_any_json_objects_come_back_equal(tmp_path: Path, objects: list[dict[str
     assert json.dumps(found) == json.dumps(objects)  # 1, 1.0 and True are equal in Python and not in JSON
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.binary(max_size=300),
     name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv.gz", "a.gz", "a.zst", "a.parquet", "a.arrow", "a"]),
@@ -499,7 +499,7 @@ def test_no_bytes_whatever_make_reading_raise(tmp_path: Path, data: bytes, name:
         assert (row.columns is None) == (row.error is not None)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), value=st.integers(0, 255), kind=st.sampled_from(["gz", "zst", "parquet"]))
 def test_a_flipped_byte_in_a_compressed_file_never_raises(tmp_path: Path, at: int, value: int, kind: str) -> None:
     text = b"".join(b'{"i": %d}\n' % i for i in range(300))

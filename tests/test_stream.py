@@ -118,7 +118,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ProviderServer]:
 
 @pytest.fixture(params=["openai_compatible", "anthropic"])
 def remote(server: ProviderServer, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with load_engine(request.param, model="m", base_url=server.url, timeout_s=10.0) as engine:
+    with load_engine(request.param, model="m", base_url=server.url, timeout_s=60.0) as engine:
         yield engine
 
 

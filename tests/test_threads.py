@@ -83,10 +83,9 @@ def test_drain_ends_what_waits_in_every_thread(server: ProviderServer) -> None:
 
         ending = threading.Thread(target=drain)
         ending.start()
-        began = time.monotonic()
         done = [completion for part in in_threads(lambda _: engine.infer(map(ask, "abcde")), 4) for completion in part]
         ending.join()
-        assert time.monotonic() - began < 15  # all 20 would have taken longer
+        assert len(server.times) < 20
         assert {completion.error.type for completion in done if completion.error} == {"cancelled"}
         assert sum(completion.error is None for completion in done) == len(server.times)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from engines.errors import ConfigError
 from tests.support.infer import Infer, ask
+from tests.support.together import Together
 
 SECRET = "Bearer not-for-anybody"
 
@@ -27,6 +29,7 @@ class Collector(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.spans: list[tuple[dict[str, Any], Span]] = []
+        self.delay_s = 0.0
         self.raw, self.paths, self.keys = b"", set[str](), set[str | None]()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -40,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(self.server.delay_s)
         self.server.raw += body
         self.server.paths.add(self.path)
         self.server.keys.add(self.headers["Authorization"])
@@ -72,6 +76,7 @@ def collector() -> Iterator[Collector]:
 def test_every_request_is_a_span_below_the_runs_and_bears_no_text(
     infer: Infer, tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.executors.live.live_run.Dispatcher", Together)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization={SECRET}")
     data = tmp_path / "in.jsonl"
     rows = [ask(f"classified {i}", id=f"row-{i}") for i in range(60)]
@@ -117,6 +122,15 @@ def test_every_request_is_a_span_below_the_runs_and_bears_no_text(
     assert collector.paths == {"/v1/traces"} and collector.keys == {SECRET}
     assert b"classified" not in collector.raw and b"told to fail" not in collector.raw
     assert SECRET not in json.dumps(outcome.manifest) + infer.printed
+
+
+def test_the_spans_of_a_worker_are_sent_before_its_process_ends(infer: Infer, tmp_path: Path, collector: Collector) -> None:
+    """The collector is slow, and a worker sends at most 512 spans at once."""
+    collector.delay_s = 1.0
+    data = tmp_path / "in.jsonl"
+    data.write_text("".join(json.dumps(ask(f"{i}")) + "\n" for i in range(600)))
+    assert infer(data, f"run.traces={collector.url}").exit_status == 0
+    assert len(collector.spans) == 601
 
 
 @pytest.mark.slow

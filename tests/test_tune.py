@@ -344,19 +344,19 @@ def requests(count: int, **generation: Any) -> list[Request]:
 def test_a_process_that_dies_or_cannot_load_is_a_result() -> None:
     config = compose(["engine=echo", "engine.kwargs.crash_text=Name 3 things."])
     trials = Trials(config, requests(8), requests(1))
-    died = trials.measure({}, 10, 30)
+    died = trials.measure({}, 60, 240)
     assert died.error is not None and died.error.startswith("its process died (SIG")
-    wrong = trials.measure({"engine.kwargs.latency": 1}, 10, 30)
+    wrong = trials.measure({"engine.kwargs.latency": 1}, 60, 240)
     assert wrong.error is not None and "engine.kwargs.latency" in wrong.error
     two = compose(["engine=echo", "hardware.replicas=2", "hardware.gpus=1"])
-    few = Trials(two, requests(1), [], ["0", "1"]).measure({}, 10, 30)
+    few = Trials(two, requests(1), [], ["0", "1"]).measure({}, 60, 240)
     assert (few.error, few.rows) == (None, 1)
 
 
 def test_a_process_takes_no_module_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "queue.py").write_text("raise ImportError('not a module of the standard library')\n")
     monkeypatch.chdir(tmp_path)
-    found = Trials(compose(["engine=echo"]), requests(1), []).measure({}, 10, 30)
+    found = Trials(compose(["engine=echo"]), requests(1), []).measure({}, 60, 240)
     assert (found.error, found.rows) == (None, 1)
 
 
@@ -365,7 +365,7 @@ def test_the_command_writes_what_is_faster_into_the_run_file(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
-    text = "# mine\ndataset.path: in.jsonl\nengine:\n  name: echo\n  max_concurrency: 4 # few\n  kwargs: {latency_s: 0.1}\n"
+    text = "# mine\ndataset.path: in.jsonl\nengine:\n  name: echo\n  max_concurrency: 4 # few\n  kwargs: {latency_s: 1.0}\n"
     file.write_text(f"{text}output.path: out\n")
     assert tune.main([str(file), "tune.rows=32", "--write", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -423,7 +423,7 @@ def test_a_provider_needs_a_budget_and_the_limits_of_the_run_apply(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     with ProviderServer() as server:
-        server.latency_s = 0.05
+        server.latency_s = 1.0
         words = [
             "engine=openai", "engine.model=gpt-6-luna", f"engine.base_url={server.url}/v1", f"dataset.path={rows}",
             "tune.rows=16", "engine.max_concurrency=4", "generation.max_tokens=8",

@@ -47,7 +47,7 @@ def cores():  # not by their title: a process has it only some time after its st
     return found
 
 def gone(pids):
-    deadline = time.time() + 30
+    deadline = time.time() + 240
     while left := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
         assert time.time() < deadline, [psutil.Process(pid).cmdline() for pid in left]
         time.sleep(0.1)
@@ -59,7 +59,7 @@ class Actor:
     def look(self):
         rows = [{{"messages": [{{"role": "user", "content": "hi"}}]}}] * 4
         answers = [each.text for each in self.engine.infer(rows, {{"max_tokens": 4, "temperature": 0}})]
-        deadline = time.time() + 10
+        deadline = time.time() + 240
         while len(cores()) != 1 and time.time() < deadline:
             time.sleep(0.1)
         seen = [(process.pid, process.name(), process.status(), process.cmdline()) for process in mine()]

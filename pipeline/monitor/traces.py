@@ -7,6 +7,7 @@ Headers, client certificates and so on come from OpenTelemetry's own variables (
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 WAITING_SPANS = 1 << 16
 # Seconds that the end of a run waits for the collector to accept its span.
 LAST_S = 5.0
+# Seconds that a worker waits at its end for the collector to accept its spans.
+WORKER_LAST_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +176,10 @@ class RequestSpans:
             span.set_status(Status(StatusCode.ERROR))
         span.end(time.time_ns())
 
-    def close(self) -> None:
-        """Sends the waiting spans."""
-        self.provider.shutdown()
+    async def close(self) -> None:
+        """Sends the waiting spans. Spans that the collector has not accepted after `WORKER_LAST_S` are lost."""
+        sending = asyncio.ensure_future(asyncio.to_thread(self.provider.shutdown))
+        await asyncio.wait([sending], timeout=WORKER_LAST_S)
 
 
 def _engine(engine: EngineConfig) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from pipeline.storage.output_files import LOCK, SEGMENTS, is_claim
 _SHARED = frozenset(
     ("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "smb3", "virtiofs")
 )
+# `held` takes the lock for a moment. A run waits this long for it to be released.
+HELD_S = 1.0
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def _lock_file(root: str) -> BinaryIO | None:
     """The open, locked file; None if the file system has no locks. Raises `BlockingIOError` if another process has the
     lock."""
     file = Path(root, SEGMENTS, LOCK).open("ab")  # noqa: SIM115 -- the caller closes it
-    deadline = time.monotonic() + 1  # `held` takes the lock for a moment
+    deadline = time.monotonic() + HELD_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

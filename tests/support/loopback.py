@@ -11,6 +11,8 @@ from typing import Self
 
 from aiohttp import web
 
+from tests.support.processes import PATIENCE_S
+
 
 def make_certificate(folder: Path, name: str = "IP:127.0.0.1") -> tuple[Path, ssl.SSLContext]:
     """The file of a certificate for a name, and the context of a server that has it."""
@@ -49,13 +51,13 @@ class LoopbackServer:
 
         self.thread = threading.Thread(target=serve, name=type(self).__name__, daemon=True)
         self.thread.start()
-        assert ready.wait(30)
+        assert ready.wait(PATIENCE_S)
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(30)
+        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(PATIENCE_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(30)
+        self.thread.join(PATIENCE_S)
         self.loop.close()
 
     async def _start(self) -> None:

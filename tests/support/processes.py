@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -67,6 +68,13 @@ def wait_gone(processes: list[psutil.Process]) -> None:
     """Waits until all have ended by themselves: then a killed run's replicas have written their last segments."""
     _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
     assert alive == [], alive
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file that a program in another process may remove at any time; then there are none."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    return b""
 
 
 def own_ray() -> dict[str, str]:

@@ -10,9 +10,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from engines.free_port import free_port
 
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 HERE = all(shutil.which(name, path=PATH) for name in ("slurmctld", "slurmd", "sbatch"))
@@ -70,11 +71,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     `folder` needs a short path: Slurm makes sockets in it, whose paths may have 107 bytes.
     """
     host, user = socket.gethostname().partition(".")[0], getpass.getuser()
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        ports = [probe.getsockname()[1] for probe in probes]
+    ports = [free_port() for _ in range(3)]
     (folder / "state").mkdir(parents=True)
     (folder / "slurm.conf").write_text(CONF.format(host=host, user=user, ports=ports, folder=folder))
     (folder / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/null\n")
@@ -85,7 +82,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         with (folder / "daemons.log").open("w") as log:
             for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "node1"], ["slurmd", "-D", "-N", "node2"]):
                 daemons.append(subprocess.Popen(command, env=found.env, stdout=log, stderr=log, start_new_session=True))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while (state := _states(found)) != ["idle", "idle"]:
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in daemons):
                 raise RuntimeError(f"{state}\n{found.log()}")

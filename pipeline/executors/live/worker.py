@@ -143,10 +143,11 @@ class Worker:
             if self.journal is not None:
                 journal, self.journal = self.journal, None
                 journal.close()
+            # The driver ends this process soon after the last worker has left.
+            if self.spans is not None:
+                await self.spans.close()
             await self.dispatcher.leave.remote(self.name, None, _places(self.inside.values()))
             await asyncio.to_thread(_close, engine, self.departure)
-            if self.spans is not None:
-                await asyncio.to_thread(self.spans.close)
         return self.departure or Departure()
 
     async def place(self) -> JournalPlace:
