@@ -51,6 +51,9 @@ def serve(command: list[str], **env: str) -> Iterator[str]:
                         pytest.fail(f"{command[0]} did not start:\n{log.read()[-4000:]}")
                     time.sleep(0.5)
             yield url
+            if process.poll() is not None:
+                log.seek(0)
+                pytest.fail(f"{command[0]} ended with status {process.returncode}:\n{log.read()[-4000:]}")
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
