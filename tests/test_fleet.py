@@ -302,7 +302,7 @@ def test_an_entry_whose_engines_die_is_given_up(infer: Infer, write_jsonl: Any, 
 
 @pytest.mark.slow
 def test_one_run_uses_two_kinds_of_nodes(raylets: Raylets, tmp_path: Path) -> None:
-    rows = 4000
+    rows = 16_000  # the second replica has 40 s to come
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
     for name in ("large", "small"):
         raylets.tell("add", name)
