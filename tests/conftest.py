@@ -53,9 +53,7 @@ def local_ray() -> Iterator[None]:
     with few_processes():
         try:
             begin()
-        except (
-            Exception
-        ):  # Ray gives up after half a minute, which may be too short on a busy machine; a run tries twice, too
+        except Exception:  # Ray's patience of half a minute may be too short on a busy machine; a run tries twice, too
             ray.shutdown()
             begin()
     yield

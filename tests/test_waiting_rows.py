@@ -69,7 +69,7 @@ def test_all_slots_are_used_again_after_bursts_of_429(server: ProviderServer, tm
     worker = work(engine, 4000, tmp_path)
     assert worker.recorder.done == 4000 and not worker.waiting.busy
     assert limits[0] is not None and limits[0] <= 32 and server.faults["429"] > 20
-    assert server.most_busy > 48
+    assert server.most_busy == 64
 
 
 def test_rows_that_a_fallback_takes_over_make_room_for_others(server: ProviderServer, tmp_path: Path) -> None:
